@@ -1,0 +1,60 @@
+"""Neural-network layers with the backward pass written out, on NumPy, or on CuPy when `NNX_GPU=1`."""
+
+from nnx import config, dataset, functions, initializers, layers, models, optimizer, plotting, testing, trainer
+from nnx.config import GPU
+from nnx.dataset import spiral
+from nnx.device import asarray, show_config, synchronize, to_cpu, to_gpu
+from nnx.layers import (
+    Affine,
+    MatMul,
+    MeanSquaredError,
+    ReLU,
+    Repeat,
+    Sigmoid,
+    Softmax,
+    SoftmaxWithLoss,
+    Sum,
+    Tanh,
+)
+from nnx.models import Sequential, TwoLayerNet
+from nnx.np import np  # binds the library itself over the submodule of the same name
+from nnx.optimizer import SGD, clip_grads
+from nnx.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPU",
+    "SGD",
+    "Affine",
+    "MatMul",
+    "MeanSquaredError",
+    "ReLU",
+    "Repeat",
+    "Sequential",
+    "Sigmoid",
+    "Softmax",
+    "SoftmaxWithLoss",
+    "Sum",
+    "Tanh",
+    "Trainer",
+    "TwoLayerNet",
+    "asarray",
+    "clip_grads",
+    "config",
+    "dataset",
+    "functions",
+    "initializers",
+    "layers",
+    "models",
+    "np",
+    "optimizer",
+    "plotting",
+    "show_config",
+    "spiral",
+    "synchronize",
+    "testing",
+    "to_cpu",
+    "to_gpu",
+    "trainer",
+]

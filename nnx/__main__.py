@@ -1,0 +1,5 @@
+"""`python -m nnx` prints what nnx runs on."""
+
+from nnx import show_config
+
+show_config()

@@ -1,0 +1,5 @@
+"""Data sets, as NumPy arrays on both devices."""
+
+from nnx.dataset import spiral
+
+__all__ = ["spiral"]

@@ -1,0 +1,183 @@
+"""Arrays crossing the border: between host and device, and from the caller into a layer.
+
+Everything here works alike on both devices; on the CPU a move is no copy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from typing import Any
+
+import numpy
+
+from nnx.config import GPU
+from nnx.np import Array, np
+
+_ARRAYS = (Array, numpy.ndarray)
+_cupy: Any = np  # CuPy ships no types; used only where GPU is True
+
+__all__ = ["asarray", "show_config", "synchronize", "to_cpu", "to_gpu"]
+
+
+def to_cpu(x: Any) -> numpy.ndarray:
+    """Return `x` as a NumPy array; on the GPU this waits for the work that makes `x`."""
+    return _cupy.asnumpy(x) if GPU else numpy.asarray(x)
+
+
+def to_gpu(x: Any) -> Array:
+    """Return `x` as a CuPy array.
+
+    Raises
+    ------
+    RuntimeError
+        Without `NNX_GPU=1`: there is no GPU to move to, and no layer that would take the result.
+    """
+    if not GPU:
+        raise RuntimeError("to_gpu: nnx runs on NumPy; start Python with NNX_GPU=1 to train on the GPU")
+    return asarray(x)
+
+
+def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
+    """Return `x`, an array of either module or a nested list, as an array of the active module.
+
+    No copy is made where `x` is one already and has `dtype`.
+
+    Raises
+    ------
+    TypeError
+        If `x` does not hold numbers: strings, None, objects. `name` opens the message.
+    ValueError
+        If `x` is a ragged list.
+    """
+    return np.asarray(numeric(x, name), dtype)
+
+
+def numeric(x: Any, name: str) -> Array:
+    """Return `x` as an array of real numbers where it lies: lists become host arrays."""
+    if not isinstance(x, _ARRAYS):
+        try:
+            x = numpy.asarray(x)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: expected an array or a list of numbers, got {_kind(x)} ({error})") from error
+    if x.dtype.kind not in "fiub":
+        raise TypeError(
+            f"{name}: expected real numbers, got {x.dtype}; convert with astype(...) or leave out what is no number"
+        )
+    return x
+
+
+def asfloat(x: Any, dtype: Any, name: str) -> Array:
+    """Return `x` as a floating array of the active module.
+
+    `dtype=None` keeps a floating dtype and makes integers `result_type(x, float32)`.
+    """
+    if isinstance(x, Array) and (x.dtype is dtype or (dtype is None and x.dtype.kind == "f")):
+        return x  # nothing to do, as at nearly every call of every layer
+    x = asarray(x, name=name)
+    if dtype is None:
+        dtype = x.dtype if x.dtype.kind == "f" else np.result_type(x.dtype, np.float32)
+    return x.astype(dtype, copy=False)
+
+
+def asgrad(dout: Any, shape: tuple[int, ...], dtype: Any, name: str) -> Array:
+    """Return the gradient `dout` in `dtype`, having checked that it would not broadcast."""
+    if not isinstance(dout, Array) or dout.dtype is not dtype:
+        dout = asfloat(dout, dtype, name)
+    if dout.shape != shape:
+        raise ValueError(f"{name}.backward: dout must have the shape of the output {shape}, got {dout.shape}")
+    return dout
+
+
+def check_weights(name: str, **weights: Any) -> None:
+    """Raise a TypeError unless every weight is a floating array of the active module.
+
+    Nothing is converted: a converted copy would no longer be the array that another layer shares,
+    and integer weights would swallow their gradients.
+    """
+    for argument, weight in weights.items():
+        if not isinstance(weight, Array) or weight.dtype.kind != "f":
+            raise TypeError(
+                f"{name}: {argument} must be a {np.__name__} array of a floating dtype, got {_kind(weight)}; "
+                f"make it with nnx.asarray({argument}, dtype='float32')"
+            )
+
+
+def check_rows(name: str, x: Any, t: Any) -> tuple[Array, Array]:
+    """Return inputs and targets as arrays where they lie, having checked that they have equally many rows."""
+    x, t = numeric(x, f"{name}: x"), numeric(t, f"{name}: t")
+    if x.ndim == 0 or t.ndim == 0 or len(x) != len(t) or len(x) == 0:
+        raise ValueError(
+            f"{name}: x and t must have the same number of rows, at least one, got shapes {x.shape} and {t.shape}"
+        )
+    return x, t
+
+
+def address(x: Any) -> int:
+    """Return where the first element of `x` lies in memory."""
+    return int(x.data.ptr if GPU else x.ctypes.data)
+
+
+def gather_bytes() -> int:
+    """Return how many bytes of training data to gather at a time.
+
+    On the CPU what fits beside a step in the second-level cache; on the GPU, where a gather is two
+    launches whatever its size, a quarter of the free memory: a whole epoch of most data.
+    """
+    return int(_cupy.cuda.runtime.memGetInfo()[0] // 4) if GPU else 1 << 18
+
+
+def fits(*arrays: Any) -> bool:
+    """Return whether `arrays` may be moved to the device and leave half of its memory free."""
+    return not GPU or sum(a.nbytes for a in arrays) <= _cupy.cuda.runtime.memGetInfo()[0] // 2
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done all that was asked of it; on the CPU there is nothing to wait for."""
+    if GPU:
+        _cupy.cuda.get_current_stream().synchronize()
+
+
+def show_config() -> None:
+    """Print what nnx runs on: versions, device, BLAS and threads."""
+    print("\n".join(f"{name:10}{value}" for name, value in _configuration()))  # noqa: T201 - its purpose
+
+
+def _configuration() -> list[tuple[str, str]]:
+    version = importlib.import_module("nnx").__version__
+    blas: Any = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    threads = {
+        name: os.environ[name]
+        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+        if name in os.environ
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = [
+        ("nnx", f"{version} on {'CuPy (NNX_GPU is on)' if GPU else 'NumPy (set NNX_GPU=1 for CuPy)'}"),
+        ("Python", f"{sys.version.split()[0]}, {platform.platform()}"),
+        ("NumPy", numpy.__version__),
+        ("BLAS", f"{blas['name']} {blas['version']}"),
+        ("threads", ", ".join(f"{k}={v}" for k, v in threads.items()) or f"{cores} cores, no limit set"),
+    ]
+    if GPU:
+        runtime = _cupy.cuda.runtime
+        device = _cupy.cuda.Device()
+        properties = runtime.getDeviceProperties(device.id)
+        free, total = device.mem_info
+        rows += [
+            ("CuPy", f"{np.__version__}, CUDA {runtime.runtimeGetVersion()}, driver {runtime.driverGetVersion()}"),
+            (
+                "device",
+                f"{device.id}: {properties['name'].decode()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+            ),
+        ]
+    return rows
+
+
+def _kind(x: Any) -> str:
+    """Say what `x` is, for an error: its type, and the dtype of an array."""
+    kind = type(x)
+    where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{where}{kind.__qualname__}" + (f" of {x.dtype}" if hasattr(x, "dtype") else "")

@@ -1,0 +1,109 @@
+"""The chapter's functions on arrays of any number of axes.
+
+N rows (all leading axes together), C classes: the last axis. A floating dtype is kept, integers
+become `result_type(x, float32)`; host arrays and lists are moved to the active device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+from nnx import kernels
+from nnx.device import asfloat, numeric
+from nnx.np import Array, np
+
+__all__ = ["class_indices", "cross_entropy_error", "relu", "sigmoid", "softmax"]
+
+
+_UNSIGNED = {size: numpy.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+
+
+def sigmoid(x: Any) -> Array:
+    """Return 1 / (1 + exp(-x)), elementwise and without overflow.
+
+    Results below the smallest normal number of the dtype may be 0.
+    """
+    x = asfloat(x, None, "sigmoid")
+    return kernels.sigmoid(x.reshape(x.shape or 1)).reshape(x.shape)
+
+
+def relu(x: Any) -> Array:
+    """Return max(x, 0), elementwise; NaN stays NaN."""
+    return np.maximum(asfloat(x, None, "relu"), 0)
+
+
+def softmax(x: Any) -> Array:
+    """Return exp(x) / sum(exp(x)) over the last axis.
+
+    The maximum is subtracted first, so nothing overflows. Where it is infinite the result is the
+    limit: infinite scores share the weight of their row.
+    """
+    return kernels.softmax(asfloat(x, None, "softmax"))
+
+
+def cross_entropy_error(y: Any, t: Any) -> Array:
+    """Return the mean of -log(y[t]) over the rows of the probabilities `y`.
+
+    Parameters
+    ----------
+    y : (N, C) or (C,)
+        Probabilities. One of exactly 0 at the label gives an infinite loss; the source adds 1e-7
+        inside the logarithm. `layers.SoftmaxWithLoss` starts from scores and has neither problem.
+    t : (N,) or (N, C); for one row an integer or (C,)
+        Labels, as for `class_indices`.
+    """
+    y = asfloat(y, None, "cross_entropy_error")
+    t = class_indices(t, y.shape, "cross_entropy_error")
+    picked = np.take_along_axis(y, t[..., None], -1)
+    with numpy.errstate(divide="ignore"):
+        return -np.log(picked).mean()
+
+
+def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -> Array:
+    """Return the labels `t` for scores of `shape` (..., C) as indices of shape (...).
+
+    Parameters
+    ----------
+    t : integers in [0, C) of shape (...), or one-hot rows (integers or bools) of `shape`
+        Checked where they lie on the host. To look at labels on the GPU would stop it: there only
+        shape and dtype are checked, and the loss turns a label out of range into NaN.
+    name : str
+        Opens the messages.
+
+    Raises
+    ------
+    ValueError
+        If shape, dtype or values are none of these, or the batch is empty.
+    """
+    if not isinstance(t, numpy.ndarray):
+        t = numeric(t, name)
+    rows, classes = shape[:-1], shape[-1]
+    kind = t.dtype.kind
+    if kind not in "iub":
+        hint = "; use argmax(axis=-1)" if t.shape == shape else "; convert them with astype(int)"
+        raise ValueError(f"{name}: labels must be integers in [0, {classes}) or one-hot, got {t.dtype} {t.shape}{hint}")
+    if t.size == 0:
+        raise ValueError(f"{name}: the batch is empty, and a mean over no rows has no value")
+    if t.shape == rows:
+        if isinstance(t, numpy.ndarray):
+            # as unsigned numbers the negative ones are large: one search, by far the fastest, finds both ends
+            worst = t.item(t.view(_UNSIGNED[t.itemsize]).argmax())
+            if not 0 <= worst < classes:
+                raise ValueError(f"{name}: labels must lie in [0, {classes}), got {worst}")
+        indices = t if kind == "i" else t.astype(np.int64)
+    elif t.shape == shape:
+        indices = t.argmax(axis=-1)
+        if isinstance(t, numpy.ndarray) and not _is_one_hot(t, indices):
+            raise ValueError(f"{name}: every one-hot row must hold a single 1 among zeros")
+    else:
+        raise ValueError(
+            f"{name}: labels must be integers of shape {rows} or one-hot of shape {shape}, got shape {t.shape}"
+        )
+    return indices if isinstance(indices, Array) else np.asarray(indices)
+
+
+def _is_one_hot(t: numpy.ndarray, indices: numpy.ndarray) -> bool:
+    ones = numpy.take_along_axis(t, indices[..., None], -1)
+    return bool(numpy.all(ones == 1)) and numpy.count_nonzero(t) == indices.size

@@ -1,0 +1,48 @@
+"""One name per kernel, bound once to the fastest version of the active device.
+
+Every name is in `portable`, the reference; `cpu` (NumPy) or `cuda` (CuPy) has those that pay there,
+with the same arguments in the same order.
+"""
+
+from nnx.config import GPU
+
+if GPU:
+    from nnx.kernels.portable import (
+        add_bias,
+        bias_grad,
+        clip_grads,
+        relu_grad,
+        sgd,
+        sigmoid,
+        sigmoid_grad,
+        softmax,
+        softmax_grad,
+        softmax_loss,
+        softmax_loss_grad,
+        tanh_grad,
+    )
+else:
+    from nnx.kernels.cpu import bias_grad, sgd, sigmoid, sigmoid_grad, softmax_loss, softmax_loss_grad
+    from nnx.kernels.portable import (
+        add_bias,
+        clip_grads,
+        relu_grad,
+        softmax,
+        softmax_grad,
+        tanh_grad,
+    )
+
+__all__ = [
+    "add_bias",
+    "bias_grad",
+    "clip_grads",
+    "relu_grad",
+    "sgd",
+    "sigmoid",
+    "sigmoid_grad",
+    "softmax",
+    "softmax_grad",
+    "softmax_loss",
+    "softmax_loss_grad",
+    "tanh_grad",
+]

@@ -1,0 +1,91 @@
+"""Activations: elementwise functions, and softmax over the last axis. x, y, dout: (..., C)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnx.device import asfloat, asgrad
+from nnx.kernels import relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh_grad
+from nnx.np import Array, np
+
+__all__ = ["ReLU", "Sigmoid", "Softmax", "Tanh"]
+
+
+class Sigmoid:
+    """The logistic function y = 1 / (1 + exp(-x)), right in both tails."""
+
+    out: Array  # y of the last forward
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def forward(self, x: Any) -> Array:
+        """Return 1 / (1 + exp(-x))."""
+        self.out = sigmoid(asfloat(x, None, "Sigmoid"))
+        return self.out
+
+    def backward(self, dout: Any) -> Array:
+        """Return dout * y * (1 - y)."""
+        y = self.out
+        return sigmoid_grad(asgrad(dout, y.shape, y.dtype, "Sigmoid"), y)
+
+
+class ReLU:
+    """The rectifier y = max(x, 0); its gradient at 0 is 0."""
+
+    out: Array  # y of the last forward
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def forward(self, x: Any) -> Array:
+        """Return max(x, 0)."""
+        self.out = np.maximum(asfloat(x, None, "ReLU"), 0)
+        return self.out
+
+    def backward(self, dout: Any) -> Array:
+        """Return dout where y > 0, else 0."""
+        y = self.out
+        return relu_grad(asgrad(dout, y.shape, y.dtype, "ReLU"), y)
+
+
+class Tanh:
+    """The hyperbolic tangent y = tanh(x)."""
+
+    out: Array  # y of the last forward
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def forward(self, x: Any) -> Array:
+        """Return tanh(x)."""
+        self.out = np.tanh(asfloat(x, None, "Tanh"))
+        return self.out
+
+    def backward(self, dout: Any) -> Array:
+        """Return dout * (1 - y**2)."""
+        y = self.out
+        return tanh_grad(asgrad(dout, y.shape, y.dtype, "Tanh"), y)
+
+
+class Softmax:
+    """Probabilities y = exp(x) / sum(exp(x)) over the last axis."""
+
+    out: Array  # y of the last forward
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def forward(self, x: Any) -> Array:
+        """Return softmax(x)."""
+        self.out = softmax(asfloat(x, None, "Softmax"))
+        return self.out
+
+    def backward(self, dout: Any) -> Array:
+        """Return y * (dout - sum(dout * y))."""
+        y = self.out
+        return softmax_grad(asgrad(dout, y.shape, y.dtype, "Softmax"), y)

@@ -1,0 +1,67 @@
+"""Nodes of the chapter's computational graphs: Repeat and Sum, each the other's backward. N rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnx.device import asfloat, asgrad
+from nnx.np import Array, np
+
+__all__ = ["Repeat", "Sum"]
+
+
+class Repeat:
+    """N copies of one row: y = repeat(x, N) along axis 0.
+
+    Parameters
+    ----------
+    N : int
+
+    Shapes
+    ------
+    x : (1, ...)    y, dout : (N, ...)
+    """
+
+    def __init__(self, N: int) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+        self.N = N
+
+    def forward(self, x: Any) -> Array:
+        """Return x, N times."""
+        x = asfloat(x, None, "Repeat")
+        if x.ndim == 0 or len(x) != 1:
+            raise ValueError(f"Repeat: axis 0 of x must have length 1, got shape {x.shape}; take a row with x[:1]")
+        self.x = x
+        return np.repeat(x, self.N, axis=0)
+
+    def backward(self, dout: Any) -> Array:
+        """Return the sum of dout over axis 0, which stays with length 1."""
+        dout = asgrad(dout, (self.N, *self.x.shape[1:]), self.x.dtype, "Repeat")
+        return dout.sum(axis=0, keepdims=True)
+
+
+class Sum:
+    """The sum over axis 0, which stays with length 1.
+
+    Shapes
+    ------
+    x : (N, ...)    y, dout : (1, ...)
+    """
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def forward(self, x: Any) -> Array:
+        """Return the sum over axis 0."""
+        x = asfloat(x, None, "Sum")
+        if x.ndim == 0:
+            raise ValueError("Sum: x must have an axis to sum over, got a number")
+        self.x = x
+        return x.sum(axis=0, keepdims=True)
+
+    def backward(self, dout: Any) -> Array:
+        """Return N copies of dout along axis 0."""
+        x = self.x
+        return np.repeat(asgrad(dout, (1, *x.shape[1:]), x.dtype, "Sum"), len(x), axis=0)

@@ -1,0 +1,108 @@
+"""Matrix products. N rows, D inputs, H outputs; `...` any number of leading axes, all of them batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnx.device import asfloat, asgrad, check_weights
+from nnx.kernels import add_bias, bias_grad
+from nnx.np import Array, np
+
+__all__ = ["Affine", "MatMul"]
+
+
+class MatMul:
+    """The product with a weight matrix: y = x @ W.
+
+    Parameters
+    ----------
+    W : (D, H)
+        A floating array of the active module. It becomes `params[0]` itself, not a copy, so that
+        layers can share it; the layer computes in its dtype.
+    input_grad : bool
+        False skips the product for the gradient of the input, which a first layer does not need:
+        `backward` then returns None.
+
+    Shapes
+    ------
+    x : (..., D), two or more axes    y, dout : (..., H)
+
+    Raises
+    ------
+    TypeError
+        If W is not a floating array of the active module.
+    ValueError
+        If the shapes of W, x or dout do not fit.
+    """
+
+    x: Array  # of the last forward
+
+    def __init__(self, W: Array, *, input_grad: bool = True) -> None:
+        check_weights(type(self).__name__, W=W)
+        if W.ndim != 2:
+            raise ValueError(f"{type(self).__name__}: W must have two axes (inputs, outputs), got shape {W.shape}")
+        self.params = [W]
+        self.grads = [np.zeros(W.shape, W.dtype)]
+        self.input_grad = input_grad
+
+    def forward(self, x: Any) -> Array:
+        """Return x @ W, plus b in `Affine`."""
+        W = self.params[0]
+        x = asfloat(x, W.dtype, type(self).__name__)
+        if x.ndim < 2 or x.shape[-1] != W.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: x must have shape (N, {W.shape[0]}) to fit W {W.shape}, got {x.shape}"
+                + ("; make it one row with x[None]" if x.ndim == 1 else "")
+            )
+        self.x = x
+        y = np.dot(x if x.ndim == 2 else _rows(x), W)
+        if len(self.params) > 1:
+            add_bias(y, self.params[1])
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], -1)
+
+    def backward(self, dout: Any) -> Array | None:
+        """Write the gradients of W, x.T @ dout, and in `Affine` of b, the sum of dout's rows; return dout @ W.T."""
+        W, x = self.params[0], self.x
+        dout = asgrad(dout, (*x.shape[:-1], W.shape[1]), W.dtype, type(self).__name__)
+        if x.ndim > 2:
+            x, dout = _rows(x), _rows(dout)
+        np.dot(x.T, dout, out=self.grads[0])
+        if len(self.grads) > 1:
+            bias_grad(dout, self.grads[1])
+        if not self.input_grad:
+            return None
+        dx = np.dot(dout, W.T)
+        return dx if self.x.ndim == 2 else dx.reshape(self.x.shape)
+
+
+class Affine(MatMul):
+    """A fully connected layer: y = x @ W + b.
+
+    Parameters
+    ----------
+    W : (D, H)
+    b : (H,)
+        Both of one dtype; otherwise as for `MatMul`.
+    input_grad : bool
+        As for `MatMul`.
+
+    Shapes
+    ------
+    x : (..., D), two or more axes    y, dout : (..., H)
+    """
+
+    def __init__(self, W: Array, b: Array, *, input_grad: bool = True) -> None:
+        super().__init__(W, input_grad=input_grad)
+        check_weights(type(self).__name__, b=b)
+        if b.shape != W.shape[1:] or b.dtype != W.dtype:
+            raise ValueError(
+                f"{type(self).__name__}: b must be {W.dtype} of shape {W.shape[1:]} to fit W {W.shape}, "
+                f"got {b.dtype} {b.shape}"
+            )
+        self.params.append(b)
+        self.grads.append(np.zeros(b.shape, b.dtype))
+
+
+def _rows(a: Array) -> Array:
+    """Return `a` with its leading axes made one, the shape that BLAS takes."""
+    return a.reshape(-1, a.shape[-1])

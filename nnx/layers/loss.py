@@ -1,0 +1,116 @@
+"""Losses: `forward(x, t)` returns a mean over the batch, `backward(dout=1)` its gradient by x.
+
+N rows (all leading axes together), C classes. The loss is what the active module's reduction
+returns, a NumPy scalar or a CuPy array without axes: nothing waits for the GPU until it is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnx.device import asfloat
+from nnx.functions import class_indices
+from nnx.kernels import softmax_loss, softmax_loss_grad
+from nnx.np import Array, np
+
+__all__ = ["MeanSquaredError", "SoftmaxWithLoss"]
+
+
+class SoftmaxWithLoss:
+    """Softmax and the cross entropy of its result: loss = -mean(log softmax(x)[t]).
+
+    It is computed as mean(log(sum(exp(x - max))) - (x[t] - max)), so a probability that rounds to 0
+    gives no infinite loss, and `backward` is its exact gradient, (y - onehot(t)) / N. (The source
+    adds 1e-7 inside the logarithm, and not in its backward.)
+
+    Shapes
+    ------
+    x : (..., C)    t : (...) integers in [0, C), or (..., C) one-hot integers or bools
+
+    Attributes
+    ----------
+    y : (..., C)
+        softmax(x) of the last forward.
+    t : (...)
+        Its labels as indices.
+
+    Raises
+    ------
+    ValueError
+        If t is none of these or the batch is empty. Labels that lie on the GPU are not looked at,
+        which would stop it: there a label out of range makes the loss NaN.
+    """
+
+    y: Array
+    t: Array
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def targets(self, t: Any, shape: tuple[int, ...]) -> Array:
+        """Return the labels `t` for scores of `shape` as indices, checked; `Trainer` calls it once for all data."""
+        return class_indices(t, shape, "SoftmaxWithLoss")
+
+    def forward(self, x: Any, t: Any) -> Array:
+        """Return the loss."""
+        x = asfloat(x, None, "SoftmaxWithLoss")
+        self.t = class_indices(t, x.shape, "SoftmaxWithLoss")
+        loss, self.y = softmax_loss(x, self.t)
+        return loss
+
+    def backward(self, dout: Any = 1) -> Array:
+        """Return (y - onehot(t)) * dout / N, a new array at every call."""
+        return softmax_loss_grad(self.y, self.t, dout)
+
+    def accuracy(self) -> Array:
+        """Return the share of rows of the last forward that have their largest score at the label."""
+        return (self.y.argmax(axis=-1) == self.t).mean()
+
+
+class MeanSquaredError:
+    """The mean of all squared differences, for regression: loss = mean((x - t)**2).
+
+    Shapes
+    ------
+    x, t : equal; (N,) beside (N, 1) would broadcast and is refused
+
+    Attributes
+    ----------
+    y, t
+        The prediction x and the target of the last forward.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or the batch is empty.
+    """
+
+    y: Array
+    t: Array
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def targets(self, t: Any, shape: tuple[int, ...]) -> Array:
+        """Return the targets `t` for predictions of `shape`, checked; `Trainer` calls it once for all data."""
+        t = asfloat(t, None, "MeanSquaredError")
+        if t.shape != shape:
+            raise ValueError(
+                f"MeanSquaredError: t must have the shape of the predictions {shape}, got {t.shape}; use reshape"
+            )
+        if t.size == 0:
+            raise ValueError("MeanSquaredError: the batch is empty, and a mean over nothing has no value")
+        return t
+
+    def forward(self, x: Any, t: Any) -> Array:
+        """Return the loss."""
+        self.y = asfloat(x, None, "MeanSquaredError")
+        self.t = asfloat(self.targets(t, self.y.shape), self.y.dtype, "MeanSquaredError")
+        return np.square(self.y - self.t).mean()
+
+    def backward(self, dout: Any = 1) -> Array:
+        """Return 2 * (y - t) * dout / size, a new array at every call."""
+        dx = self.y - self.t
+        return np.multiply(dx, 2 * dout / dx.size, out=dx)

@@ -1,0 +1,148 @@
+"""Models: layers in a row, and the chapter's two-layer net. N rows, D inputs, H hidden, C classes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import numpy
+
+from nnx.device import check_rows
+from nnx.initializers import generator, normal
+from nnx.layers import Affine, Sigmoid, SoftmaxWithLoss
+from nnx.np import Array, np
+
+__all__ = ["Sequential", "TwoLayerNet"]
+
+
+class Sequential:
+    """Layers applied one after the other, and a loss on their result.
+
+    Parameters
+    ----------
+    layers : iterable of layers
+        Objects with `params`, `grads`, `forward` and `backward`; none is changed. A Sequential
+        without a loss layer is one too.
+    loss_layer : a layer with forward(x, t) and backward(dout=1), or None
+
+    Attributes
+    ----------
+    params, grads : lists of arrays
+        Those of the layers, in their order. An array that two layers share stands there twice.
+    """
+
+    def __init__(self, layers: Iterable[Any], loss_layer: Any = None) -> None:
+        self.layers = list(layers)
+        self.loss_layer = loss_layer
+        self.params: list[Array] = [p for layer in self.layers for p in layer.params]
+        self.grads: list[Array] = [g for layer in self.layers for g in layer.grads]
+
+    def predict(self, x: Any) -> Array:
+        """Return the result of the last layer for `x`, without the loss.
+
+        Layers that take `train_flg` get False. They run as shallow copies, so that no activation is
+        kept and a `backward` that is still to come finds what its `forward` left.
+        """
+        for layer in self.layers:
+            if hasattr(layer, "predict"):
+                x = layer.predict(x)
+            elif _takes_train_flg(layer.__class__):
+                x = copy.copy(layer).forward(x, train_flg=False)
+            else:
+                x = copy.copy(layer).forward(x)
+        return x
+
+    def forward(self, x: Any, t: Any = None) -> Array:
+        """Return the loss for the inputs `x` and their targets `t`; without a loss layer, the last layer's result."""
+        for layer in self.layers:
+            x = layer.forward(x)
+        if self.loss_layer is None:
+            return x
+        return self.loss_layer.forward(x, t)
+
+    def backward(self, dout: Any = 1) -> Array | None:
+        """Write all gradients of the last forward; return that of the input, None if the first layer skips it."""
+        if self.loss_layer is not None:
+            dout = self.loss_layer.backward(dout)
+        for layer in reversed(self.layers):
+            dout = layer.backward(dout)
+        return dout
+
+    def evaluate(self, x: Any, t: Any, batch_size: int = 1024) -> tuple[float, float | None]:
+        """Return the mean loss over all rows, and the accuracy: the share of rows whose largest score is at the label.
+
+        The accuracy is None for a loss layer without a method `accuracy`, as in regression. Like
+        `predict` this leaves the layers as they are.
+        """
+        if self.loss_layer is None:
+            raise ValueError(f"{type(self).__name__}.evaluate: there is no loss layer; pass one to the constructor")
+        x, t = check_rows(f"{type(self).__name__}.evaluate", x, t)
+        loss = hits = 0
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            layer, part = copy.copy(self.loss_layer), t[rows]
+            loss += layer.forward(self.predict(x[rows]), part) * len(part)
+            if hasattr(layer, "accuracy"):
+                hits += layer.accuracy() * len(part)
+        return float(loss) / len(x), float(hits) / len(x) if hasattr(self.loss_layer, "accuracy") else None
+
+    def __repr__(self) -> str:
+        layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers
+        rows = []
+        for layer in layers:
+            shapes = ", ".join(str(p.shape) for p in layer.params)
+            count = sum(p.size for p in layer.params)
+            rows.append(f"  {type(layer).__name__:16}  {shapes:24}  {count:>12,}")
+        dtypes = ", ".join(sorted({str(p.dtype) for p in self.params})) or "no weights"
+        total = sum(p.size for p in self.params)
+        return "\n".join([f"{type(self).__name__}(", *rows, f") {total:,} parameters, {dtypes}"])
+
+
+class TwoLayerNet(Sequential):
+    """The chapter's net: Affine, Sigmoid, Affine, and SoftmaxWithLoss on the scores.
+
+    Parameters
+    ----------
+    input_size, hidden_size, output_size : int
+        D, H and C.
+    dtype : a floating dtype
+    rng : seed, numpy.random.Generator or None
+        Draws the weights, normal with deviation 0.01; the biases start at 0. None is NumPy's global
+        generator, as in the source.
+    input_grad : bool
+        True makes `backward` return the gradient of the data. Training needs none, and its product
+        is up to a third of a step.
+
+    Shapes
+    ------
+    x : (N, D)    t : (N,) labels or (N, C) one-hot    predict(x) : (N, C) scores
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        dtype: Any = numpy.float32,
+        rng: Any = None,
+        input_grad: bool = False,
+    ) -> None:
+        rng = generator(rng)
+        W1 = normal((input_size, hidden_size), dtype=dtype, rng=rng)
+        W2 = normal((hidden_size, output_size), dtype=dtype, rng=rng)
+        super().__init__(
+            [
+                Affine(W1, np.zeros(hidden_size, dtype), input_grad=input_grad),
+                Sigmoid(),
+                Affine(W2, np.zeros(output_size, dtype)),
+            ],
+            SoftmaxWithLoss(),
+        )
+
+
+@functools.cache
+def _takes_train_flg(layer: Any) -> bool:
+    return "train_flg" in inspect.signature(layer.forward).parameters

@@ -1,0 +1,204 @@
+"""Checks for layers, nnx's own and a reader's: gradients against differences, and the rules of a layer.
+
+Both functions raise an AssertionError that names the layer, the array and the element.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+
+from nnx.device import asarray, to_cpu
+from nnx.np import Array, np
+
+__all__ = ["check_gradients", "check_layer"]
+
+
+def check_gradients(layer: Any, *inputs: Any, rtol: float = 1e-5, eps: float = 1e-5, seed: int = 0) -> None:
+    """Compare backward with central differences, (f(a + eps) - f(a - eps)) / (2 eps), element by element.
+
+    f is the sum of the outputs under random weights, or the loss itself. The gradients of all
+    floating inputs for which backward returns one are checked, and those of all parameters.
+
+    Parameters
+    ----------
+    layer : a layer whose parameters are float64
+        In float32 the differences would be noise.
+    inputs : the arguments of `layer.forward`
+        A layer with several inputs returns their gradients as a tuple.
+    rtol : float
+        Largest difference, relative to the larger of the two numbers and, for small ones, to a
+        thousandth of the largest in their array.
+    eps : float
+    seed : int
+        Of the random weights.
+    """
+    name = type(layer).__name__
+    for i, p in enumerate(layer.params):
+        assert p.dtype == np.float64, f"{name}: check_gradients needs float64, params[{i}] is {p.dtype}"
+    arrays = [_as_input(a, np.float64) for a in inputs]
+    weights: Any = 1
+
+    def f() -> float:
+        return float((layer.forward(*arrays) * weights).sum())
+
+    out = layer.forward(*arrays)
+    if out.ndim:
+        weights = asarray(numpy.random.default_rng(seed).standard_normal(out.shape))
+    dinputs = _as_tuple(layer.backward(weights))
+    checks = [(f"input {i}", a, d) for i, (a, d) in enumerate(zip(arrays, dinputs, strict=False)) if d is not None]
+    checks += [(f"params[{i}]", p, g.copy()) for i, (p, g) in enumerate(zip(layer.params, layer.grads, strict=True))]
+    for what, array, gradient in checks:
+        assert gradient.shape == array.shape, (
+            f"{name}: gradient of {what} has shape {gradient.shape}, not {array.shape}"
+        )
+        analytic, numeric = to_cpu(gradient), _differences(f, array, eps)
+        larger = numpy.maximum(abs(analytic), abs(numeric))
+        error = abs(analytic - numeric) - rtol * numpy.maximum(larger, 1e-3 * larger.max(initial=0) + 1e-8)
+        assert not numpy.isnan(error).any(), f"{name}: gradient of {what} is NaN"
+        if error.max(initial=-1) > 0:
+            worst = numpy.unravel_index(error.argmax(), error.shape)
+            raise AssertionError(
+                f"{name}: gradient of {what} at {tuple(map(int, worst))}: "
+                f"backward gives {analytic[worst]:.9g}, the difference quotient {numeric[worst]:.9g}"
+            )
+
+
+def check_layer(
+    make: Callable[[Any], Any], *inputs: Any, dtypes: Sequence[Any] = (numpy.float32, numpy.float64)
+) -> None:
+    """Check that a layer keeps the rules that models, optimizers and trainers rely on.
+
+    They are: right gradients; inputs left as they were, and taken read-only or not contiguous;
+    results that nothing overwrites later; the dtype kept; batches of any size in turn; gradients
+    written, not added, and into the same arrays; independent copies by deepcopy and pickle.
+
+    Parameters
+    ----------
+    make : function of a dtype
+        Returns a new layer whose parameters have that dtype, the same numbers at every call.
+    inputs : the arguments of `forward`, on the host
+        Two or more rows each. Floating arrays are cast to the dtype that is tried, integers stay.
+    dtypes : dtypes to try
+    """
+    check_gradients(make(np.float64), *inputs)
+    for dtype in dtypes:
+        arrays = [_as_input(a, dtype) for a in inputs]
+        layer = make(dtype)
+        assert len(layer.params) == len(layer.grads), f"{type(layer).__name__}: params and grads differ in length"
+        expected = _run(layer, arrays)
+        _check_dtypes(layer, expected, dtype)
+        _check_repeats(layer, arrays, expected)
+        _check_inputs(make(dtype), arrays, expected)
+        _check_small_batch(make, layer, arrays, dtype)
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - our own bytes
+            _check_copy(copied, layer, arrays, expected)
+
+
+def _run(layer: Any, arrays: Sequence[Array]) -> list[Any]:
+    """Return the results of forward and backward, and copies of the gradients."""
+    out = layer.forward(*arrays)
+    dout = np.ones_like(out) if out.ndim else 1
+    return [out, *_as_tuple(layer.backward(dout)), *(g.copy() for g in layer.grads)]
+
+
+def _check_dtypes(layer: Any, results: Sequence[Any], dtype: Any) -> None:
+    for result in results:
+        if result is not None:
+            assert result.dtype == dtype, f"{type(layer).__name__}: computes {result.dtype} from {numpy.dtype(dtype)}"
+
+
+def _check_repeats(layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
+    kept = [None if a is None else a.copy() for a in expected]
+    grads = list(layer.grads)
+    other = [_scaled(a) for a in arrays]
+    _run(layer, other)
+    _check_equal(layer, "a result changes when the layer is used again", expected, kept)
+    _check_equal(layer, "a second run on the same input gives another result", _run(layer, arrays), kept)
+    dout = np.ones_like(expected[0]) if expected[0].ndim else 1
+    second = [expected[0], *_as_tuple(layer.backward(dout)), *layer.grads]
+    _check_equal(layer, "backward twice gives another gradient (it must write, not add)", second, kept)
+    for i, (before, now) in enumerate(zip(grads, layer.grads, strict=True)):
+        assert before is now, (
+            f"{type(layer).__name__}: grads[{i}] is another array after backward; write grads[{i}][...]"
+        )
+
+
+def _check_inputs(layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
+    for kind in ("read-only", "not contiguous"):
+        given = [_strided(a) if kind == "not contiguous" else a.copy() for a in arrays]
+        if kind == "read-only" and isinstance(arrays[0], numpy.ndarray):  # CuPy has no such flag
+            for a in given:
+                a.flags.writeable = False
+        out = layer.forward(*given)
+        dout = np.ones_like(out) if out.ndim else 1
+        layer.backward(dout)
+        _check_equal(layer, "an input is written into", given, arrays)
+        assert not out.ndim or bool(np.all(dout == 1)), f"{type(layer).__name__}: backward writes into dout"
+        _check_close(
+            layer,
+            f"the result for {kind} input differs",
+            [out, *layer.grads],
+            [expected[0], *expected[-len(layer.grads) :]] if layer.grads else [expected[0]],
+        )
+
+
+def _check_small_batch(make: Callable[[Any], Any], layer: Any, arrays: Sequence[Array], dtype: Any) -> None:
+    smaller = [a[: max(1, len(a) - 1)] for a in arrays]
+    _check_close(
+        layer, "a smaller batch gives another result than a new layer", _run(layer, smaller), _run(make(dtype), smaller)
+    )
+
+
+def _check_copy(copied: Any, layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
+    for i, p in enumerate(copied.params):
+        assert not np.may_share_memory(p, layer.params[i]), f"{type(layer).__name__}: a copy shares params[{i}]"
+    for g in copied.grads:
+        g[...] = 0
+    _check_close(layer, "a copy gives another result", _run(copied, arrays), expected)
+
+
+def _check_equal(layer: Any, what: str, results: Sequence[Any], expected: Sequence[Any]) -> None:
+    _check_close(layer, what, results, expected, rtol=0)
+
+
+def _check_close(layer: Any, what: str, results: Sequence[Any], expected: Sequence[Any], rtol: float = 1e-4) -> None:
+    for a, b in zip(results, expected, strict=True):
+        same = (a is None and b is None) or numpy.allclose(to_cpu(a), to_cpu(b), rtol=rtol, atol=rtol)
+        assert same, f"{type(layer).__name__}: {what}"
+
+
+def _differences(f: Callable[[], float], array: Array, eps: float) -> numpy.ndarray:
+    """Return the central differences of f by every element of `array`, which f reads."""
+    result = numpy.empty(array.shape)
+    for index in numpy.ndindex(*array.shape):
+        value = float(array[index])
+        array[index] = value + eps
+        above = f()
+        array[index] = value - eps
+        below = f()
+        array[index] = value
+        result[index] = (above - below) / (2 * eps)
+    return result
+
+
+def _as_input(a: Any, dtype: Any) -> Array:
+    a = numpy.asarray(a)
+    return asarray(a.astype(dtype) if a.dtype.kind == "f" else a.copy())
+
+
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def _scaled(a: Array) -> Array:
+    return a * 0.5 if a.dtype.kind == "f" else a
+
+
+def _strided(a: Array) -> Array:
+    """Return the numbers of `a` with a gap after each."""
+    return np.repeat(a, 2, axis=-1)[..., ::2]
