@@ -1,0 +1,50 @@
+"""Every public layer with inputs for `check_layer`: name -> list of (make(dtype), inputs).
+
+D = 4 inputs, H = 3 outputs or classes, N = 5 rows.
+"""
+
+import numpy
+
+import nnx
+from nnx import layers
+
+_rng = numpy.random.default_rng(7)
+X = _rng.standard_normal((5, 4))
+X3 = _rng.standard_normal((2, 3, 4))
+W = _rng.standard_normal((4, 3))
+B = _rng.standard_normal(3)
+LABELS = numpy.array([0, 2, 1, 1, 2])
+ONE_HOT = numpy.eye(3, dtype=numpy.int32)[LABELS]
+SCORES = _rng.standard_normal((5, 3))
+
+
+def _weights(dtype, *arrays):
+    return [nnx.asarray(a, dtype) for a in arrays]
+
+
+CASES = {
+    "MatMul": [
+        (lambda dtype: layers.MatMul(*_weights(dtype, W)), (X,)),
+        (lambda dtype: layers.MatMul(*_weights(dtype, W)), (X3,)),
+        (lambda dtype: layers.MatMul(_weights(dtype, W.T)[0].T), (X,)),
+        (lambda dtype: layers.MatMul(*_weights(dtype, W), input_grad=False), (X,)),
+    ],
+    "Affine": [
+        (lambda dtype: layers.Affine(*_weights(dtype, W, B)), (X,)),
+        (lambda dtype: layers.Affine(*_weights(dtype, W, B)), (X3,)),
+        (lambda dtype: layers.Affine(*_weights(dtype, W, B), input_grad=False), (X,)),
+    ],
+    "Sigmoid": [(lambda dtype: layers.Sigmoid(), (X3,))],
+    "ReLU": [(lambda dtype: layers.ReLU(), (X3,))],
+    "Tanh": [(lambda dtype: layers.Tanh(), (X3,))],
+    "Softmax": [(lambda dtype: layers.Softmax(), (X3,)), (lambda dtype: layers.Softmax(), (X,))],
+    "SoftmaxWithLoss": [
+        (lambda dtype: layers.SoftmaxWithLoss(), (SCORES, LABELS)),
+        (lambda dtype: layers.SoftmaxWithLoss(), (SCORES, ONE_HOT)),
+        (lambda dtype: layers.SoftmaxWithLoss(), (X3, numpy.array([[0, 1, 2], [3, 3, 0]]))),
+        (lambda dtype: layers.SoftmaxWithLoss(), (_rng.standard_normal((3, 200)), LABELS[:3])),
+    ],
+    "MeanSquaredError": [(lambda dtype: layers.MeanSquaredError(), (SCORES, _rng.standard_normal((5, 3))))],
+    "Repeat": [(lambda dtype: layers.Repeat(3), (X[:1],))],
+    "Sum": [(lambda dtype: layers.Sum(), (X3,))],
+}

@@ -1,0 +1,28 @@
+"""The spiral is the source's, number by number."""
+
+import numpy
+
+from nnx import spiral
+
+
+def test_spiral_is_the_sources_bit_for_bit():
+    x, t = spiral.load_data()
+    state = numpy.random.RandomState(1984)
+    for j in range(3):
+        for i in range(100):
+            rate = i / 100
+            theta = j * 4.0 + 4.0 * rate + state.randn() * 0.2
+            expected = numpy.array([rate * numpy.sin(theta), rate * numpy.cos(theta)])
+            assert (x[100 * j + i] == expected).all(), (i, j)
+    assert (x.shape, x.dtype, t.shape, t.dtype) == ((300, 2), numpy.float64, (300, 3), numpy.int32)
+    numpy.testing.assert_array_equal(t.argmax(axis=1), numpy.repeat([0, 1, 2], 100))
+    assert (t.sum(axis=1) == 1).all()
+
+
+def test_spiral_leaves_the_global_generator_alone():
+    numpy.random.seed(5)
+    expected = numpy.random.rand()
+    numpy.random.seed(5)
+    x, _ = spiral.load_data(seed=7)
+    assert numpy.random.rand() == expected
+    assert (x != spiral.load_data()[0]).any()

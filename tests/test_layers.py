@@ -1,0 +1,267 @@
+"""What every layer promises, through check_layer; then values by hand, limits and errors, layer by layer."""
+
+import math
+
+import numpy
+import pytest
+from cases import CASES, W, X
+
+import nnx
+from nnx import layers, np, to_cpu
+from nnx.layers import Affine, MatMul, MeanSquaredError, ReLU, Repeat, Sigmoid, Softmax, SoftmaxWithLoss, Sum, Tanh
+from nnx.testing import check_layer
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [pytest.param(*case, id=f"{name}-{i}") for name, cases in CASES.items() for i, case in enumerate(cases)],
+)
+def test_layer_keeps_the_rules(make, inputs):
+    check_layer(make, *inputs)
+
+
+def test_every_public_layer_has_a_case():
+    assert set(CASES) == set(layers.__all__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float16_stays_float16(name):
+    make, inputs = CASES[name][0]
+    layer = make("float16")
+    out = layer.forward(*(numpy.asarray(a, "float16" if a.dtype.kind == "f" else a.dtype) for a in inputs))
+    grad = layer.backward(np.ones_like(out) if out.ndim else 1)
+    assert out.dtype == grad.dtype == np.float16
+    wide = make("float64")
+    expected = wide.forward(*inputs)
+    numpy.testing.assert_allclose(to_cpu(out), to_cpu(expected), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("layer", [Sigmoid(), ReLU(), Tanh(), Softmax(), Sum()], ids=lambda layer: type(layer).__name__)
+def test_weightless_layers_make_integers_floating(layer):
+    assert layer.forward([[1, 2], [3, 4]]).dtype == np.float64
+    assert layer.forward(numpy.ones((2, 2), numpy.int8)).dtype == np.float32
+
+
+def test_weights_become_params_and_grads_are_written_in_place():
+    W, b = np.ones((2, 3), "float32"), np.zeros(3, "float32")
+    layer = Affine(W, b)
+    grads = list(layer.grads)
+    assert layer.params[0] is W
+    assert layer.params[1] is b
+    layer.forward(np.ones((4, 2), "float32"))
+    layer.backward(np.ones((4, 3), "float32"))
+    assert layer.grads[0] is grads[0]
+    numpy.testing.assert_array_equal(to_cpu(grads[0]), numpy.full((2, 3), 4))
+    numpy.testing.assert_array_equal(to_cpu(grads[1]), [4, 4, 4])
+
+
+def test_affine_by_hand():
+    layer = Affine(nnx.asarray([[1.0, 2.0], [3.0, 4.0]]), nnx.asarray([0.5, -0.5]))
+    numpy.testing.assert_array_equal(to_cpu(layer.forward([[1, 1], [2, 0]])), [[4.5, 5.5], [2.5, 3.5]])
+    numpy.testing.assert_array_equal(to_cpu(layer.backward([[1, 0], [0, 1]])), [[1, 3], [2, 4]])
+    numpy.testing.assert_array_equal(to_cpu(layer.grads[0]), [[1, 2], [1, 0]])
+    numpy.testing.assert_array_equal(to_cpu(layer.grads[1]), [1, 1])
+
+
+def test_layers_cast_their_input_to_the_weights():
+    layer = MatMul(nnx.asarray(W, "float32"))
+    assert layer.forward(X).dtype == np.float32
+    assert layer.backward(numpy.ones((5, 3))).dtype == np.float32
+
+
+def test_grads_are_c_ordered_for_a_transposed_weight():
+    layer = MatMul(nnx.asarray(W, "float32").T)
+    assert layer.grads[0].flags.c_contiguous
+
+
+def test_softmax_with_loss_by_hand():
+    layer = SoftmaxWithLoss()
+    loss = layer.forward([[0.0, 0.0], [math.log(3), 0.0]], [0, 1])
+    assert float(loss) == pytest.approx((math.log(2) + math.log(4)) / 2)
+    numpy.testing.assert_allclose(to_cpu(layer.y), [[0.5, 0.5], [0.75, 0.25]])
+    numpy.testing.assert_allclose(to_cpu(layer.backward()), [[-0.25, 0.25], [0.375, -0.375]])
+    numpy.testing.assert_allclose(to_cpu(layer.backward(2)), [[-0.5, 0.5], [0.75, -0.75]])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint8", "bool", "int64"])
+def test_softmax_with_loss_takes_indices_and_one_hot_alike(dtype, rng):
+    x, t = rng.standard_normal((6, 2)), rng.integers(0, 2, 6)
+    layer = SoftmaxWithLoss()
+    expected = float(layer.forward(x, t))
+    assert float(layer.forward(x, numpy.eye(2)[t].astype(dtype))) == expected
+    numpy.testing.assert_array_equal(to_cpu(layer.t), t)
+    assert float(layer.forward(x, t.astype(dtype))) == expected
+
+
+def test_one_class_is_no_one_hot():
+    assert float(SoftmaxWithLoss().forward([[1.0], [2.0]], [0, 0])) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_softmax_with_loss_has_no_floor_and_no_ceiling(dtype):
+    x = numpy.array([[0, 30], [0, 200], [0, 1000]], dtype)
+    assert float(SoftmaxWithLoss().forward(x, [0, 0, 0])) == pytest.approx(410, rel=1e-3)
+    assert float(SoftmaxWithLoss().forward(x[1:], [1, 1])) == 0
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+def test_softmax_with_loss_of_infinite_scores_is_the_limit(classes):
+    x = numpy.zeros((1, classes), "float32")
+    x[0, 1] = numpy.inf
+    layer = SoftmaxWithLoss()
+    assert float(layer.forward(x, [1])) == 0
+    numpy.testing.assert_array_equal(to_cpu(layer.y)[0, :3], [0, 1, 0])
+    assert float(layer.forward(x, [0])) == numpy.inf
+    assert float(layer.forward(-x, [0])) == pytest.approx(math.log(classes - 1))
+    x[0, 0] = numpy.nan
+    assert math.isnan(float(layer.forward(x, [1])))
+
+
+def test_mean_squared_error_by_hand():
+    layer = MeanSquaredError()
+    assert float(layer.forward([[1.0], [2.0]], [[0.0], [4.0]])) == 2.5
+    numpy.testing.assert_array_equal(to_cpu(layer.backward()), [[1], [-2]])
+
+
+def test_repeat_and_sum_are_each_the_others_backward(rng):
+    x, dout = rng.standard_normal((1, 8)), rng.standard_normal((7, 8))
+    repeat, total = Repeat(7), Sum()
+    y = repeat.forward(x)
+    assert y.shape == (7, 8)
+    numpy.testing.assert_array_equal(to_cpu(y), numpy.repeat(x, 7, axis=0))
+    numpy.testing.assert_allclose(to_cpu(repeat.backward(dout)), dout.sum(axis=0, keepdims=True))
+    numpy.testing.assert_allclose(to_cpu(total.forward(dout)), to_cpu(repeat.backward(dout)))
+    numpy.testing.assert_array_equal(to_cpu(total.backward(x)), to_cpu(y))
+
+
+def test_infinite_gradient_stops_at_a_closed_relu():
+    layer = ReLU()
+    layer.forward([[-1.0, 1.0]])
+    numpy.testing.assert_array_equal(to_cpu(layer.backward([[numpy.inf, 2.0]])), [[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("W", "b", "error", "words"),
+    [
+        (np.ones((2, 3), int), np.zeros(3), TypeError, "W must be a .* floating dtype, got .*int64.*nnx.asarray"),
+        (np.ones((2, 3)), np.zeros(3, int), TypeError, "b must be a .* floating dtype, got .*int64.*nnx.asarray"),
+        ([[1.0, 2.0]], [0.0, 0.0], TypeError, "W must be a .* got list"),
+        (None, None, TypeError, "W must be a .* got NoneType"),
+        (np.ones((2, 3)), np.zeros(2), ValueError, r"b must be float64 of shape \(3,\).*got float64 \(2,\)"),
+        (np.ones((2, 3)), np.zeros(3, "float32"), ValueError, "b must be float64"),
+        (np.ones(3), np.zeros(3), ValueError, "W must have two axes"),
+    ],
+)
+def test_affine_refuses_weights(W, b, error, words):
+    with pytest.raises(error, match=f"Affine: {words}"):
+        Affine(W, b)
+
+
+@pytest.mark.skipif(not nnx.GPU, reason="without NNX_GPU=1 host arrays are the arrays of the active module")
+def test_host_weights_are_refused_on_the_gpu():
+    with pytest.raises(
+        TypeError, match=r"MatMul: W must be a cupy array .* got numpy.ndarray of float64; .*nnx.asarray"
+    ):
+        MatMul(numpy.ones((2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (numpy.ones((5, 3)), ValueError, r"Affine: x must have shape \(N, 4\) to fit W \(4, 3\), got \(5, 3\)"),
+        (numpy.ones(4), ValueError, r"got \(4,\); make it one row with x\[None\]"),
+        (3.0, ValueError, "x must have shape"),
+        ("text", TypeError, "Affine: expected real numbers"),
+        (None, TypeError, "Affine: expected real numbers, got object"),
+        ([[1, 2], [3]], ValueError, "Affine: expected an array or a list of numbers, got list"),
+        (numpy.ones((5, 4), complex), TypeError, "expected real numbers, got complex128"),
+    ],
+)
+def test_affine_refuses_inputs(x, error, words):
+    with pytest.raises(error, match=words):
+        CASES["Affine"][0][0]("float64").forward(x)
+
+
+@pytest.mark.parametrize("name", ["Affine", "Sigmoid", "Softmax", "Sum"])
+def test_backward_refuses_a_gradient_that_would_broadcast(name):
+    make, inputs = CASES[name][0]
+    layer = make("float64")
+    layer.forward(*inputs)
+    with pytest.raises(ValueError, match=rf"{name}.backward: dout must have the shape of the output .* got \(1, 1\)"):
+        layer.backward(numpy.ones((1, 1)))
+
+
+LABEL_ERRORS = [
+    ([0, 1, 3], r"labels must lie in \[0, 3\), got 3"),
+    ([0, -1, 2], r"labels must lie in \[0, 3\), got -1"),
+    ([0.0, 1.0, 2.0], "labels must be integers .* got float64"),
+    (numpy.eye(3), "use argmax"),
+    ([0, 1], r"integers of shape \(3,\) or one-hot of shape \(3, 3\), got shape \(2,\)"),
+    ([[0], [1], [2]], r"got shape \(3, 1\)"),
+    (numpy.eye(3, 4, dtype=int), r"got shape \(3, 4\)"),
+    (numpy.array([[1, 0, 0], [0, 1, 1], [0, 0, 1]]), "every one-hot row must hold a single 1"),
+    (numpy.array([[1, 0, 0], [0, 0, 0], [0, 0, 1]]), "every one-hot row must hold a single 1"),
+    (numpy.array([[1, 0, 0], [0, 2, 0], [0, 0, 1]]), "every one-hot row must hold a single 1"),
+]
+
+
+@pytest.mark.parametrize(("t", "words"), LABEL_ERRORS)
+def test_softmax_with_loss_refuses_labels(t, words):
+    with pytest.raises(ValueError, match=f"SoftmaxWithLoss: .*{words}"):
+        SoftmaxWithLoss().forward(numpy.zeros((3, 3)), t)
+
+
+@pytest.mark.parametrize("t", ["abc", None])
+def test_softmax_with_loss_refuses_what_is_no_number(t):
+    with pytest.raises(TypeError, match="SoftmaxWithLoss: expected real numbers"):
+        SoftmaxWithLoss().forward(numpy.zeros((3, 3)), t)
+
+
+@pytest.mark.skipif(not nnx.GPU, reason="on NumPy a label out of range is an error")
+@pytest.mark.parametrize("bad", [-1, 3, 10**6])
+def test_a_bad_label_on_the_gpu_gives_nan(bad):
+    layer = SoftmaxWithLoss()
+    loss = layer.forward(np.zeros((2, 3)), np.asarray([0, bad]))
+    assert math.isnan(float(loss))
+    numpy.testing.assert_array_equal(numpy.isnan(to_cpu(layer.backward())).any(axis=1), [False, True])
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "t"),
+    [
+        (SoftmaxWithLoss(), numpy.zeros((0, 3)), numpy.zeros(0, int)),
+        (MeanSquaredError(), numpy.zeros((0, 1)), numpy.zeros((0, 1))),
+    ],
+)
+def test_losses_refuse_an_empty_batch(layer, x, t):
+    with pytest.raises(ValueError, match="the batch is empty"):
+        layer.forward(x, t)
+
+
+def test_mean_squared_error_refuses_what_would_broadcast():
+    with pytest.raises(ValueError, match=r"MeanSquaredError: t must have the shape .*\(3, 1\), got \(3,\)"):
+        MeanSquaredError().forward(numpy.zeros((3, 1)), numpy.zeros(3))
+
+
+def test_repeat_refuses_more_than_one_row():
+    with pytest.raises(ValueError, match="Repeat: axis 0 of x must have length 1"):
+        Repeat(3).forward(numpy.zeros((2, 3)))
+
+
+def test_layers_take_empty_batches():
+    make, _ = CASES["Affine"][0]
+    layer = make("float32")
+    assert layer.forward(numpy.zeros((0, 4))).shape == (0, 3)
+    assert layer.backward(numpy.zeros((0, 3))).shape == (0, 4)
+    assert not to_cpu(layer.grads[0]).any()
+
+
+def test_two_axes_more_give_what_rows_give(rng):
+    make, _ = CASES["Affine"][0]
+    x, dout = rng.standard_normal((2, 5, 4)), rng.standard_normal((2, 5, 3))
+    deep, flat = make("float64"), make("float64")
+    numpy.testing.assert_allclose(to_cpu(deep.forward(x)).reshape(10, 3), to_cpu(flat.forward(x.reshape(10, 4))))
+    numpy.testing.assert_allclose(
+        to_cpu(deep.backward(dout)).reshape(10, 4), to_cpu(flat.backward(dout.reshape(10, 3)))
+    )
+    numpy.testing.assert_allclose(to_cpu(deep.grads[1]), to_cpu(flat.grads[1]))

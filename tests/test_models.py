@@ -1,0 +1,140 @@
+"""Sequential and TwoLayerNet: what they compute, what they leave alone, how they print."""
+
+import copy
+import pickle
+
+import numpy
+import pytest
+
+import nnx
+from benchmarks import book
+from nnx import Affine, MeanSquaredError, Sequential, Sigmoid, SoftmaxWithLoss, TwoLayerNet, np, to_cpu
+
+
+def data(rng, n=6):
+    return rng.standard_normal((n, 2)).astype("float32"), rng.integers(0, 3, n)
+
+
+def trained(rng):
+    net = TwoLayerNet(2, 4, 3, rng=0)
+    x, t = data(rng)
+    net.forward(x, t)
+    net.backward()
+    return net, x, t
+
+
+class Doubling:
+    """A reader's layer that knows training from predicting."""
+
+    params, grads = [], []
+
+    def forward(self, x, train_flg=True):
+        self.seen = x
+        return x * 2 if train_flg else x
+
+    def backward(self, dout):
+        return dout * 2
+
+
+@pytest.mark.parametrize("labels", ["indices", "one-hot"])
+def test_two_layer_net_is_the_books(rng, labels):
+    net = TwoLayerNet(4, 5, 3, dtype="float64", rng=1, input_grad=True)
+    reference = book.TwoLayerNet(*(to_cpu(p).copy() for p in net.params))
+    x, t = rng.standard_normal((7, 4)), rng.integers(0, 3, 7)
+    t = numpy.eye(3, dtype=int)[t] if labels == "one-hot" else t
+    assert float(net.forward(x, t)) == pytest.approx(reference.forward(x, t), abs=1e-6)
+    numpy.testing.assert_allclose(to_cpu(net.backward()), reference.backward(), rtol=1e-10, atol=1e-15)
+    for g, expected in zip(net.grads, reference.grads, strict=True):
+        numpy.testing.assert_allclose(to_cpu(g), expected, rtol=1e-10, atol=1e-15)
+    numpy.testing.assert_allclose(to_cpu(net.predict(x)), reference.predict(x), rtol=1e-12)
+
+
+def test_training_skips_the_gradient_of_the_data(rng):
+    net, _, _ = trained(rng)
+    assert net.backward() is None
+    assert TwoLayerNet(2, 4, 3).params[0].dtype == np.float32
+
+
+def test_predict_leaves_no_trace(rng):
+    net, x, _ = trained(rng)
+    before = [to_cpu(g).copy() for g in net.grads]
+    first = net.predict(x)
+    kept = to_cpu(first).copy()
+    net.predict(x[:1] + 5)
+    numpy.testing.assert_array_equal(to_cpu(first), kept)
+    assert len(net.layers[0].x) == len(x)
+    net.backward()
+    for g, b in zip(net.grads, before, strict=True):
+        numpy.testing.assert_array_equal(to_cpu(g), b)
+    fresh = TwoLayerNet(2, 4, 3)
+    fresh.predict(x)
+    assert not hasattr(fresh.layers[0], "x")
+
+
+def test_predict_tells_layers_that_ask():
+    layer = Doubling()
+    net = Sequential([Sequential([layer])])
+    assert float(net.predict(np.ones((1, 1)))[0, 0]) == 1
+    assert not hasattr(layer, "seen")
+    assert float(net.forward(np.ones((1, 1)))[0, 0]) == 2
+
+
+def test_a_sequential_is_a_layer(rng):
+    x, t = data(rng)
+    inner = [Affine(np.ones((2, 4), "float32"), np.zeros(4, "float32")), Sigmoid()]
+    last = Affine(np.ones((4, 3), "float32"), np.zeros(3, "float32"))
+    nested = Sequential([Sequential(inner), last], SoftmaxWithLoss())
+    flat = Sequential([*inner, last], SoftmaxWithLoss())
+    assert all(a is b for a, b in zip(nested.params, flat.params, strict=True))
+    assert float(nested.forward(x, t)) == float(flat.forward(x, t))
+    numpy.testing.assert_array_equal(to_cpu(nested.backward()), to_cpu(flat.backward()))
+
+
+def test_evaluate_in_batches_is_evaluate_at_once(rng):
+    net, x, t = trained(rng)
+    loss, accuracy = net.evaluate(x, t)
+    assert loss == pytest.approx(float(net.forward(x, t)))
+    assert accuracy == pytest.approx((to_cpu(net.predict(x)).argmax(axis=1) == t).mean())
+    assert net.evaluate(x, t, batch_size=4) == pytest.approx((loss, accuracy))
+    assert net.evaluate(x, numpy.eye(3, dtype=int)[t], batch_size=4) == pytest.approx((loss, accuracy))
+    assert all(isinstance(value, float) for value in (loss, accuracy))
+
+
+def test_evaluate_of_a_regression_has_no_accuracy(rng):
+    net = Sequential([Affine(np.zeros((2, 1)), np.ones(1))], MeanSquaredError())
+    assert net.evaluate(rng.standard_normal((5, 2)), numpy.zeros((5, 1)), batch_size=2) == (1.0, None)
+
+
+@pytest.mark.parametrize("t", [[0, 1], [], 0])
+def test_evaluate_refuses_rows_that_do_not_match(t):
+    with pytest.raises(ValueError, match=r"TwoLayerNet.evaluate: x and t must have the same number of rows"):
+        TwoLayerNet(2, 3, 3).evaluate(numpy.zeros((3, 2)), t)
+
+
+def test_evaluate_needs_a_loss():
+    with pytest.raises(ValueError, match=r"Sequential.evaluate: there is no loss layer"):
+        Sequential([Sigmoid()]).evaluate([[1.0]], [0])
+
+
+def test_copies_are_independent_and_whole(rng):
+    net, x, t = trained(rng)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert all(p is q for p, q in zip(other.params, other.layers[0].params + other.layers[2].params, strict=True))
+        before = to_cpu(net.params[0]).copy()
+        other.forward(x, t)
+        other.backward()
+        nnx.SGD(1.0).update(other.params, other.grads)
+        numpy.testing.assert_array_equal(to_cpu(net.params[0]), before)
+        assert (to_cpu(other.params[0]) != before).any()
+
+
+def test_a_printed_model_shows_layers_shapes_and_parameters():
+    assert repr(TwoLayerNet(2, 10, 3)).splitlines() == [
+        "TwoLayerNet(",
+        "  Affine            (2, 10), (10,)                      30",
+        "  Sigmoid                                                0",
+        "  Affine            (10, 3), (3,)                       33",
+        "  SoftmaxWithLoss                                        0",
+        ") 63 parameters, float32",
+    ]
+    assert repr(Sequential([Doubling()])).endswith(") 0 parameters, no weights")

@@ -1,0 +1,139 @@
+"""Which array module, chosen how, and what is said when it cannot be had."""
+
+import importlib
+import os
+import subprocess
+import sys
+import types
+
+import numpy
+import pytest
+
+import nnx
+from nnx import config
+
+shim = importlib.import_module("nnx.np")  # the submodule; the package's own `np` is the library
+
+
+def run(code, **environment):
+    """Run `code` in a new Python, in this environment but for `environment` (None: unset)."""
+    variables = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+
+
+def test_the_import_forms_give_the_library_itself():
+    import nnx.np as np_as
+
+    namespace = {}
+    exec("from nnx.np import *", namespace)
+    from nnx import np as np_from
+    from nnx.np import zeros
+
+    library = sys.modules["cupy" if nnx.GPU else "numpy"]
+    assert np_as is np_from is nnx.np is namespace["np"] is library
+    assert namespace["GPU"] is nnx.GPU is config.GPU
+    assert {name for name in namespace if not name.startswith("_")} == {"np", "GPU"}
+    assert zeros is library.zeros
+
+
+def test_a_name_that_the_library_lacks_is_named():
+    with pytest.raises(ImportError, match="scatter_add"):
+        exec("from nnx.np import scatter_add", {})
+    with pytest.raises(AttributeError, match=rf"neither nnx.np nor {nnx.np.__name__} has 'scatter_add'"):
+        shim.scatter_add  # noqa: B018 - the look-up is what is tested
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "false", "no", "off", "OFF", " 0 "])
+def test_off_is_numpy_and_imports_nothing_more(value):
+    code = (
+        "import sys, numpy, nnx; assert nnx.np is numpy and nnx.GPU is False; "
+        "print([m for m in ('cupy', 'matplotlib', 'tqdm', 'sklearn', 'scipy') if m in sys.modules])"
+    )
+    result = run(code, NNX_GPU=value)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("value", ["banana", "2", "-1", "cuda"])
+def test_other_values_are_refused(value):
+    error = run("import nnx", NNX_GPU=value).stderr.splitlines()[-1]
+    assert error.startswith(f"ValueError: NNX_GPU={value!r} is neither on (1, true, yes, on) nor off (unset, 0,")
+    assert ("CUDA_VISIBLE_DEVICES" in error) == (value == "2")
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
+def test_on_asks_for_cupy(value):
+    blocked = "import sys; sys.modules['cupy'] = None; import nnx"  # the import system then has no cupy
+    result = run(blocked, NNX_GPU=value)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ImportError: NNX_GPU=1, but CuPy cannot be imported: pip install")
+    assert "ModuleNotFoundError" in result.stderr  # the original is kept
+
+
+class Runtime:
+    """What the pre-flight asks of CuPy's runtime, with answers to choose."""
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self, devices=1, driver=13000, status=35):
+        self.devices, self.driver, self.status = devices, driver, status
+
+    def getDeviceCount(self):
+        if self.devices is None:
+            error = self.CUDARuntimeError("cudaErrorSomething")
+            error.status = self.status
+            raise error
+        return self.devices
+
+    def driverGetVersion(self):
+        return self.driver
+
+    def runtimeGetVersion(self):
+        return 13020
+
+
+def missing():
+    raise RuntimeError("libnvrtc.so not found")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "cuda", "words"),
+    [
+        (Runtime(None, 0), {}, "no NVIDIA driver is installed"),
+        (Runtime(None, 12080), {}, r"the driver supports CUDA 12.8, this CuPy needs 13.2; .*nnx-array\[cuda12\]"),
+        (Runtime(None, 13020, 100), {}, "the driver shows none; see nvidia-smi"),
+        (Runtime(0), {}, "no CUDA device is visible; see CUDA_VISIBLE_DEVICES"),
+        (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=missing)}, r"NVRTC .*cannot be loaded: .*\[cuda13\]"),
+        (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=int)}, "cuBLAS .*cannot be loaded"),
+        (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=int), "cublas": 1}, "cuRAND .*cannot be loaded"),
+    ],
+)
+def test_the_missing_piece_is_named(runtime, cuda, words, monkeypatch):
+    class Cuda(types.SimpleNamespace):
+        def __getattr__(self, name):  # as CuPy 14 does for a library that it cannot load
+            raise ImportError(name)
+
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=Cuda(runtime=runtime, **cuda)))
+    with pytest.raises(RuntimeError, match=f"NNX_GPU=1.*{words}") as error:
+        shim._import_cupy()
+    assert runtime.devices == 0 or error.value.__cause__ is not None
+
+
+def test_the_choice_cannot_be_changed_later():
+    config.GPU = config.GPU  # a script of the source that says what is so may go on saying it
+    with pytest.raises(AttributeError, match=f"start Python with NNX_GPU={int(not nnx.GPU)}"):
+        config.GPU = not nnx.GPU
+    assert config.GPU is nnx.GPU
+
+
+def test_module_run_prints_the_configuration():
+    result = subprocess.run([sys.executable, "-m", "nnx"], capture_output=True, text=True, check=True)
+    rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert rows["nnx"].startswith(f"{nnx.__version__} on {'CuPy' if nnx.GPU else 'NumPy'}")
+    assert rows["NumPy"] == numpy.__version__
+    assert ("device" in rows) == nnx.GPU
+
+
+def test_every_public_name_exists():
+    for name in nnx.__all__:
+        assert hasattr(nnx, name), name

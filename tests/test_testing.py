@@ -1,0 +1,133 @@
+"""The checkers must refuse layers that are wrong, by 0.1 % or by habit, and say where."""
+
+import numpy
+import pytest
+from cases import CASES, B, W, X
+
+import nnx
+from nnx import Affine, np
+from nnx.testing import check_gradients, check_layer
+
+
+class Wrong(Affine):
+    """An Affine with one fault; each method is right but for the fault that it is asked for."""
+
+    def __init__(self, dtype, fault):
+        super().__init__(np.array(W, dtype), np.array(B, dtype))
+        self.fault = fault
+        self.count = 0
+
+    def forward(self, x):
+        if self.fault == "writes input":
+            x *= 1
+            x[0, 0] += 1
+        y = super().forward(x)
+        if self.fault == "aliases":
+            if not hasattr(self, "buffer") or self.buffer.shape != y.shape:
+                self.buffer = y
+            self.buffer[...] = y
+            return self.buffer
+        return y.astype("float64") if self.fault == "dtype" else y
+
+    def backward(self, dout):
+        if self.fault == "writes dout":
+            dout *= 2
+        old = [g.copy() for g in self.grads]
+        dx = super().backward(dout)
+        if self.fault == "W":
+            self.grads[0] *= 1.001
+        elif self.fault == "b":
+            self.grads[1] *= 1.001
+        elif self.fault == "adds":
+            for g, o in zip(self.grads, old, strict=True):
+                g += o
+        elif self.fault == "new array":
+            self.grads[0] = self.grads[0].copy()
+        elif self.fault == "one element":
+            self.grads[0][1, 2] *= 1.001
+        return dx * 1.001 if self.fault == "x" else dx
+
+    def __deepcopy__(self, memo):
+        return self if self.fault == "copy" else Wrong._copy(self)
+
+    def _copy(self):
+        other = Wrong(self.params[0].dtype, self.fault)
+        other.params[0][...], other.params[1][...] = self.params
+        return other
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("x", "gradient of input 0 at"),
+        ("W", r"gradient of params\[0\] at"),
+        ("b", r"gradient of params\[1\] at"),
+        ("one element", r"gradient of params\[0\] at \(1, 2\): backward gives .*, the difference quotient"),
+        ("adds", "must write, not add"),
+        ("new array", r"grads\[0\] is another array after backward"),
+        ("writes input", "an input is written into|gradient of"),
+        ("writes dout", "writes into dout|gradient"),
+        ("aliases", "a result changes when the layer is used again"),
+        ("dtype", "computes float64 from float32"),
+        ("copy", r"a copy shares params\[0\]"),
+    ],
+)
+def test_check_layer_refuses(fault, words):
+    with pytest.raises((AssertionError, ValueError), match=words) as error:
+        check_layer(lambda dtype: Wrong(dtype, fault), X)
+    assert "read-only" in str(error.value) or isinstance(error.value, AssertionError)
+
+
+def test_check_layer_accepts_the_right_one():
+    check_layer(lambda dtype: Wrong(dtype, None), X)
+
+
+@pytest.mark.parametrize("fault", ["x", "W", "b", "one element"])
+def test_check_gradients_refuses_a_thousandth(fault):
+    with pytest.raises(AssertionError, match="Wrong: gradient of"):
+        check_gradients(Wrong("float64", fault), X)
+
+
+def test_check_gradients_wants_float64():
+    with pytest.raises(AssertionError, match=r"needs float64, params\[0\] is float32"):
+        check_gradients(CASES["Affine"][0][0]("float32"), X)
+
+
+class Product:
+    """A reader's layer with two inputs: y = a * b."""
+
+    params, grads = [], []
+
+    def forward(self, a, b):
+        self.a, self.b = a, b
+        return a * b
+
+    def backward(self, dout):
+        return dout * self.b, dout * self.a
+
+
+class Lookup:
+    """A reader's layer with an integer input and no gradient for it."""
+
+    def __init__(self, dtype):
+        self.params, self.grads = [nnx.asarray(W, dtype)], [np.zeros(W.shape, dtype)]
+
+    def forward(self, idx):
+        self.idx = idx
+        return self.params[0][idx]
+
+    def backward(self, dout):
+        self.grads[0][...] = 0
+        np.add.at(self.grads[0], self.idx, dout)
+
+
+class HalfProduct(Product):
+    def backward(self, dout):
+        return dout * self.b, dout * self.a * 1.001
+
+
+def test_check_layer_knows_several_inputs_and_integers(rng):
+    check_layer(lambda dtype: Product(), X, rng.standard_normal(X.shape))
+    check_layer(Lookup, numpy.array([0, 2, 2, 1]))
+    with pytest.raises(AssertionError, match="gradient of input 1"):
+        check_layer(lambda dtype: HalfProduct(), X, rng.standard_normal(X.shape))
