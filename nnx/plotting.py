@@ -47,7 +47,14 @@ def plot_data(x: Any, t: Any, *, ax: Axes | None = None, path: str | Path | None
     t = t.argmax(axis=1) if t.ndim == 2 else t
     ax = _axes(ax)
     for i, label in enumerate(numpy.unique(t)):
-        ax.scatter(x[t == label, 0], x[t == label, 1], s=20, marker=_MARKERS[i % len(_MARKERS)], label=str(label))
+        ax.scatter(
+            x[t == label, 0],
+            x[t == label, 1],
+            s=20,
+            color=f"C{i}",
+            marker=_MARKERS[i % len(_MARKERS)],
+            label=str(label),
+        )
     return _save(ax, path)
 
 
@@ -69,8 +76,13 @@ def plot_decision_regions(
     grid = numpy.meshgrid(numpy.arange(low[0], high[0], step), numpy.arange(low[1], high[1], step))
     scores = to_cpu(predict(numpy.stack([axis.ravel() for axis in grid], axis=1)))
     ax = _axes(ax)
+    classes = scores.shape[1]
     ax.contourf(
-        *grid, scores.argmax(axis=1).reshape(grid[0].shape), levels=numpy.arange(scores.shape[1] + 1) - 0.5, alpha=0.3
+        *grid,
+        scores.argmax(axis=1).reshape(grid[0].shape),
+        levels=numpy.arange(classes + 1) - 0.5,
+        colors=[f"C{i}" for i in range(classes)],
+        alpha=0.3,
     )
     plot_data(points, t, ax=ax)
     return _save(ax, path)

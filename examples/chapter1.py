@@ -1,0 +1,100 @@
+"""Chapter 1 of Deep Learning from Scratch 2, section by section, on NumPy or with NNX_GPU=1 on CuPy.
+
+At the end a net that the reader writes from three layers is trained on the spiral; about 0.97 of the
+300 points are right after 300 epochs, in a second on a CPU.
+"""
+
+import argparse
+
+from tqdm import trange
+
+from nnx import SGD, asarray, spiral
+from nnx.layers import Affine, MatMul, Repeat, Sigmoid, SoftmaxWithLoss, Sum
+from nnx.np import *  # the book's import: np and GPU
+
+
+def vectors_and_matrices():
+    """1.1: elementwise arithmetic, broadcasting, inner product and matrix product."""
+    W, X = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[0, 1, 2], [3, 4, 5]])
+    print(W + X, W * X, sep="\n")
+    A, b = np.array([[1, 2], [3, 4]]), np.array([10, 20])
+    print(A * 10, A * b, sep="\n")
+    print(np.dot(np.array([1, 2, 3]), np.array([4, 5, 6])), np.matmul(A, A), sep="\n")
+
+
+def inference():
+    """1.2: a net that only predicts, 10 inputs of 2 numbers, 4 hidden neurons, 3 outputs."""
+    W1, b1, W2, b2 = (np.random.randn(*shape) for shape in ((2, 4), (4,), (4, 3), (3,)))
+    x = np.random.randn(10, 2)
+    for layer in (Affine(W1, b1), Sigmoid(), Affine(W2, b2)):
+        x = layer.forward(x)
+    print("scores", x.shape)
+
+
+def nodes():
+    """1.3: Repeat and Sum, each the other's backward, and MatMul, which writes into its gradient."""
+    repeat, total, matmul = Repeat(7), Sum(), MatMul(np.ones((8, 3)))
+    x = np.random.randn(1, 8)
+    y = repeat.forward(x)
+    print("repeat", x.shape, "->", y.shape, "and back", repeat.backward(y).shape)
+    print("sum", y.shape, "->", total.forward(y).shape, "and back", total.backward(x).shape)
+    dW = matmul.grads[0]
+    matmul.forward(y)
+    matmul.backward(np.ones((7, 3)))
+    print("the gradient is the same array:", matmul.grads[0] is dW, dW.shape)
+
+
+class TwoLayerNet:
+    """1.4: the chapter's net, written by its reader."""
+
+    def __init__(self, input_size, hidden_size, output_size):
+        W1, b1 = 0.01 * np.random.randn(input_size, hidden_size), np.zeros(hidden_size)
+        W2, b2 = 0.01 * np.random.randn(hidden_size, output_size), np.zeros(output_size)
+        self.layers = [Affine(W1, b1), Sigmoid(), Affine(W2, b2)]
+        self.loss_layer = SoftmaxWithLoss()
+        self.params = [p for layer in self.layers for p in layer.params]
+        self.grads = [g for layer in self.layers for g in layer.grads]
+
+    def predict(self, x):
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+    def forward(self, x, t):
+        return self.loss_layer.forward(self.predict(x), t)
+
+    def backward(self, dout=1):
+        dout = self.loss_layer.backward(dout)
+        for layer in reversed(self.layers):
+            dout = layer.backward(dout)
+        return dout
+
+
+def training(epochs):
+    """1.4: the spiral, and the training loop; return the accuracy."""
+    np.random.seed(1984)
+    x, t = (asarray(a) for a in spiral.load_data())
+    model, optimizer = TwoLayerNet(2, 10, 3), SGD(lr=1.0)
+    for _ in trange(epochs, unit="epoch"):
+        order = np.random.permutation(len(x))
+        for start in range(0, len(x), 30):
+            rows = order[start : start + 30]
+            loss = model.forward(x[rows], t[rows])
+            model.backward()
+            optimizer.update(model.params, model.grads)
+    accuracy = float((model.predict(x).argmax(axis=1) == t.argmax(axis=1)).mean())
+    print(f"last loss {loss:.2f}, accuracy {accuracy:.3f} on the {len(x)} points")
+    return accuracy
+
+
+def main(epochs=300):
+    """Run all sections; return the accuracy of the last."""
+    for section in (vectors_and_matrices, inference, nodes):
+        section()
+    return training(epochs)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=300)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,55 @@
+"""Train the two-layer net on the spiral with the loop written out, as the chapter does.
+
+Source: Deep Learning from Scratch 2, section 1.4.3. Nothing here is hidden in a Trainer: shuffle,
+batch, forward, backward, update, and the mean loss of every ten steps. About 0.97 of the 300 points
+are right after 300 epochs, in a second on a CPU. With NNX_GPU=1 it runs on the GPU.
+"""
+
+import argparse
+
+import numpy
+from tqdm import trange
+
+from nnx import SGD, TwoLayerNet, asarray, spiral
+
+
+def main(epochs=300, hidden_size=10, batch_size=30, lr=1.0, seed=0):
+    """Return the mean losses and the accuracy on the 300 points."""
+    x, t = spiral.load_data()
+    rng = numpy.random.default_rng(seed)
+    model = TwoLayerNet(input_size=2, hidden_size=hidden_size, output_size=3, rng=rng)
+    optimizer = SGD(lr)
+
+    max_iters = len(x) // batch_size
+    total_loss, loss_count, loss_list = 0, 0, []
+    bar = trange(epochs, unit="epoch")
+    for _ in bar:
+        order = rng.permutation(len(x))
+        shuffled_x, shuffled_t = asarray(x[order]), asarray(t[order])  # one move to the device an epoch
+        for i in range(max_iters):
+            rows = slice(i * batch_size, (i + 1) * batch_size)
+            loss = model.forward(shuffled_x[rows], shuffled_t[rows])
+            model.backward()
+            optimizer.update(model.params, model.grads)
+
+            total_loss += loss
+            loss_count += 1
+            if (i + 1) % 10 == 0:
+                avg_loss = total_loss / loss_count
+                bar.set_postfix_str(f"loss {avg_loss:.2f}", refresh=False)
+                loss_list.append(float(avg_loss))
+                total_loss, loss_count = 0, 0
+
+    _, accuracy = model.evaluate(x, t)
+    print(f"last mean loss {loss_list[-1]:.3f}, accuracy {accuracy:.3f} on the {len(x)} points")
+    return loss_list, accuracy
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--hidden-size", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=30)
+    parser.add_argument("--lr", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,375 @@
+"""fit: what it trains, reports, refuses and leaves alone."""
+
+import math
+import os
+import signal
+import threading
+
+import numpy
+import pytest
+
+import nnx
+from benchmarks import book
+from nnx import SGD, Affine, MeanSquaredError, Sequential, Sigmoid, SoftmaxWithLoss, Trainer, TwoLayerNet, np, to_cpu
+from nnx.trainer import remove_duplicate
+
+
+def spiral():
+    return nnx.spiral.load_data()
+
+
+def new_trainer(lr=1.0, dtype="float32", rng=0):
+    return Trainer(TwoLayerNet(2, 10, 3, dtype=dtype, rng=1), SGD(lr), rng=rng)
+
+
+class Recorder:
+    """A callback that notes what it is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_begin(self, trainer):
+        self.events.append("begin")
+
+    def on_step(self, trainer):
+        self.events.append((trainer.current_epoch, trainer.iteration))
+
+    def on_evaluate(self, trainer):
+        self.events.append(trainer.loss_list[-1])
+
+    def on_epoch(self, trainer):
+        self.events.append("epoch")
+
+    def on_end(self, trainer):
+        self.events.append("end")
+
+
+class Once:
+    """A callback that calls a function at one step."""
+
+    def __init__(self, step, function):
+        self.step, self.function, self.count = step, function, 0
+
+    def on_step(self, trainer):
+        self.count += 1
+        if self.count == self.step:
+            self.function()
+
+
+def test_fit_is_the_books_loop_step_by_step():
+    x, t = spiral()
+    trainer = new_trainer(dtype="float64")
+    reference = book.TwoLayerNet(*(to_cpu(p).copy() for p in trainer.model.params))
+    trainer.fit(x, t, max_epoch=300, batch_size=30, eval_interval=10, verbose=False)
+    rng, losses = numpy.random.default_rng(0), []
+    for _ in range(300):
+        order = rng.permutation(300)
+        for i in range(0, 300, 30):
+            losses.append(reference.forward(x[order[i : i + 30]], t[order[i : i + 30]]))
+            reference.backward()
+            reference.update(1.0)
+    for p, expected in zip(trainer.model.params, reference.params, strict=True):
+        numpy.testing.assert_allclose(to_cpu(p), expected, rtol=1e-10)
+    means = [losses[0], *numpy.mean(numpy.reshape(losses[1:-9], (299, 10)), axis=1)]
+    numpy.testing.assert_allclose(trainer.loss_list, means, atol=1e-5)
+    _, accuracy = trainer.model.evaluate(x, t)
+    assert accuracy >= 0.95
+
+
+def test_fit_reports_the_sources_line_in_a_pipe(capsys):
+    x, t = spiral()
+    new_trainer().fit(x, t, 2, 30, None, 5)
+    out, err = capsys.readouterr()
+    assert [line.split(" | loss")[0] for line in out.splitlines()] == [
+        "| epoch 1 |  iter 1 / 10 | time 0[s]",
+        "| epoch 1 |  iter 6 / 10 | time 0[s]",
+        "| epoch 2 |  iter 1 / 10 | time 0[s]",
+        "| epoch 2 |  iter 6 / 10 | time 0[s]",
+    ]
+    assert out.splitlines()[0].endswith("| loss 1.10")
+    assert err == ""
+
+
+def test_fit_shows_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    x, t = spiral()
+    new_trainer().fit(x, t, 2, 30)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "20/20" in err
+    assert "loss 1.1" in err
+
+
+@pytest.mark.parametrize(("verbose", "lines"), [(True, 1), (False, 0)])
+def test_verbose_decides(verbose, lines, capsys):
+    x, t = spiral()
+    new_trainer().fit(x, t, 1, 30, verbose=verbose)
+    assert len(capsys.readouterr().out.splitlines()) == lines
+
+
+def test_callbacks_are_told_everything_in_order():
+    recorder = Recorder()
+    trainer = new_trainer()
+    trainer.fit(*spiral(), 2, 150, eval_interval=2, verbose=False, callbacks=[recorder])
+    first, second = trainer.loss_list
+    assert recorder.events == ["begin", first, (0, 1), (0, 2), "epoch", second, (1, 1), (1, 2), "epoch", "end"]
+    with pytest.raises(TypeError, match="a callback needs one of on_begin, on_step"):
+        trainer.fit(*spiral(), callbacks=[print])
+
+
+def test_stop_ends_after_the_epoch():
+    trainer = new_trainer()
+    trainer.fit(*spiral(), 5, 30, verbose=False, callbacks=[Once(12, trainer.stop)])
+    assert trainer.current_epoch == 2
+
+
+def test_fit_goes_on_where_it_left():
+    once, twice = new_trainer(), new_trainer()
+    once.fit(*spiral(), 4, 30, eval_interval=10, verbose=False)
+    for _ in range(2):
+        twice.fit(*spiral(), 2, 30, eval_interval=10, verbose=False)
+    assert len(twice.loss_list) == 4
+    assert twice.current_epoch == 4
+    for p, q in zip(once.model.params, twice.model.params, strict=True):
+        numpy.testing.assert_array_equal(to_cpu(p), to_cpu(q))
+
+
+def test_the_last_batch_has_what_is_left_unless_dropped():
+    x, t = spiral()
+    for drop_last, rows in [(False, [128, 128, 44]), (True, [128, 128])]:
+        seen = []
+        trainer = new_trainer()
+        forward = trainer.model.forward
+        trainer.model.forward = lambda x, t, forward=forward, seen=seen: seen.append(len(x)) or forward(x, t)
+        trainer.fit(x, t, 1, 128, drop_last=drop_last, verbose=False)
+        assert seen == rows
+
+
+def test_mean_losses_are_weighted_by_rows():
+    trainer = new_trainer(lr=0.0)
+    x, t = spiral()
+    trainer.fit(x, t, 2, 128, eval_interval=3, verbose=False)
+    losses = []
+    rng = numpy.random.default_rng(0)
+    order = rng.permutation(300)
+    for rows in (order[128:256], order[256:], rng.permutation(300)[:128]):
+        losses.append((trainer.model.evaluate(x[rows], t[rows])[0], len(rows)))
+    expected = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    assert trainer.loss_list[1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bytes_at_a_time", [1, 1 << 12, 1 << 40])
+def test_how_much_is_gathered_at_a_time_changes_nothing(bytes_at_a_time, monkeypatch):
+    expected = new_trainer()
+    expected.fit(*spiral(), 2, 70, verbose=False)
+    monkeypatch.setattr("nnx.trainer.gather_bytes", lambda: bytes_at_a_time)
+    trainer = new_trainer()
+    trainer.fit(*spiral(), 2, 70, verbose=False)
+    numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
+
+
+def test_data_that_does_not_fit_the_device_stays_on_the_host(monkeypatch):
+    expected = new_trainer()
+    expected.fit(*spiral(), 2, 70, verbose=False)
+    monkeypatch.setattr("nnx.trainer.fits", lambda *arrays: False)
+    trainer = new_trainer()
+    trainer.fit(*spiral(), 2, 70, verbose=False)
+    numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
+
+
+@pytest.mark.parametrize("kind", ["device", "lists", "indices"])
+def test_fit_takes_data_of_any_kind(kind):
+    x, t = spiral()
+    expected = new_trainer()
+    expected.fit(x, t, 1, 30, verbose=False)
+    trainer = new_trainer()
+    given = {"device": (np.asarray(x), np.asarray(t)), "lists": (x.tolist(), t.tolist()), "indices": (x, t.argmax(1))}
+    trainer.fit(*given[kind], 1, 30, verbose=False)
+    numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
+
+
+def test_fit_leaves_data_and_the_global_generator_alone():
+    x, t = spiral()
+    before = x.copy(), t.copy()
+    numpy.random.seed(3)
+    expected = numpy.random.rand()
+    numpy.random.seed(3)
+    new_trainer().fit(x, t, 1, 30, verbose=False)
+    numpy.testing.assert_array_equal(x, before[0])
+    numpy.testing.assert_array_equal(t, before[1])
+    assert numpy.random.rand() == expected
+
+
+def test_without_rng_numpys_global_generator_shuffles():
+    curves = []
+    for _ in range(2):
+        numpy.random.seed(11)
+        trainer = new_trainer(rng=None)
+        trainer.fit(*spiral(), 2, 30, eval_interval=1, verbose=False)
+        curves.append(trainer.loss_list)
+    assert curves[0] == curves[1]
+
+
+def test_max_grad_bounds_the_step():
+    trainer = new_trainer()
+    before = [to_cpu(p).copy() for p in trainer.model.params]
+    trainer.fit(*spiral(), 1, 300, 1e-3, verbose=False)
+    step = math.sqrt(sum(((to_cpu(p) - b) ** 2).sum() for p, b in zip(trainer.model.params, before, strict=True)))
+    assert step == pytest.approx(1e-3, rel=0.02)
+
+
+def test_validation_after_every_epoch():
+    x, t = spiral()
+    trainer = new_trainer()
+    trainer.fit(x, t, 3, 30, validation=(x, t), verbose=False)
+    assert len(trainer.val_list) == 3
+    assert trainer.val_list[-1] == trainer.model.evaluate(x, t)
+
+
+def test_a_regression_learns_a_line(rng):
+    x = rng.uniform(-1, 1, (200, 1))
+    model = Sequential([Affine(np.zeros((1, 1)), np.zeros(1))], MeanSquaredError())
+    Trainer(model, SGD(0.5), rng=0).fit(x, 3 * x - 1, 50, 20, verbose=False)
+    assert float(model.params[0][0, 0]) == pytest.approx(3, abs=1e-3)
+    assert float(model.params[1][0]) == pytest.approx(-1, abs=1e-3)
+
+
+class OwnNet:
+    """A reader's net, with layers and loss of its own: y = x @ W, half the squared error."""
+
+    def __init__(self):
+        self.params, self.grads = [np.zeros((2, 1))], [np.zeros((2, 1))]
+
+    def forward(self, x, t):
+        self.x, self.error = x, x @ self.params[0] - t
+        return 0.5 * (self.error**2).mean()
+
+    def backward(self, dout=1):
+        self.grads[0][...] = dout * self.x.T @ self.error / len(self.x)
+
+
+def test_a_readers_own_net_trains(rng):
+    x = rng.standard_normal((100, 2))
+    net = OwnNet()
+    Trainer(net, SGD(0.5), rng=0).fit(x, x @ [[1.0], [2.0]], 20, 10, verbose=False)
+    numpy.testing.assert_allclose(to_cpu(net.params[0]), [[1], [2]], atol=1e-6)
+
+
+def tied():
+    """A net whose last layer is the first one transposed, and its twin with the gradient by hand."""
+    W = np.asarray(numpy.random.default_rng(0).standard_normal((3, 3)) * 0.5)
+    return Sequential([nnx.MatMul(W), Sigmoid(), nnx.MatMul(W.T)], SoftmaxWithLoss()), W
+
+
+def test_shared_weights_get_the_sum_of_their_gradients(rng):
+    model, W = tied()
+    x, t = rng.standard_normal((4, 3)), [0, 1, 2, 0]
+    model.forward(x, t)
+    model.backward()
+    params, grads = remove_duplicate(model.params, model.grads)
+    assert params[0] is W
+    assert len(params) == len(grads) == 1
+    numpy.testing.assert_allclose(to_cpu(grads[0]), to_cpu(model.grads[0] + model.grads[1].T))
+    before, total = to_cpu(W).copy(), to_cpu(grads[0])
+    Trainer(model, SGD(0.1), rng=0).fit(x, t, 1, 4, verbose=False)
+    numpy.testing.assert_allclose(to_cpu(W), before - 0.1 * total, rtol=1e-6)
+    assert model.params[1].base is W or nnx.GPU
+
+
+def test_equal_numbers_are_not_shared():
+    params = [np.zeros((3, 3)), np.zeros((3, 3))]
+    grads = [np.ones((3, 3)), np.ones((3, 3))]
+    kept, same = remove_duplicate(params, grads)
+    assert [p is q for p, q in zip(kept, params, strict=True)] == [True, True]
+    assert [g is q for g, q in zip(same, grads, strict=True)] == [True, True]
+
+
+def state_of(trainer):
+    return [to_cpu(p).copy() for p in trainer.model.params], str(trainer.rng.bit_generator.state), trainer.current_epoch
+
+
+X, T = spiral()
+HOLE = X.copy()
+HOLE[17, 1] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "options", "error", "words"),
+    [
+        (X, T, {"batch_size": 0}, ValueError, "batch_size must be 1 to 300, the number of rows, got 0"),
+        (X, T, {"batch_size": 301}, ValueError, "batch_size must be 1 to 300, the number of rows, got 301"),
+        (X, T, {"batch_size": 1.5}, TypeError, "integer"),
+        (X, T, {"eval_interval": 0}, ValueError, "eval_interval must be at least 1, or None, got 0"),
+        (X, T[:-1], {}, ValueError, r"the same number of rows, at least one, got shapes \(300, 2\) and \(299, 3\)"),
+        (X[:0], T[:0], {}, ValueError, "at least one"),
+        (HOLE, T, {}, ValueError, "x holds NaN or infinity, first in row 17"),
+        (X[:, :1], T, {}, ValueError, r"Affine: x must have shape \(N, 2\)"),
+        (X[:, 0], T, {}, ValueError, r"Affine: x must have shape \(N, 2\)"),
+        (X, T[:, :2], {}, ValueError, "SoftmaxWithLoss: labels must be integers of shape"),
+        (X, T.astype(float), {}, ValueError, "use argmax"),
+        (X, T.argmax(1) + 1, {}, ValueError, r"labels must lie in \[0, 3\), got 3"),
+        (X, T.argmax(1) - 1, {}, ValueError, r"labels must lie in \[0, 3\), got -1"),
+        ("abc", T, {}, TypeError, "Trainer.fit: expected real numbers|Trainer.fit: x"),
+        (None, T, {}, TypeError, "Trainer.fit"),
+        ([[1, 2], [3]], T, {}, ValueError, "Trainer.fit"),
+    ],
+)
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_bad_input_changes_nothing(x, t, options, error, words, where):
+    if where == "device" and isinstance(x, numpy.ndarray):
+        x, t = np.asarray(x), np.asarray(t)
+    trainer = new_trainer()
+    before = state_of(trainer)
+    with pytest.raises(error, match=words):
+        trainer.fit(x, t, **options)
+    after = state_of(trainer)
+    for p, q in zip(before[0], after[0], strict=True):
+        numpy.testing.assert_array_equal(p, q)
+    assert before[1:] == after[1:]
+    assert trainer.loss_list == []
+
+
+def test_a_loss_that_is_no_number_is_found_at_the_evaluation():
+    trainer = Trainer(OwnNet(), SGD(1e3), rng=0)
+    x = numpy.ones((40, 2))
+    with numpy.errstate(all="ignore"), pytest.raises(FloatingPointError, match=r"epoch \d+, iterations \d+ to \d+;"):
+        trainer.fit(x, x[:, :1], 100, 4, eval_interval=5, verbose=False)
+    assert not math.isfinite(trainer.loss_list[-1]) or not numpy.isfinite(to_cpu(trainer.model.params[0])).all()
+    assert all(math.isfinite(loss) for loss in trainer.loss_list[:-1])
+
+
+def test_a_parameter_that_is_no_number_is_found_at_the_end_without_evaluations():
+    trainer = Trainer(OwnNet(), SGD(math.inf), rng=0)
+    x = numpy.ones((4, 2))
+    with numpy.errstate(all="ignore"), pytest.raises(FloatingPointError, match="after the last step"):
+        trainer.fit(x, x[:, :1], 1, 4, eval_interval=None, verbose=False)
+
+
+def test_ctrl_c_finishes_the_step():
+    trainer, recorder = new_trainer(), Recorder()
+    handler = signal.getsignal(signal.SIGINT)
+    interrupt = Once(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(*spiral(), 5, 30, eval_interval=None, verbose=False, callbacks=[interrupt, recorder])
+    assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # not torn out of the third step
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    trainer = new_trainer()
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one did not interrupt")
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[Once(1, twice)])
+
+
+def test_fit_runs_in_a_thread():
+    trainer = new_trainer()
+    thread = threading.Thread(target=trainer.fit, args=(*spiral(), 1, 30), kwargs={"verbose": False})
+    thread.start()
+    thread.join()
+    assert trainer.current_epoch == 1
