@@ -6,18 +6,18 @@ At the end a net that the reader writes from three layers is trained on the spir
 
 import argparse
 
+import numpy
 from tqdm import trange
 
-from nnx import SGD, asarray, spiral
+from nnx import SGD, spiral, to_cpu
 from nnx.layers import Affine, MatMul, Repeat, Sigmoid, SoftmaxWithLoss, Sum
 from nnx.np import *  # the book's import: np and GPU
 
 
 def vectors_and_matrices():
     """1.1: elementwise arithmetic, broadcasting, inner product and matrix product."""
-    W, X = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[0, 1, 2], [3, 4, 5]])
-    print(W + X, W * X, sep="\n")
     A, b = np.array([[1, 2], [3, 4]]), np.array([10, 20])
+    print(A + A, A * A, sep="\n")
     print(A * 10, A * b, sep="\n")
     print(np.dot(np.array([1, 2, 3]), np.array([4, 5, 6])), np.matmul(A, A), sep="\n")
 
@@ -39,8 +39,7 @@ def nodes():
     print("repeat", x.shape, "->", y.shape, "and back", repeat.backward(y).shape)
     print("sum", y.shape, "->", total.forward(y).shape, "and back", total.backward(x).shape)
     dW = matmul.grads[0]
-    matmul.forward(y)
-    matmul.backward(np.ones((7, 3)))
+    matmul.backward(np.ones_like(matmul.forward(y)))
     print("the gradient is the same array:", matmul.grads[0] is dW, dW.shape)
 
 
@@ -73,16 +72,16 @@ class TwoLayerNet:
 def training(epochs):
     """1.4: the spiral, and the training loop; return the accuracy."""
     np.random.seed(1984)
-    x, t = (asarray(a) for a in spiral.load_data())
+    x, t = spiral.load_data()  # host arrays: the layers move each batch
     model, optimizer = TwoLayerNet(2, 10, 3), SGD(lr=1.0)
     for _ in trange(epochs, unit="epoch"):
-        order = np.random.permutation(len(x))
+        order = numpy.random.permutation(len(x))
         for start in range(0, len(x), 30):
             rows = order[start : start + 30]
             loss = model.forward(x[rows], t[rows])
             model.backward()
             optimizer.update(model.params, model.grads)
-    accuracy = float((model.predict(x).argmax(axis=1) == t.argmax(axis=1)).mean())
+    accuracy = (to_cpu(model.predict(x)).argmax(axis=1) == t.argmax(axis=1)).mean()
     print(f"last loss {loss:.2f}, accuracy {accuracy:.3f} on the {len(x)} points")
     return accuracy
 
