@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,13 @@ def test_example_ends_with_its_number(name):
 def test_examples_are_short_and_explain_themselves(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 100
     assert run(path.stem, "--help").startswith("usage:")
+
+
+def test_the_code_of_the_readme_runs(tmp_path):
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    data = "import numpy\nimport nnx\nx = x_test = numpy.random.randn(256, 784)\nt = t_test = numpy.arange(256) % 10\n"
+    script = tmp_path / "readme.py"
+    script.write_text(data + "\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)), encoding="utf-8")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| epoch 10 |  iter 1 / 2 |" in result.stdout
