@@ -5,12 +5,18 @@ from nnx.config import GPU
 from nnx.dataset import spiral
 from nnx.device import asarray, show_config, synchronize, to_cpu, to_gpu
 from nnx.layers import (
+    GELU,
     Affine,
+    BatchNorm,
+    Dropout,
+    Embedding,
+    LayerNorm,
     MatMul,
     MeanSquaredError,
     ReLU,
     Repeat,
     Sigmoid,
+    SigmoidWithLoss,
     Softmax,
     SoftmaxWithLoss,
     Sum,
@@ -24,15 +30,21 @@ from nnx.trainer import Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "GELU",
     "GPU",
     "SGD",
     "Affine",
+    "BatchNorm",
+    "Dropout",
+    "Embedding",
+    "LayerNorm",
     "MatMul",
     "MeanSquaredError",
     "ReLU",
     "Repeat",
     "Sequential",
     "Sigmoid",
+    "SigmoidWithLoss",
     "Softmax",
     "SoftmaxWithLoss",
     "Sum",

@@ -77,8 +77,7 @@ def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -
     ValueError
         If shape, dtype or values are none of these, or the batch is empty.
     """
-    if not isinstance(t, numpy.ndarray):
-        t = numeric(t, name)
+    t = numeric(t, name)
     rows, classes = shape[:-1], shape[-1]
     kind = t.dtype.kind
     if kind not in "iub":
@@ -87,11 +86,7 @@ def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -
     if t.size == 0:
         raise ValueError(f"{name}: the batch is empty, and a mean over no rows has no value")
     if t.shape == rows:
-        if isinstance(t, numpy.ndarray):
-            # as unsigned numbers the negative ones are large: one search, by far the fastest, finds both ends
-            worst = t.item(t.view(_UNSIGNED[t.itemsize]).argmax())
-            if not 0 <= worst < classes:
-                raise ValueError(f"{name}: labels must lie in [0, {classes}), got {worst}")
+        _check_range(t, classes, name, "labels")
         indices = t if kind == "i" else t.astype(np.int64)
     elif t.shape == shape:
         indices = t.argmax(axis=-1)
@@ -102,6 +97,24 @@ def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -
             f"{name}: labels must be integers of shape {rows} or one-hot of shape {shape}, got shape {t.shape}"
         )
     return indices if isinstance(indices, Array) else np.asarray(indices)
+
+
+def check_range(idx: Any, stop: int, name: str, what: str) -> Array:
+    """Return `idx` as an integer array of the active module; on the host its values must lie in [0, stop)."""
+    idx = numeric(idx, name)
+    if idx.dtype.kind not in "iu":
+        raise ValueError(f"{name}: {what} must be integers in [0, {stop}), got {idx.dtype}")
+    if idx.size:
+        _check_range(idx, stop, name, what)
+    return np.asarray(idx)
+
+
+def _check_range(idx: Array, stop: int, name: str, what: str) -> None:
+    if isinstance(idx, numpy.ndarray):
+        # as unsigned numbers the negative ones are large: one search, by far the fastest, finds both ends
+        worst = idx.item(idx.view(_UNSIGNED[idx.itemsize]).argmax())
+        if not 0 <= worst < stop:
+            raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {worst}")
 
 
 def _is_one_hot(t: numpy.ndarray, indices: numpy.ndarray) -> bool:

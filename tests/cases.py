@@ -22,6 +22,10 @@ def _weights(dtype, *arrays):
     return [nnx.asarray(a, dtype) for a in arrays]
 
 
+def _norm(layer):
+    return lambda dtype: layer(*_weights(dtype, 1 + numpy.arange(4) / 4, numpy.arange(4) / 8))
+
+
 CASES = {
     "MatMul": [
         (lambda dtype: layers.MatMul(*_weights(dtype, W)), (X,)),
@@ -34,6 +38,14 @@ CASES = {
         (lambda dtype: layers.Affine(*_weights(dtype, W, B)), (X3,)),
         (lambda dtype: layers.Affine(*_weights(dtype, W, B), input_grad=False), (X,)),
     ],
+    "BatchNorm": [(_norm(layers.BatchNorm), (X,)), (_norm(layers.BatchNorm), (X3,))],
+    "Dropout": [(lambda dtype: layers.Dropout(0.3, rng=5), (X3,))],
+    "Embedding": [
+        (lambda dtype: layers.Embedding(*_weights(dtype, W)), (numpy.array([3, 0, 0, 1]),)),
+        (lambda dtype: layers.Embedding(*_weights(dtype, W)), (numpy.array([[3, 0], [0, 1], [3, 3]]),)),
+    ],
+    "GELU": [(lambda dtype: layers.GELU(), (X3,))],
+    "LayerNorm": [(_norm(layers.LayerNorm), (X,)), (_norm(layers.LayerNorm), (X3,))],
     "Sigmoid": [(lambda dtype: layers.Sigmoid(), (X3,))],
     "ReLU": [(lambda dtype: layers.ReLU(), (X3,))],
     "Tanh": [(lambda dtype: layers.Tanh(), (X3,))],
@@ -43,6 +55,10 @@ CASES = {
         (lambda dtype: layers.SoftmaxWithLoss(), (SCORES, ONE_HOT)),
         (lambda dtype: layers.SoftmaxWithLoss(), (X3, numpy.array([[0, 1, 2], [3, 3, 0]]))),
         (lambda dtype: layers.SoftmaxWithLoss(), (_rng.standard_normal((3, 200)), LABELS[:3])),
+    ],
+    "SigmoidWithLoss": [
+        (lambda dtype: layers.SigmoidWithLoss(), (SCORES[:, 0], LABELS % 2)),
+        (lambda dtype: layers.SigmoidWithLoss(), (SCORES, ONE_HOT.astype(bool))),
     ],
     "MeanSquaredError": [(lambda dtype: layers.MeanSquaredError(), (SCORES, _rng.standard_normal((5, 3))))],
     "Repeat": [(lambda dtype: layers.Repeat(3), (X[:1],))],

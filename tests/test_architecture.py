@@ -11,7 +11,8 @@ ROOT = Path(nnx.__file__).parent
 ORDER = [
     *("config", "np", "device", "kernels.portable", "kernels.cpu", "kernels.cuda", "kernels"),
     *("functions", "initializers"),
-    *("layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers"),
+    *("layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
+    *("layers.embedding", "layers.normalization", "layers"),
     *("optimizer", "dataset.spiral", "dataset", "models", "plotting", "trainer", "testing"),
 ]
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.rglob("*.py")}

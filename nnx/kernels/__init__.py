@@ -11,6 +11,11 @@ if GPU:
         add_bias,
         bias_grad,
         clip_grads,
+        dropout,
+        embedding,
+        embedding_grad,
+        gelu,
+        gelu_grad,
         relu_grad,
         sgd,
         sigmoid,
@@ -22,10 +27,14 @@ if GPU:
         tanh_grad,
     )
 else:
-    from nnx.kernels.cpu import bias_grad, sgd, sigmoid, sigmoid_grad, softmax_loss, softmax_loss_grad
+    from nnx.kernels.cpu import bias_grad, embedding_grad, sgd, sigmoid, sigmoid_grad, softmax_loss, softmax_loss_grad
     from nnx.kernels.portable import (
         add_bias,
         clip_grads,
+        dropout,
+        embedding,
+        gelu,
+        gelu_grad,
         relu_grad,
         softmax,
         softmax_grad,
@@ -36,6 +45,11 @@ __all__ = [
     "add_bias",
     "bias_grad",
     "clip_grads",
+    "dropout",
+    "embedding",
+    "embedding_grad",
+    "gelu",
+    "gelu_grad",
     "relu_grad",
     "sgd",
     "sigmoid",

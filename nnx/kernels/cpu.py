@@ -15,7 +15,7 @@ import numpy
 from nnx.kernels import portable
 from nnx.np import Array
 
-__all__ = ["bias_grad", "sgd", "sigmoid", "sigmoid_grad", "softmax_loss", "softmax_loss_grad"]
+__all__ = ["bias_grad", "embedding_grad", "sgd", "sigmoid", "sigmoid_grad", "softmax_loss", "softmax_loss_grad"]
 
 _BLOCK = 65536  # elements: a block of each operand fits in the second-level cache
 _FEW_CLASSES = 128
@@ -27,6 +27,15 @@ def bias_grad(dout: Array, out: Array) -> None:
         portable.bias_grad(dout, out)
     else:
         numpy.dot(_ones(len(dout), dout.dtype), dout, out=out)
+
+
+def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
+    """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i."""
+    out[...] = 0
+    if idx.size:
+        order = idx.argsort(kind="stable")
+        rows, starts = numpy.unique(idx[order], return_index=True)
+        out[rows] = numpy.add.reduceat(dout[order], starts, axis=0)
 
 
 @numpy.errstate(over="ignore")

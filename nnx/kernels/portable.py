@@ -8,6 +8,7 @@ CuPy has none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ __all__ = [
     "add_bias",
     "bias_grad",
     "clip_grads",
+    "dropout",
+    "embedding",
+    "embedding_grad",
+    "gelu",
+    "gelu_grad",
     "relu_grad",
     "sgd",
     "sigmoid",
@@ -70,6 +76,60 @@ def tanh_grad(dout: Array, y: Array) -> Array:
     np.subtract(1, dx, out=dx)
     dx *= dout
     return dx
+
+
+def gelu(x: Array) -> Array:
+    """Return x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 * x**3)."""
+    tanh, c, _ = _gelu_terms(x)
+    return (np.where(x < 0, c, x) * (0.5 * (1 + tanh))).astype(x.dtype, copy=False)
+
+
+def gelu_grad(dout: Array, x: Array) -> Array:
+    """Return dout * (1 + tanh(u) + x * (1 - tanh(u)**2) * du/dx) / 2."""
+    tanh, c, du = _gelu_terms(x)
+    return (dout * (0.5 * (1 + tanh + c * (1 - tanh * tanh) * du))).astype(x.dtype, copy=False)
+
+
+def _gelu_terms(x: Array) -> tuple[Array, Array, Array]:
+    """Return tanh(u), x clipped to where tanh(u) is neither 1 nor -1 exactly, and du/dx."""
+    c = np.clip(x.astype(_wide(x.dtype), copy=False), -20, 20)
+    cc = c * c
+    root = math.sqrt(2 / math.pi)
+    return np.tanh(root * c * (1 + 0.044715 * cc)), c, root * (1 + 3 * 0.044715 * cc)
+
+
+def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
+    """Return `x` with a share `ratio` of its elements 0, chosen by a hash of seed, call and index (in C order)."""
+    first, second = (mix(seed + 0x9E3779B97F4A7C15 * (2 * call + i)) & 0xFFFFFFFF for i in (0, 1))
+    bits = np.arange(x.size, dtype=np.uint32)
+    for key in (first, second):
+        bits ^= np.uint32(key)
+        bits ^= bits >> 16
+        bits *= np.uint32(0x7FEB352D)
+        bits ^= bits >> 15
+        bits *= np.uint32(0x846CA68B)
+        bits ^= bits >> 16
+    return np.where(bits.reshape(x.shape) >= np.uint32(ratio * 2**32), x, 0)
+
+
+def mix(z: int) -> int:
+    """Return 64 well-mixed bits of the integer `z` (the finalizer of splitmix64)."""
+    z &= 0xFFFFFFFFFFFFFFFF
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 31)
+
+
+def embedding(W: Array, idx: Array) -> Array:
+    """Return W[idx]; an index outside [0, V) gives a row of NaN."""
+    valid = ((idx >= 0) & (idx < len(W)))[..., None]
+    return np.where(valid, W.take(np.where(valid[..., 0], idx, 0), axis=0), np.nan)
+
+
+def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
+    """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i."""
+    out[...] = 0
+    np.add.at(out, idx, dout)
 
 
 def softmax(x: Array) -> Array:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nnx.device import asfloat, asgrad
-from nnx.kernels import relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh_grad
+from nnx.kernels import gelu, gelu_grad, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh_grad
 from nnx.np import Array, np
 
-__all__ = ["ReLU", "Sigmoid", "Softmax", "Tanh"]
+__all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
 
 
 class Sigmoid:
@@ -69,6 +69,33 @@ class Tanh:
         """Return dout * (1 - y**2)."""
         y = self.out
         return tanh_grad(asgrad(dout, y.shape, y.dtype, "Tanh"), y)
+
+
+class GELU:
+    """The Gaussian error linear unit by its usual approximation, y = x / 2 * (1 + tanh(u)).
+
+    u = sqrt(2 / pi) * (x + 0.044715 * x**3); the difference to the exact function is below 5e-4.
+
+    References
+    ----------
+    Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2.
+    """
+
+    x: Array  # of the last forward
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def forward(self, x: Any) -> Array:
+        """Return x / 2 * (1 + tanh(u))."""
+        self.x = asfloat(x, None, "GELU")
+        return gelu(self.x)
+
+    def backward(self, dout: Any) -> Array:
+        """Return dout * (1 + tanh(u) + x * (1 - tanh(u)**2) * du/dx) / 2."""
+        x = self.x
+        return gelu_grad(asgrad(dout, x.shape, x.dtype, "GELU"), x)
 
 
 class Softmax:

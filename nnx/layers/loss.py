@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asfloat
-from nnx.functions import class_indices
-from nnx.kernels import softmax_loss, softmax_loss_grad
+from nnx.device import asfloat, numeric
+from nnx.functions import check_range, class_indices
+from nnx.kernels import sigmoid, softmax_loss, softmax_loss_grad
 from nnx.np import Array, np
 
-__all__ = ["MeanSquaredError", "SoftmaxWithLoss"]
+__all__ = ["MeanSquaredError", "SigmoidWithLoss", "SoftmaxWithLoss"]
 
 
 class SoftmaxWithLoss:
@@ -66,6 +66,64 @@ class SoftmaxWithLoss:
     def accuracy(self) -> Array:
         """Return the share of rows of the last forward that have their largest score at the label."""
         return (self.y.argmax(axis=-1) == self.t).mean()
+
+
+class SigmoidWithLoss:
+    """Sigmoid and the binary cross entropy of its result: loss = -mean(t * log(y) + (1 - t) * log(1 - y)).
+
+    It is computed from the scores, as mean(log(1 + exp(z))) with z = -x where t is 1 and x where it
+    is 0, so it is right however sure the scores are.
+
+    Shapes
+    ------
+    x, t : equal; (N,) beside (N, 1) would broadcast and is refused. t holds 0 and 1, integers or bools.
+
+    Attributes
+    ----------
+    y, t
+        sigmoid(x) and the labels of the last forward.
+
+    Raises
+    ------
+    ValueError
+        If t is anything else or the batch is empty. Labels that lie on the GPU are not looked at.
+    """
+
+    y: Array
+    t: Array
+
+    def __init__(self) -> None:
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+
+    def targets(self, t: Any, shape: tuple[int, ...]) -> Array:
+        """Return the labels `t` for scores of `shape`, checked; `Trainer` calls it once for all data."""
+        t = numeric(t, "SigmoidWithLoss")
+        t = check_range(t.astype(np.int8) if t.dtype.kind == "b" else t, 2, "SigmoidWithLoss", "labels")
+        if t.shape != shape:
+            raise ValueError(
+                f"SigmoidWithLoss: t must have the shape of the scores {shape}, got {t.shape}; use reshape"
+            )
+        if t.size == 0:
+            raise ValueError("SigmoidWithLoss: the batch is empty, and a mean over nothing has no value")
+        return t
+
+    def forward(self, x: Any, t: Any) -> Array:
+        """Return the loss."""
+        x = asfloat(x, None, "SigmoidWithLoss")
+        self.t = self.targets(t, x.shape)
+        self.y = sigmoid(x)
+        z = np.where(self.t == 1, -x, x)
+        return (np.maximum(z, 0) + np.log1p(np.exp(-abs(z)))).mean()
+
+    def backward(self, dout: Any = 1) -> Array:
+        """Return (y - t) * dout / size, a new array at every call."""
+        dx = np.subtract(self.y, self.t, dtype=self.y.dtype)
+        return np.multiply(dx, dout / dx.size, out=dx)
+
+    def accuracy(self) -> Array:
+        """Return the share of elements of the last forward whose probability is on the side of the label."""
+        return ((self.y >= 0.5) == self.t).mean()
 
 
 class MeanSquaredError:

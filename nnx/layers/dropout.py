@@ -1,0 +1,67 @@
+"""Dropout. x, y, dout: any shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnx.device import asfloat, asgrad
+from nnx.initializers import generator
+from nnx.kernels import dropout
+from nnx.np import Array, np
+
+__all__ = ["Dropout"]
+
+
+class Dropout:
+    """Sets each element to 0 with probability `dropout_ratio` in training: y = x * mask.
+
+    As in the source, what is kept is not scaled up; predicting scales by 1 - dropout_ratio instead.
+    The masks are a hash of `seed`, `calls` and the element's index: equal bits on both devices, no
+    mask in memory, and two integers to save.
+
+    Parameters
+    ----------
+    dropout_ratio : float
+        0 keeps all, below 1.
+    rng : seed, numpy.random.Generator or None
+        Draws `seed`; None is NumPy's global generator.
+
+    Attributes
+    ----------
+    seed, calls : int
+        What the next mask is made from; `calls` counts the training forwards.
+
+    References
+    ----------
+    Srivastava et al., "Dropout: A simple way to prevent neural networks from overfitting", 2014.
+    """
+
+    def __init__(self, dropout_ratio: float = 0.5, *, rng: Any = None) -> None:
+        if not 0 <= dropout_ratio < 1:
+            raise ValueError(f"Dropout: dropout_ratio must be in [0, 1), got {dropout_ratio}")
+        self.params: list[Array] = []
+        self.grads: list[Array] = []
+        self.dropout_ratio = dropout_ratio
+        self.seed = int.from_bytes(generator(rng).bytes(8), "little")
+        self.calls = 0
+
+    def forward(self, x: Any, train_flg: bool = True) -> Array:
+        """Return x with a new mask, or with train_flg=False x * (1 - dropout_ratio)."""
+        x = asfloat(x, None, "Dropout")
+        self.shape, self.dtype, self.train_flg = x.shape, x.dtype, train_flg
+        if not train_flg:
+            return x * (1 - self.dropout_ratio)
+        self.calls += 1
+        return dropout(x, self.dropout_ratio, self.seed, self.calls)
+
+    def backward(self, dout: Any) -> Array:
+        """Return dout under the mask, or the scale, of the last forward."""
+        dout = asgrad(dout, self.shape, self.dtype, "Dropout")
+        if not self.train_flg:
+            return dout * (1 - self.dropout_ratio)
+        return dropout(dout, self.dropout_ratio, self.seed, self.calls)
+
+    @property
+    def mask(self) -> Array:
+        """The mask of the last training forward, made anew: 1 where an element was kept."""
+        return dropout(np.ones(self.shape, self.dtype), self.dropout_ratio, self.seed, self.calls)

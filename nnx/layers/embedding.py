@@ -1,0 +1,53 @@
+"""Rows of a matrix, looked up by index. V rows (the vocabulary), H columns; `...` any axes of indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnx.device import asgrad, check_weights
+from nnx.functions import check_range
+from nnx.kernels import embedding, embedding_grad
+from nnx.np import Array, np
+
+__all__ = ["Embedding"]
+
+
+class Embedding:
+    """Word vectors: y = W[idx].
+
+    Parameters
+    ----------
+    W : (V, H)
+        A floating array of the active module; it becomes `params[0]` itself.
+
+    Shapes
+    ------
+    idx : (...) integers in [0, V)    y, dout : (..., H)
+
+    Raises
+    ------
+    ValueError
+        For indices that are no integers, or on the host lie outside [0, V). Indices on the GPU are
+        not looked at, which would stop it: there one outside gives a row of NaN.
+    """
+
+    idx: Array
+
+    def __init__(self, W: Array) -> None:
+        check_weights("Embedding", W=W)
+        if W.ndim != 2:
+            raise ValueError(f"Embedding: W must have two axes (vocabulary, vector), got shape {W.shape}")
+        self.params = [W]
+        self.grads = [np.zeros(W.shape, W.dtype)]
+
+    def forward(self, idx: Any) -> Array:
+        """Return W[idx]."""
+        W = self.params[0]
+        self.idx = check_range(idx, len(W), "Embedding", "idx")
+        return embedding(W, self.idx)
+
+    def backward(self, dout: Any) -> None:
+        """Write the gradient of W: the sum of dout's rows for each index, in the order of the rows."""
+        W = self.params[0]
+        dout = asgrad(dout, (*self.idx.shape, W.shape[1]), W.dtype, "Embedding")
+        embedding_grad(self.idx.reshape(-1), dout.reshape(-1, W.shape[1]), self.grads[0])
