@@ -24,7 +24,7 @@ from nnx.layers import (
 )
 from nnx.models import Sequential, TwoLayerNet
 from nnx.np import np  # binds the library itself over the submodule of the same name
-from nnx.optimizer import SGD, clip_grads
+from nnx.optimizer import SGD, AdaGrad, Adam, AdamW, Momentum, Nesterov, RMSprop, clip_grads
 from nnx.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -33,6 +33,9 @@ __all__ = [
     "GELU",
     "GPU",
     "SGD",
+    "AdaGrad",
+    "Adam",
+    "AdamW",
     "Affine",
     "BatchNorm",
     "Dropout",
@@ -40,6 +43,9 @@ __all__ = [
     "LayerNorm",
     "MatMul",
     "MeanSquaredError",
+    "Momentum",
+    "Nesterov",
+    "RMSprop",
     "ReLU",
     "Repeat",
     "Sequential",

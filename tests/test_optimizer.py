@@ -5,7 +5,9 @@ import math
 import numpy
 import pytest
 
+import nnx
 from nnx import SGD, clip_grads, np, to_cpu
+from nnx.optimizer import cosine_decay, step_decay, warm_up
 
 
 def arrays(rng, *shapes, dtype="float32"):
@@ -83,3 +85,150 @@ def test_clip_grads_at_the_ends_of_the_range():
 def test_clip_grads_refuses_a_norm(max_norm):
     with pytest.raises(ValueError, match="clip_grads: max_norm must be positive"):
         clip_grads([np.ones(2)], max_norm)
+
+
+OPTIMIZERS = {  # with settings that converge on both problems
+    "SGD": (nnx.SGD, {"lr": 0.002}),
+    "Momentum": (nnx.Momentum, {"lr": 0.0005}),
+    "Nesterov": (nnx.Nesterov, {"lr": 0.0005}),
+    "AdaGrad": (nnx.AdaGrad, {"lr": 0.5}),
+    "RMSprop": (nnx.RMSprop, {"lr": 0.002}),
+    "Adam": (nnx.Adam, {"lr": 0.02}),
+    "AdamW": (nnx.AdamW, {"lr": 0.02, "weight_decay": 1e-5}),
+}
+
+
+def parabola(x):
+    return (x - numpy.array([1.0, -2.0])) ** 2, 2 * (x - numpy.array([1.0, -2.0])), [1, -2]
+
+
+def rosenbrock(x):
+    a, b = x
+    return None, numpy.array([-2 * (1 - a) - 40 * a * (b - a * a), 20 * (b - a * a)]), [1, 1]
+
+
+@pytest.mark.parametrize("problem", [parabola, rosenbrock])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_converge(name, problem):
+    """On a parabola, and in Rosenbrock's valley (of steepness 10) from (-1, 1)."""
+    optimizer, settings = OPTIMIZERS[name]
+    optimizer = optimizer(**settings)
+    p, g = np.asarray([-1.0, 1.0]), np.zeros(2)
+    for _ in range(8000 if not nnx.GPU else 4000):
+        _, gradient, target = problem(to_cpu(p))
+        g[...] = np.asarray(gradient)
+        optimizer.update([p], [g])
+    numpy.testing.assert_allclose(to_cpu(p), target, atol=0.05)
+
+
+def test_every_optimizer_is_in_the_table():
+    classes = {name for name, value in vars(nnx.optimizer).items() if hasattr(value, "update") and name[0] != "_"}
+    assert classes == set(OPTIMIZERS)
+
+
+def steps_by_hand(name, p, gradients):
+    """The formulas of the docstrings in float64, over a list of gradients."""
+    lr, eps, a, b = 0.1, 1e-7, 0.0, 0.0
+    for i, g in enumerate(gradients, 1):
+        if name == "SGD":
+            p = p - lr * g
+        elif name == "Momentum":
+            a = 0.9 * a - lr * g
+            p = p + a
+        elif name == "Nesterov":
+            p = p + 0.81 * a - 1.9 * lr * g  # the source's form, with the velocity from before the step
+            a = 0.9 * a - lr * g
+        elif name == "AdaGrad":
+            a = a + g**2
+            p = p - lr * g / (a**0.5 + eps)
+        elif name == "RMSprop":
+            a = 0.99 * a + 0.01 * g**2
+            p = p - lr * g / (a**0.5 + eps)
+        else:
+            a, b = 0.9 * a + 0.1 * g, 0.999 * b + 0.001 * g**2
+            p = p * (1 - lr * (0.01 if name == "AdamW" else 0))
+            p = p - lr * math.sqrt(1 - 0.999**i) / (1 - 0.9**i) * a / (b**0.5 + eps)
+    return p
+
+
+@pytest.mark.parametrize("shape", [(), (3, 4), (300, 300)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_by_hand(name, shape, rng):
+    gradients = rng.standard_normal((4, *(shape or (1,))))
+    start = rng.standard_normal(shape or (1,))
+    for dtype, rtol in (("float64", 1e-12), ("float32", 1e-4)):
+        p, g = [np.array(start, dtype)], [np.zeros(start.shape, dtype)]
+        optimizer = OPTIMIZERS[name][0](lr=0.1)
+        for gradient in gradients:
+            g[0][...] = np.asarray(gradient)
+            optimizer.update(p, g)
+        assert p[0].dtype == dtype
+        expected = steps_by_hand(name, start, gradients)
+        numpy.testing.assert_allclose(to_cpu(p[0]), expected, rtol=rtol, atol=rtol)
+        for state in getattr(optimizer, "_state", ()):
+            assert getattr(optimizer, state)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_layout_makes_no_difference(name, rng):
+    start, gradient = rng.standard_normal((300, 300)), np.asarray(rng.standard_normal((300, 300)))
+    plain, wide = np.array(start), np.zeros((300, 600))
+    turned, gaps = np.asarray(start.T.copy()).T, wide[:, ::2]
+    gaps[...] = plain
+    for p in (plain, turned, gaps):
+        optimizer = OPTIMIZERS[name][0](lr=0.1)
+        for _ in range(3):
+            optimizer.update([p], [gradient])
+    numpy.testing.assert_allclose(to_cpu(turned), to_cpu(plain), rtol=1e-12)
+    numpy.testing.assert_allclose(to_cpu(gaps), to_cpu(plain), rtol=1e-12)
+    assert not to_cpu(wide[:, 1::2]).any()
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SGD"])
+def test_state_belongs_to_its_parameters(name):
+    optimizer = OPTIMIZERS[name][0]()
+    p, q = [np.ones(2), np.ones(3)], [np.ones(2), np.ones(3)]
+    optimizer.update(p, [np.ones(2), np.ones(3)])
+    for other in (q, p[:1], p[::-1]):
+        with pytest.raises(ValueError, match=rf"{name}: these {len(other)} params are not .*reset\(\)"):
+            optimizer.update(other, [np.ones(a.shape) for a in other])
+    assert all(float(a.min()) == 1 for a in q)
+    optimizer.reset()
+    optimizer.update(q, [np.ones(2), np.ones(3)])
+    numpy.testing.assert_array_equal(to_cpu(q[0]), to_cpu(p[0]))
+
+
+@pytest.mark.skipif(nnx.GPU, reason="PyTorch's CPU build is compared with NumPy")
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("SGD", {}),
+        ("Momentum", {"momentum": 0.9}),
+        ("Nesterov", {"momentum": 0.9, "nesterov": True}),
+        ("AdaGrad", {"eps": 1e-7}),
+        ("RMSprop", {"alpha": 0.99, "eps": 1e-7}),
+    ],
+)
+def test_pytorch_takes_the_same_steps(name, settings, rng):
+    """Adam is left out: PyTorch adds eps after the correction, the source (and the paper's last form) before it."""
+    torch = pytest.importorskip("torch")
+    peer = {"Momentum": "SGD", "Nesterov": "SGD", "AdaGrad": "Adagrad"}.get(name, name)
+    start = rng.standard_normal(50)
+    theirs = torch.tensor(start, requires_grad=True)
+    optimizer = getattr(torch.optim, peer)([theirs], lr=0.01, **settings)
+    p, ours = [np.asarray(start.copy())], OPTIMIZERS[name][0](lr=0.01)
+    for gradient in rng.standard_normal((100, 50)):
+        theirs.grad = torch.tensor(gradient)
+        optimizer.step()
+        ours.update(p, [np.asarray(gradient)])
+    numpy.testing.assert_allclose(to_cpu(p[0]), theirs.detach().numpy(), rtol=1e-6, atol=1e-9)
+
+
+def test_schedules():
+    step = step_decay(0.8, every=10, factor=0.5)
+    assert [step(i) for i in (0, 9, 10, 25)] == [0.8, 0.8, 0.4, 0.2]
+    cosine = cosine_decay(1.0, steps=100, final=0.1)
+    assert [cosine(i) for i in (0, 50, 100, 1000)] == pytest.approx([1, 0.55, 0.1, 0.1])
+    warm = warm_up(4, cosine)
+    assert [warm(i) for i in range(3)] == pytest.approx([0.25 * cosine(0), 0.5 * cosine(1), 0.75 * cosine(2)])
+    assert warm(50) == cosine(50)

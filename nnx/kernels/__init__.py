@@ -8,6 +8,8 @@ from nnx.config import GPU
 
 if GPU:
     from nnx.kernels.portable import (
+        adagrad,
+        adam,
         add_bias,
         bias_grad,
         clip_grads,
@@ -16,7 +18,10 @@ if GPU:
         embedding_grad,
         gelu,
         gelu_grad,
+        momentum,
+        nesterov,
         relu_grad,
+        rmsprop,
         sgd,
         sigmoid,
         sigmoid_grad,
@@ -27,7 +32,20 @@ if GPU:
         tanh_grad,
     )
 else:
-    from nnx.kernels.cpu import bias_grad, embedding_grad, sgd, sigmoid, sigmoid_grad, softmax_loss, softmax_loss_grad
+    from nnx.kernels.cpu import (
+        adagrad,
+        adam,
+        bias_grad,
+        embedding_grad,
+        momentum,
+        nesterov,
+        rmsprop,
+        sgd,
+        sigmoid,
+        sigmoid_grad,
+        softmax_loss,
+        softmax_loss_grad,
+    )
     from nnx.kernels.portable import (
         add_bias,
         clip_grads,
@@ -42,6 +60,8 @@ else:
     )
 
 __all__ = [
+    "adagrad",
+    "adam",
     "add_bias",
     "bias_grad",
     "clip_grads",
@@ -50,7 +70,10 @@ __all__ = [
     "embedding_grad",
     "gelu",
     "gelu_grad",
+    "momentum",
+    "nesterov",
     "relu_grad",
+    "rmsprop",
     "sgd",
     "sigmoid",
     "sigmoid_grad",

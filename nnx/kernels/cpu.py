@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -15,7 +15,20 @@ import numpy
 from nnx.kernels import portable
 from nnx.np import Array
 
-__all__ = ["bias_grad", "embedding_grad", "sgd", "sigmoid", "sigmoid_grad", "softmax_loss", "softmax_loss_grad"]
+__all__ = [
+    "adagrad",
+    "adam",
+    "bias_grad",
+    "embedding_grad",
+    "momentum",
+    "nesterov",
+    "rmsprop",
+    "sgd",
+    "sigmoid",
+    "sigmoid_grad",
+    "softmax_loss",
+    "softmax_loss_grad",
+]
 
 _BLOCK = 65536  # elements: a block of each operand fits in the second-level cache
 _FEW_CLASSES = 128
@@ -90,21 +103,46 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
 
 
 def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
-    """Subtract lr * grad from every parameter, in place, in blocks whose product stays in the cache."""
+    """p -= lr * g."""
     dtype = None
-    for p, g in zip(params, grads, strict=True):
+    for p, g in zip(*_blocks(params, grads), strict=True):
         if p.dtype is not dtype:
             dtype = p.dtype
             rate = numpy.array(lr, dtype)
-        if p.size <= _BLOCK or not (p.flags.c_contiguous and g.flags.c_contiguous):
-            numpy.subtract(p, numpy.multiply(g, rate), out=p)
-            continue
-        p, g = p.reshape(-1), g.reshape(-1)
-        scratch = numpy.empty(_BLOCK, p.dtype)
-        for start in range(0, p.size, _BLOCK):
-            block = p[start : start + _BLOCK]
-            step = numpy.multiply(g[start : start + _BLOCK], rate, out=scratch[: block.size])
-            numpy.subtract(block, step, out=block)
+        numpy.subtract(p, numpy.multiply(g, rate), out=p)
+
+
+def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
+    """Return an optimizer's `formula`, its first `lists` arguments cut into blocks that stay in the cache."""
+
+    @functools.wraps(formula)
+    def update(*arguments: Any) -> None:
+        formula(*_blocks(*arguments[:lists]), *arguments[lists:])
+
+    return update
+
+
+momentum = _in_blocks(portable.momentum, 3)
+nesterov = _in_blocks(portable.nesterov, 3)
+adagrad = _in_blocks(portable.adagrad, 3)
+rmsprop = _in_blocks(portable.rmsprop, 3)
+adam = _in_blocks(portable.adam, 4)
+
+
+def _blocks(*lists: Sequence[Array]) -> Sequence[Sequence[Array]]:
+    """Return `lists`, large arrays that lie alike in one piece replaced by their blocks."""
+    if all(a.size <= _BLOCK for a in lists[0]):
+        return lists
+    result: list[list[Array]] = [[] for _ in lists]
+    for arrays in zip(*lists, strict=True):
+        if arrays[0].size > _BLOCK and all(a.flags.c_contiguous for a in arrays):
+            for blocks, a in zip(result, arrays, strict=True):
+                flat = a.reshape(-1)
+                blocks.extend(flat[start : start + _BLOCK] for start in range(0, flat.size, _BLOCK))
+        else:
+            for blocks, a in zip(result, arrays, strict=True):
+                blocks.append(a)
+    return result
 
 
 # Read-only constants: NumPy takes an array without axes twice as fast as a Python number.

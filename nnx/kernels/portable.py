@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 
 from nnx.np import Array, np
 
+Arrays: TypeAlias = Sequence[Array]
+
 __all__ = [
+    "adagrad",
+    "adam",
     "add_bias",
     "bias_grad",
     "clip_grads",
@@ -25,7 +29,10 @@ __all__ = [
     "embedding_grad",
     "gelu",
     "gelu_grad",
+    "momentum",
+    "nesterov",
     "relu_grad",
+    "rmsprop",
     "sgd",
     "sigmoid",
     "sigmoid_grad",
@@ -169,13 +176,69 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
     return np.multiply(dx, dout / t.size, out=dx)
 
 
-def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
-    """Subtract lr * grad from every parameter, in place."""
+# The optimizers: each formula for every parameter p, its gradient g and its state, in place.
+
+
+def sgd(params: Arrays, grads: Arrays, lr: float) -> None:
+    """p -= lr * g."""
     for p, g in zip(params, grads, strict=True):
         np.subtract(p, lr * g, out=p)
 
 
-def clip_grads(grads: Sequence[Array], max_norm: float) -> None:
+def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
+    """v = momentum * v - lr * g; p += v."""
+    for p, g, v in zip(params, grads, vs, strict=True):
+        v *= momentum
+        v -= lr * g
+        np.add(p, v, out=p)
+
+
+def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
+    """v = momentum * v - lr * g; p += momentum * v - lr * g."""
+    for p, g, v in zip(params, grads, vs, strict=True):
+        step = lr * g
+        v *= momentum
+        v -= step
+        np.subtract(momentum * v, step, out=step)
+        np.add(p, step, out=p)
+
+
+def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float) -> None:
+    """h += g**2; p -= lr * g / (sqrt(h) + eps)."""
+    for p, g, h in zip(params, grads, hs, strict=True):
+        h += g * g
+        np.subtract(p, lr * g / (np.sqrt(h) + eps), out=p)
+
+
+def rmsprop(params: Arrays, grads: Arrays, hs: Arrays, lr: float, decay: float, eps: float) -> None:
+    """h = decay * h + (1 - decay) * g**2; p -= lr * g / (sqrt(h) + eps)."""
+    for p, g, h in zip(params, grads, hs, strict=True):
+        h *= decay
+        h += (1 - decay) * (g * g)
+        np.subtract(p, lr * g / (np.sqrt(h) + eps), out=p)
+
+
+def adam(
+    params: Arrays,
+    grads: Arrays,
+    ms: Arrays,
+    vs: Arrays,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    shrink: float,
+) -> None:
+    """m += (1 - beta1) * (g - m); v += (1 - beta2) * (g**2 - v); p = shrink * p - lr * m / (sqrt(v) + eps)."""
+    for p, g, m, v in zip(params, grads, ms, vs, strict=True):
+        m += (1 - beta1) * (g - m)
+        v += (1 - beta2) * (g * g - v)
+        if shrink != 1:
+            np.multiply(p, shrink, out=p)
+        np.subtract(p, lr * m / (np.sqrt(v) + eps), out=p)
+
+
+def clip_grads(grads: Arrays, max_norm: float) -> None:
     """Scale all of `grads` by max_norm / norm where their common norm exceeds `max_norm`, in place.
 
     The sum of squares is float64: it overflows for no float32 gradient.
