@@ -3,6 +3,8 @@
 A kernel stays in `nnx.kernels.cpu` or `cuda` only while its row here is the smaller one.
 """
 
+import inspect
+
 import numpy
 import pytest
 
@@ -16,26 +18,23 @@ SHAPES = ["30x10", "512x1024"]  # the spiral's hidden layer, the largest workloa
 
 
 def arguments(kernel, shape):
-    """Return the arguments of `kernel` for N rows of H, the same numbers at every call; a new kernel has them here."""
+    """Return the arguments of `kernel` for N rows of H, the same numbers at every call; a new letter has its own here."""
     n, h = map(int, shape.split("x"))
     rng = numpy.random.default_rng(0)
     x, dout, row = (np.array(rng.standard_normal(s), "float32") for s in ((n, h), (n, h), h))
-    t = np.array(rng.integers(h, size=n))
-    y = portable.softmax(x)
-    return {
-        "add_bias": (x, row),
-        "bias_grad": (x, row),
-        "clip_grads": ([x, row], 1.0),
-        "relu_grad": (dout, y),
-        "sgd": ([x, row], [dout, row], 1e-6),
-        "sigmoid": (x,),
-        "sigmoid_grad": (dout, y),
-        "softmax": (x,),
-        "softmax_grad": (dout, y),
-        "softmax_loss": (x, t),
-        "softmax_loss_grad": (y, t, 1),
-        "tanh_grad": (dout, y),
-    }[kernel]
+    known = {
+        "x": x,
+        "y": portable.softmax(x),
+        "t": np.array(rng.integers(h, size=n)),
+        "dout": 1 if kernel == "softmax_loss_grad" else dout,
+        "b": row,
+        "out": row,
+        "params": [x, row],
+        "grads": [dout, row.copy()],
+        "lr": 1e-6,  # small: the same gradients are subtracted again and again
+        "max_norm": 1.0,
+    }
+    return [known[letter] for letter in inspect.signature(getattr(portable, kernel)).parameters]
 
 
 MODULES = {"portable": portable, NAME: fast}

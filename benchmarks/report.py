@@ -3,7 +3,7 @@
     NNX_GPU=1 python benchmarks/report.py BENCHMARKS.json STAGES.tsv FOLDER
 
 The first is pytest-benchmark's file, the second has a line a stage. The tables have a row a group and
-a column a variant: the median, and how many times that of the row's first column it is.
+a column a variant: the median, and how many times the row's first figure it is.
 """
 
 import contextlib
