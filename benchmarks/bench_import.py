@@ -1,0 +1,17 @@
+"""What `import nnx` costs beside NumPy (and CuPy), each in a fresh process: Python's own start is in every row."""
+
+import subprocess
+import sys
+
+import pytest
+
+from nnx import np
+
+
+@pytest.mark.parametrize("variant", dict.fromkeys(["numpy", np.__name__, "nnx"]))
+def test_import(benchmark, pytestconfig, variant):
+    benchmark.group = "import"
+    command = [sys.executable, "-c", f"import {variant}"]
+    benchmark.pedantic(
+        subprocess.run, (command,), {"check": True, "cwd": pytestconfig.rootpath}, rounds=7, warmup_rounds=1
+    )

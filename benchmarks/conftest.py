@@ -1,0 +1,76 @@
+"""What the benchmarks share: the workloads, the comparison before the timing, the timing to the GPU's end.
+
+D inputs, H hidden, C classes, N rows of a batch.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import numpy
+import pytest
+
+from benchmarks import book
+from nnx import GPU, np, synchronize, to_cpu
+
+
+class Problem(NamedTuple):
+    """A two-layer net's batch and starting weights, on the host in float64."""
+
+    name: str
+    x: Any  # (N, D)
+    t: Any  # (N,)
+    params: list  # W1, b1, W2, b2
+
+    def on(self, dtype):
+        """Return copies of x, t and params in `dtype` on the active device."""
+        return np.array(self.x, dtype), np.array(self.t), [np.array(p, dtype) for p in self.params]
+
+
+@pytest.fixture(scope="module", params=["2-10-3/30", "784-100-10/100", "784-512-10/128", "1024-4096-1024/512"])
+def problem(request):
+    """Return the workloads, named D-H-C/N: the spiral, two nets for MNIST, one that is all products."""
+    D, H, C, N = map(int, re.split("[-/]", request.param))
+    rng = numpy.random.default_rng(0)
+    params = [0.01 * rng.standard_normal(shape) for shape in ((D, H), H, (H, C), C)]
+    return Problem(request.param, rng.standard_normal((N, D)), rng.integers(C, size=N), params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _book_on_device():
+    """Give the book's formulas the active module, as the source's own shim does: each row of a table is one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(book, "np", np)
+        yield
+
+
+@pytest.fixture
+def measure(benchmark):
+    """Return what times a call to its end: on the GPU it has only begun when Python goes on."""
+
+    def measure(group, function, *args):
+        def to_the_end():
+            function(*args)
+            synchronize()
+
+        benchmark.group = group
+        if GPU:
+            benchmark(to_the_end)
+        else:
+            benchmark(function, *args)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """Return what compares arrays, also in nested lists, to float32's accuracy beside their largest element."""
+
+    def assert_close(got, want):
+        if isinstance(want, (list, tuple)):
+            for pair in zip(got, want, strict=True):
+                assert_close(*pair)
+        else:
+            got, want = to_cpu(got), to_cpu(want)
+            numpy.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * abs(want).max())
+
+    return assert_close

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Check and measure nnx on this machine's CUDA device, in less than eight minutes:
+#
+#     benchmarks/on_gpu.sh [FOLDER]    # of <device>.json and <device>.md, benchmarks/results by default
+#
+# PYTHON (default: python) needs nnx's extra cuda12 or cuda13, test and bench. A stage that fails or
+# outlasts its limit does not end the run; the exit status says that there was one.
+# Not yet run on a GPU.
+set -uo pipefail
+
+folder=$(realpath -m "${1:-$(dirname "$0")/results}")
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-python}
+export NNX_GPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+touch "$work/stages"
+failures=0
+
+stage() { # NAME SECONDS COMMAND...: run it, note name, verdict, seconds and the last line that it printed
+  local name=$1 limit=$2 begin=$SECONDS status verdict
+  shift 2
+  printf '\n== %s\n' "$name"
+  timeout --kill-after=4 "$limit" "$@" 2>&1 | tee "$work/log"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) verdict=passed ;;
+    124 | 137) verdict="FAILED: not done in $limit s" ;;
+    *) verdict="FAILED: status $status" ;;
+  esac
+  [ "$status" -eq 0 ] || failures=$((failures + 1))
+  printf '%s\t%s\t%s\t%s\n' "$name" "$verdict" $((SECONDS - begin)) "$(tail -n 1 "$work/log")" >>"$work/stages"
+}
+
+stage preflight 30 "$python" -m nnx
+stage suite 145 "$python" -m pytest -q -m "not gpu"
+stage cuda-against-portable 60 "$python" -m pytest -q -m gpu
+stage curves 45 "$python" benchmarks/curves.py
+stage benchmarks 145 "$python" -m pytest benchmarks -q --benchmark-max-time=0.4 --benchmark-columns=median,iqr,rounds \
+  --benchmark-json="$work/benchmarks.json"
+stage report 30 "$python" benchmarks/report.py "$work/benchmarks.json" "$work/stages" "$folder"
+
+printf '\n== summary\n'
+column -t -s $'\t' "$work/stages" 2>/dev/null || cat "$work/stages"
+[ "$failures" -eq 0 ]

@@ -1,0 +1,89 @@
+"""Write what `on_gpu.sh` found as `<device>.json` and `<device>.md`.
+
+    NNX_GPU=1 python benchmarks/report.py BENCHMARKS.json STAGES.tsv FOLDER
+
+The first is pytest-benchmark's file, the second has a line a stage. The tables have a row a group and
+a column a variant: the median, and how many times the row's first figure it is.
+"""
+
+import contextlib
+import datetime
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from nnx import np, show_config
+
+
+def output(*command):
+    """Return the first line that `command` prints, or "unknown"."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        lines = []
+    return lines[0] if lines else "unknown"
+
+
+def configuration():
+    """Return what the figures depend on, by name."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        show_config()
+    return dict(line.split(maxsplit=1) for line in text.getvalue().splitlines()) | {
+        "NVIDIA driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def table(head, rows):
+    """Return the lines of a table, numbers to the right of the first column."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return ["", *(f"| {' | '.join(line)} |" for line in lines)]
+
+
+def duration(seconds):
+    """Return `seconds` in the unit that leaves one to three digits before the point."""
+    unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)) if seconds >= s)
+    return f"{seconds / scale:.4g} {unit}"
+
+
+def medians(benchmarks):
+    """Yield the lines of one table a file, its groups and variants in the order in which they ran."""
+    files = {}
+    for b in benchmarks:
+        groups = files.setdefault(b["fullname"].split("::")[0], {})
+        groups.setdefault(b["group"], {})[b["params"]["variant"]] = b["stats"]["median"]
+    for file, groups in files.items():
+        variants = list(dict.fromkeys(v for row in groups.values() for v in row))
+        rows = []
+        for group, row in groups.items():
+            first = next(iter(row.values()))
+            cells = [f"{duration(row[v])} ({row[v] / first:.2f})" if v in row else "" for v in variants]
+            rows.append([group, *cells])
+        yield from ["", f"## {Path(file).name}", *table(["median", *variants], rows)]
+
+
+def main(benchmarks, stages, folder):
+    result = json.loads(Path(benchmarks).read_text()) if Path(benchmarks).exists() else {"benchmarks": []}
+    device = np.cuda.runtime.getDeviceProperties(np.cuda.Device().id)["name"].decode()
+    result["nnx"] = configuration()
+    result.get("machine_info", {}).pop("node", None)  # the host's name is nobody's business
+    for b in result["benchmarks"]:
+        b["stats"].pop("data")  # every single timing: 80 MB
+    lines = [f"# nnx on {device}", *table(["", ""], result["nnx"].items())]
+    lines += table(
+        ["stage", "", "seconds", "its last line"], [s.split("\t") for s in Path(stages).read_text().splitlines()]
+    )
+    lines += medians(result["benchmarks"])
+    path = Path(folder, re.sub("[^a-z0-9]+", "-", device.lower()).strip("-"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print(f"written: {path}.json and {path.name}.md")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
