@@ -28,10 +28,16 @@ def arguments(kernel, shape):
         "t": np.array(rng.integers(h, size=n)),
         "dout": 1 if kernel == "softmax_loss_grad" else dout,
         "b": row,
-        "out": row,
+        "out": row if kernel == "bias_grad" else x.copy(),
+        "idx": np.array(rng.integers(n, size=n)),
+        "W": x,
         "params": [x, row],
         "grads": [dout, row.copy()],
+        **{state: [abs(x), abs(row)] for state in ("ms", "vs", "hs")},
         "lr": 1e-6,  # small: the same gradients are subtracted again and again
+        **dict.fromkeys(("momentum", "decay", "beta1", "beta2"), 0.9),
+        "eps": 1e-7,
+        "shrink": 1.0,
         "max_norm": 1.0,
     }
     return [known[letter] for letter in inspect.signature(getattr(portable, kernel)).parameters]
