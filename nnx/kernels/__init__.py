@@ -7,7 +7,7 @@ with the same arguments in the same order.
 from nnx.config import GPU
 
 if GPU:
-    from nnx.kernels.portable import (
+    from nnx.kernels.cuda import (
         add_bias,
         bias_grad,
         clip_grads,
