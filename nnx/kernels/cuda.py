@@ -172,7 +172,7 @@ KERNEL softmax(const T* x, T* y, Index rows, Index classes,
         top = reduce<TEAM>(top, Max());
         for (Index k = lane; k < n; k += TEAM) total += exp(shifted(A(scores[k]), top));
         total = reduce<TEAM>(total, Sum());
-        if (t && n) {
+        if (loss && n) {
             const Index label = label_at(t, row, label_bytes);
             const bool valid = 0 <= label && label < classes;
             if (!valid) total = CUDART_NAN;
@@ -180,7 +180,7 @@ KERNEL softmax(const T* x, T* y, Index rows, Index classes,
         }
         for (Index k = lane; k < n; k += TEAM) y[row * classes + k] = T(exp(shifted(A(scores[k]), top)) / total);
     }
-    if (t && sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / rows));
+    if (loss && sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / rows));
 }
 """
 
