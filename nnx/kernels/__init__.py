@@ -7,21 +7,11 @@ with the same arguments in the same order.
 from nnx.config import GPU
 
 if GPU:
-    from nnx.kernels.portable import (
-        adagrad,
-        adam,
+    from nnx.kernels.cuda import (
         add_bias,
         bias_grad,
         clip_grads,
-        dropout,
-        embedding,
-        embedding_grad,
-        gelu,
-        gelu_grad,
-        momentum,
-        nesterov,
         relu_grad,
-        rmsprop,
         sgd,
         sigmoid,
         sigmoid_grad,
@@ -30,6 +20,18 @@ if GPU:
         softmax_loss,
         softmax_loss_grad,
         tanh_grad,
+    )
+    from nnx.kernels.portable import (
+        adagrad,
+        adam,
+        dropout,
+        embedding,
+        embedding_grad,
+        gelu,
+        gelu_grad,
+        momentum,
+        nesterov,
+        rmsprop,
     )
 else:
     from nnx.kernels.cpu import (

@@ -66,7 +66,10 @@ class MatMul:
         dout = asgrad(dout, (*x.shape[:-1], W.shape[1]), W.dtype, type(self).__name__)
         if x.ndim > 2:
             x, dout = _rows(x), _rows(dout)
-        np.dot(x.T, dout, out=self.grads[0])
+        dW = self.grads[0]
+        if dW.shape != W.shape:  # CuPy would fill any array of this size
+            raise ValueError(f"{type(self).__name__}: grads[0] must have the shape of W {W.shape}, got {dW.shape}")
+        np.dot(x.T, dout, out=dW)
         if len(self.grads) > 1:
             bias_grad(dout, self.grads[1])
         if not self.input_grad:

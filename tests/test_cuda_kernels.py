@@ -1,0 +1,337 @@
+"""Every CUDA kernel against its portable reference, in one process; compiled for the devices users have."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import numpy
+import pytest
+
+import nnx
+from nnx import GPU, np, to_cpu
+
+if not GPU:
+    pytest.skip("the CUDA kernels need CuPy: run with NNX_GPU=1", allow_module_level=True)
+
+from nnx.kernels import cuda, portable
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = ["float16", "float32", "float64"]
+TOLERANCE = {"float16": 6e-3, "float32": 4e-6, "float64": 1e-13}
+LABELS = ["int8", "int16", "int32", "int64"]
+LAYOUTS = {
+    "C": lambda a: a,
+    "F": np.asfortranarray,
+    "every second": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
+}
+
+
+def rows_for(*shapes):
+    """Shapes that every kernel over rows gets, and `shapes` of its own."""
+    return [(5, 7), (1, 1), (0, 3), (1, 4), *shapes]
+
+
+# kernel: the shapes it is tried on; the roles of its arguments
+CASES = {
+    "add_bias": (rows_for((30, 100)), ["any", "row"]),
+    "sigmoid": (rows_for((2, 3, 4), (0,), (9,)), ["any"]),
+    "sigmoid_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
+    "relu_grad": (rows_for((2, 3, 4)), ["any", "any"]),
+    "tanh_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
+    "bias_grad": (rows_for((30, 100), (3000, 3), (5000, 1), (700, 40), (3, 700), (2, 40000)), ["any", "empty row"]),
+    "softmax": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any"]),
+    "softmax_grad": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "probability"]),
+    "softmax_loss": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "labels"]),
+    "softmax_loss_grad": ([(5, 7), (1, 1), (4,), (2, 3, 4), (9, 200)], ["probability", "labels", "number"]),
+    "sgd": (rows_for((2, 3, 4), (9000,)), ["list", "list", "number"]),
+    "clip_grads": (rows_for((2, 3, 4), (9000,)), ["list", "number"]),
+}
+
+
+def arguments(roles, shape, dtype, layout, label_dtype="int64"):
+    """The same numbers at every call."""
+    rng = numpy.random.default_rng(0)
+
+    def array(values):
+        return LAYOUTS[layout](np.asarray(values.astype(dtype)))
+
+    def argument(role):
+        if role == "number":
+            return 0.25
+        if role == "list":
+            return [array(rng.normal(size=s)) for s in (shape, (3,), (0, 2), (4097, 2), (1,))]
+        if role == "labels":
+            return np.asarray(rng.integers(0, min(shape[-1], 127), shape[:-1]).astype(label_dtype))
+        if role == "probability":
+            return array(rng.uniform(size=shape))
+        if role == "row":
+            return array(rng.normal(size=shape[1:]))
+        if role == "empty row":
+            return np.full(shape[1:], np.nan, dtype)
+        return array(3 * rng.normal(size=shape))
+
+    return [argument(role) for role in roles]
+
+
+def outcome(module, name, *case, **options):
+    """All results, and the arguments after the call: also what must not have been written."""
+    given = arguments(CASES[name][1], *case, **options)
+    result = getattr(module, name)(*given)
+    results = list(result) if isinstance(result, tuple) else [result]
+    flat = [a for value in (*results, *given) for a in (value if isinstance(value, list) else [value])]
+    return [a for a in flat if isinstance(a, np.ndarray)]
+
+
+def assert_same(results, expected, tolerance):
+    for a, b in zip(results, expected, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        numpy.testing.assert_allclose(to_cpu(a), to_cpu(b), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_portable_kernel(name, dtype, layout):
+    for shape in CASES[name][0]:
+        case = name, shape, dtype, layout
+        # sums of many elements differ by more than one rounding
+        assert_same(outcome(cuda, *case), outcome(portable, *case), 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_repeat_is_equal_to_the_last_bit(name):
+    for shape in CASES[name][0]:
+        first, second = (outcome(cuda, name, shape, "float32", "C") for _ in range(2))
+        for a, b in zip(first, second, strict=True):
+            assert to_cpu(a).tobytes() == to_cpu(b).tobytes()
+
+
+def test_names_are_those_of_the_reference():
+    assert sorted(CASES) == sorted(portable.__all__) == sorted(cuda.__all__)
+    for name in CASES:
+        assert getattr(nnx.kernels, name) is getattr(cuda, name)
+
+
+@pytest.mark.parametrize("shape", [(66000, 3), (1100, 257)], ids=["short rows", "long rows"])
+def test_more_rows_than_the_grid_holds(shape):
+    assert_same(
+        outcome(cuda, "softmax_loss", shape, "float32", "C"),
+        outcome(portable, "softmax_loss", shape, "float32", "C"),
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize("label_dtype", [*LABELS, "uint8"])
+def test_labels_of_any_integer_dtype(label_dtype):
+    for name in ("softmax_loss", "softmax_loss_grad"):
+        case = name, (2, 3, 200), "float32", "C"
+        assert_same(
+            outcome(cuda, *case, label_dtype=label_dtype), outcome(portable, *case, label_dtype=label_dtype), 1e-5
+        )
+
+
+@pytest.mark.parametrize("label_dtype", LABELS)
+@pytest.mark.parametrize("bad", [-1, 4, 5, 127, -128])
+def test_a_bad_label_makes_its_row_and_the_loss_nan(bad, label_dtype):
+    x = np.asarray(numpy.random.default_rng(0).normal(size=(6, 4)).astype("float32"))
+    t = np.asarray(numpy.array([0, 3, bad, 1, 2, 0], label_dtype))
+    loss, y = cuda.softmax_loss(x, t)
+    assert numpy.isnan(to_cpu(loss))
+    assert numpy.isnan(to_cpu(y)).all(axis=1).tolist() == [False, False, True, False, False, False]
+    good = cuda.softmax(x)
+    assert bool((y[:2] == good[:2]).all())
+    assert bool((y[3:] == good[3:]).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_scores_have_their_limits(dtype):
+    inf, nan = numpy.inf, numpy.nan
+    rows = [[inf, 0, 1], [inf, inf, 0], [-inf, 0, 0], [-inf, -inf, -inf], [nan, 0, 1], [1e4, 0, 0], [0, nan, inf]]
+    x = np.asarray(numpy.array(rows, dtype))
+    assert_same([cuda.softmax(x)], [portable.softmax(x)], TOLERANCE[dtype])
+    for row, scores in enumerate(rows):
+        for label in range(3):
+            one, t = x[row : row + 1], np.asarray([label])
+            assert_same(cuda.softmax_loss(one, t), portable.softmax_loss(one, t), TOLERANCE[dtype])
+        assert bool(np.isnan(cuda.softmax(x[row])).any()) == any(numpy.isnan(scores))
+
+
+def test_sigmoid_is_right_in_both_tails():
+    x = np.asarray(numpy.array([-1e4, -80, 0, 80, 1e4, -numpy.inf, numpy.inf, numpy.nan], "float32"))
+    assert_same([cuda.sigmoid(x)], [portable.sigmoid(x)], 1e-6)
+    assert to_cpu(cuda.sigmoid(x))[[0, 2, 4]].tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dout", [1, 0.5, "float16", "float32", "float64"])
+def test_softmax_loss_grad_takes_a_number_or_an_array_without_axes(dout, dtype):
+    number = dout if not isinstance(dout, str) else np.full((), 0.5, dout)
+    y, t, _ = arguments(CASES["softmax_loss_grad"][1], (5, 7), dtype, "C")
+    expected = portable.softmax_loss_grad(y, t, float(number))
+    assert_same([cuda.softmax_loss_grad(y, t, number)], [expected], TOLERANCE[dtype])
+
+
+def test_a_scaled_float16_loss_gradient_does_not_overflow():
+    y, t = np.full((1024, 4), 0.25, "float16"), np.zeros(1024, "int64")
+    assert float(cuda.softmax_loss_grad(y, t, 131072.0).max()) == 32
+
+
+@pytest.mark.parametrize("name", ["sgd", "clip_grads"])
+def test_one_list_may_hold_several_dtypes_and_layouts(name):
+    def lists():
+        columns = [arguments(["list", "list"], (5, 7), dtype, "C") for dtype in DTYPES]
+        params = [a for column in columns for a in column[0]] + [np.ones((4, 3)).T, np.ones((6, 4))[:, ::2]]
+        grads = [a for column in columns for a in column[1]] + [np.ones((3, 4)), np.ones((6, 4))[:, 1::2]]
+        return [params, grads] if name == "sgd" else [grads]
+
+    ours, expected = lists(), lists()
+    getattr(cuda, name)(*ours, 0.5)
+    getattr(portable, name)(*expected, 0.5)
+    assert_same([a for arrays in ours for a in arrays], [a for arrays in expected for a in arrays], 6e-3)
+
+
+@pytest.mark.parametrize("dtypes", [["float32"], DTYPES])
+def test_clip_grads_leaves_a_small_norm_alone_and_spreads_a_nan(dtypes):
+    grads = [np.full((3, 5), 0.5, dtype) for dtype in dtypes]
+    cuda.clip_grads(grads, 100.0)
+    assert all(bool((g == 0.5).all()) for g in grads)
+    cuda.clip_grads(grads, 1.0)
+    numpy.testing.assert_allclose(sum(float((g.astype("float64") ** 2).sum()) for g in grads), 1, rtol=2e-3)
+    grads[-1][0, 0] = np.nan
+    cuda.clip_grads(grads, 1.0)
+    assert all(bool(np.isnan(g).all()) for g in grads)
+
+
+def test_the_squares_of_float32_gradients_do_not_overflow():
+    grads = [np.full(5, 1e30, "float32"), np.full((2, 2), -1e30, "float32")]
+    cuda.clip_grads(grads, 3.0)
+    numpy.testing.assert_allclose(to_cpu(grads[0]), 1, rtol=1e-6)
+
+
+def test_a_table_is_never_used_for_other_arrays():
+    memory, grad = np.zeros(64, "float32"), np.ones(64, "float32")
+    for shape in [(4, 4), (16,), (8, 4), (2,)]:  # at one address, one after the other
+        p, g = (a[: int(numpy.prod(shape))].reshape(shape) for a in (memory, grad))
+        memory[...] = 0
+        cuda.sgd([p], [g], 1.0)
+        assert to_cpu(memory).tolist() == [-1.0] * p.size + [0.0] * (64 - p.size)
+    half = memory.view("float16")
+    half[...] = 0
+    cuda.sgd([half[:2]], [np.ones(2, "float16")], 1.0)
+    assert to_cpu(half[:3]).tolist() == [-1, -1, 0]
+    for _ in range(3):  # freed and made again
+        p = np.zeros((5, 5), "float32")
+        cuda.sgd([p], [np.ones((5, 5), "float32")], 1.0)
+        assert bool((p == -1).all())
+        del p
+
+
+def test_an_array_that_stands_twice_is_treated_one_after_the_other():
+    p = np.zeros(9000, "float32")
+    grads = [np.full(9000, 1, "float32"), np.full(9000, 2, "float32")]
+    assert cuda._tables([p, p[10:]], [grads[0], grads[1][10:]]) == ([], [0, 1])  # one launch would be a race
+    cuda.sgd([p, p], grads, 1.0)
+    assert bool((p == -3).all())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cuda.bias_grad(np.ones((4, 6)), np.ones((2, 3))), "out must have shape"),
+        (lambda: cuda.softmax_loss(np.ones((4, 6)), np.zeros(5, int)), "t must have shape"),
+        (lambda: cuda.softmax_loss_grad(np.ones((4, 6)), np.zeros((2, 2), int), 1), "t must have shape"),
+        (lambda: cuda.softmax_grad(np.ones((4, 6)), np.ones((6, 4))), "dout must have shape"),
+        (lambda: cuda.add_bias(np.ones((4, 6)), np.ones(4)), "broadcast"),
+    ],
+)
+def test_a_wrong_shape_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_streams_and_threads_have_a_scratch_of_their_own():
+    x, t = np.asarray(numpy.eye(5, dtype="float32")), np.arange(5)
+    expected, scratches, losses = float(cuda.softmax_loss(x, t)[0]), set(), []
+    together = threading.Barrier(2)
+
+    def run():
+        together.wait(60)
+        for stream in (np.cuda.Stream.null, np.cuda.Stream(non_blocking=True)):
+            np.cuda.Device().synchronize()
+            with stream:
+                losses.append(float(cuda.softmax_loss(x, t)[0]))
+                scratches.add(cuda._scratch(*cuda._here()).data.ptr)
+        together.wait(60)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert losses == [expected] * 4
+    assert len(scratches) == 4
+
+
+def test_a_training_step_never_waits():
+    import cupyx
+
+    model, optimizer = nnx.TwoLayerNet(6, 5, 4, rng=0), nnx.SGD(0.1)
+    x, t = np.ones((8, 6), "float32"), np.arange(8) % 4
+    before = to_cpu(model.params[0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="cupyx.allow_synchronize")
+        with cupyx.allow_synchronize(False):
+            for dout in (1, np.full((), 0.5)):
+                model.forward(x, t)
+                model.backward(dout)
+                nnx.clip_grads(model.grads, 0.1)
+                optimizer.update(model.params, model.grads)
+    assert not numpy.array_equal(before, to_cpu(model.params[0]))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kernel_compiles_for(dtype, arch):
+    nvrtc = np.cuda.nvrtc
+    if arch not in nvrtc.getSupportedArchs():
+        pytest.skip(f"this NVRTC, {nvrtc.getVersion()}, knows no sm_{arch}")
+    for name, source in sources(dtype):
+        program = nvrtc.createProgram(source, f"{name}.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, (f"--gpu-architecture=sm_{arch}", *compiler_options()))
+        except nvrtc.NVRTCError:
+            pytest.fail(f"{name}: {nvrtc.getProgramLog(program)}")
+        assert nvrtc.getCUBIN(program)
+
+
+def sources(dtype):
+    """All kernels for `dtype`: those in CUDA C++ together for each team, the elementwise ones as CuPy makes them."""
+    dtype = numpy.dtype(dtype)
+    first, *others = cuda._SOURCES
+    for team in (4, 32, 256, 1024):
+        code = cuda._kernel.__wrapped__(first, dtype.char, team).code
+        yield f"team_of_{team}", code + "".join(cuda._SOURCES[name] for name in others)
+    kernels = {name: value for name, value in vars(cuda).items() if isinstance(value, np.ElementwiseKernel)}
+    assert len(kernels) == 7
+    x, t = np.ones((2, 3), dtype), np.zeros(2, int)
+    for name, kernel in kernels.items():
+        if name.startswith("_softmax"):
+            kernel(x, t, np.ones((), dtype) if name.endswith("array") else 1.0, 3, 2)
+        else:
+            kernel(*[x] * kernel.nin)
+        yield name, ELEMENTWISE_HEAD + next(code for types, code in kernel.cached_codes.items() if types[0] == dtype)
+
+
+ELEMENTWISE_HEAD = "".join(  # what CuPy puts before the code that it keeps
+    f"#include <cupy/{name}>\n" for name in ("complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h")
+)
+
+
+def compiler_options():
+    core = pytest.importorskip("cupy._core.core")
+    if not hasattr(core, "assemble_cupy_compiler_options"):
+        pytest.skip("CuPy no longer has the function that names its include folders")
+    return core.assemble_cupy_compiler_options(("--device-as-default-execution-space",))

@@ -1,0 +1,133 @@
+"""What a training step asks of the device: launches, waits, copies. Counted, not timed."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+
+import nnx
+from nnx import GPU, np
+
+if not GPU:
+    pytest.skip("launches are counted on CuPy: run with NNX_GPU=1", allow_module_level=True)
+cupy_on_cpu = pytest.importorskip("cupy_on_cpu", reason="launches are counted by cupy-on-cpu's device only")
+
+pytestmark = pytest.mark.gpu
+
+D, H, C, N = 20, 10, 4, 30
+QUIET = ("syncs", "h2d_copies", "d2h_copies", "d2d_copies", "memsets", "device_mallocs")
+
+
+def data(rows=N, dtype="float32"):
+    rng = numpy.random.default_rng(0)
+    return np.asarray(rng.normal(size=(rows, D)).astype(dtype)), np.asarray(rng.integers(0, C, rows))
+
+
+def counted(step, warm_up=2):
+    """Return how often `step` launches, having seen that it neither waits, copies nor allocates."""
+    for _ in range(warm_up):
+        step()
+    cupy_on_cpu.reset()
+    step()
+    counters = cupy_on_cpu.counters()
+    assert {name: counters[name] for name in QUIET} == dict.fromkeys(QUIET, 0)
+    return counters["launches"]
+
+
+def model_step(model, x, t, max_grad=None):
+    optimizer = nnx.SGD(0.1)
+
+    def step():
+        model.forward(x, t)
+        model.backward()
+        if max_grad is not None:
+            nnx.clip_grads(model.grads, max_grad)
+        optimizer.update(model.params, model.grads)
+
+    return step
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_step_of_the_two_layer_net(dtype):
+    x, t = data(dtype=dtype)
+    assert counted(model_step(nnx.TwoLayerNet(D, H, C, dtype=dtype, rng=0), x, t)) <= 14
+
+
+def test_clipping_adds_two():
+    x, t = data()
+    assert counted(model_step(nnx.TwoLayerNet(D, H, C, rng=0), x, t, max_grad=0.1)) <= 14 + 2
+
+
+@pytest.mark.parametrize("activation", [nnx.Sigmoid, nnx.ReLU, nnx.Tanh])
+def test_a_loop_written_by_hand_adds_the_product_for_the_gradient_of_the_data(activation):
+    def weights(rows, columns):
+        return np.full((rows, columns), 0.1, "float32"), np.zeros(columns, "float32")
+
+    x, t = data()
+    layers = [nnx.Affine(*weights(D, H)), activation(), nnx.Affine(*weights(H, C))]
+    loss_layer, optimizer = nnx.SoftmaxWithLoss(), nnx.SGD(0.1)
+    params = [p for layer in layers for p in layer.params]
+
+    def step():
+        a = x
+        for layer in layers:
+            a = layer.forward(a)
+        loss_layer.forward(a, t)
+        dout = loss_layer.backward()
+        for layer in reversed(layers):
+            dout = layer.backward(dout)
+        optimizer.update(params, [g for layer in layers for g in layer.grads])
+
+    assert counted(step) <= 15
+
+
+def test_the_parameters_of_any_number_of_layers_are_updated_and_clipped_by_three_launches():
+    params = [np.ones((i + 1, 5), "float32") for i in range(40)]
+    grads = [np.ones_like(p) for p in params]
+
+    def step():
+        nnx.clip_grads(grads, 0.1)
+        nnx.SGD(0.1).update(params, grads)
+
+    assert counted(step) == 3
+
+
+class Counts:
+    """A callback that notes the counters of every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_begin(self, trainer):
+        cupy_on_cpu.reset()
+
+    def on_step(self, trainer):
+        self.steps.append((trainer.current_epoch, trainer.iteration, cupy_on_cpu.counters()))
+        cupy_on_cpu.reset()
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_the_trainer_adds_one_launch_a_step_and_one_gather_an_epoch(where):
+    x, t = data(rows=100)
+    if where == "host":
+        x, t = nnx.to_cpu(x), nnx.to_cpu(t)
+    counts = Counts()
+    trainer = nnx.Trainer(nnx.TwoLayerNet(D, H, C, rng=0), nnx.SGD(0.1), rng=0)
+    trainer.fit(x, t, max_epoch=4, batch_size=N, eval_interval=None, verbose=False, callbacks=[counts])
+    assert len(counts.steps) == 4 * 4  # the fourth batch of an epoch has 10 rows
+    for epoch, iteration, counters in counts.steps:
+        if epoch < 2:
+            continue
+        gathers = 2 if iteration == 1 else 0  # of x and of t, by one uploaded permutation
+        assert counters["launches"] <= 14 + 1 + gathers
+        quiet = {name: counters[name] for name in QUIET}
+        assert quiet == {**dict.fromkeys(QUIET, 0), "h2d_copies": 1 if iteration == 1 else 0}
+
+
+def test_an_evaluation_waits_twice():
+    x, t = data(rows=90)
+    counts = Counts()
+    trainer = nnx.Trainer(nnx.TwoLayerNet(D, H, C, rng=0), nnx.SGD(0.1), rng=0)
+    trainer.fit(x, t, max_epoch=4, batch_size=N, eval_interval=3, verbose=False, callbacks=[counts])
+    syncs = {iteration: counters["syncs"] for epoch, iteration, counters in counts.steps if epoch == 3}
+    assert syncs == {1: 2, 2: 0, 3: 0}  # the mean loss, and whether the parameters are numbers
