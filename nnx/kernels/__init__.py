@@ -4,7 +4,7 @@ Every name is in `portable`, the reference; `cpu` (NumPy) or `cuda` (CuPy) has t
 with the same arguments in the same order.
 """
 
-from nnx.config import GPU
+from nnx.np import GPU  # which has also seen to it that CuPy can be had
 
 if GPU:
     from nnx.kernels.cuda import (
