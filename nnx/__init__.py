@@ -1,6 +1,18 @@
 """Neural-network layers with the backward pass written out, on NumPy, or on CuPy when `NNX_GPU=1`."""
 
-from nnx import config, dataset, functions, initializers, layers, models, optimizer, plotting, testing, trainer
+from nnx import (
+    callbacks,
+    config,
+    dataset,
+    functions,
+    initializers,
+    layers,
+    models,
+    optimizer,
+    plotting,
+    testing,
+    trainer,
+)
 from nnx.config import GPU
 from nnx.dataset import spiral
 from nnx.device import asarray, show_config, synchronize, to_cpu, to_gpu
@@ -58,6 +70,7 @@ __all__ = [
     "Trainer",
     "TwoLayerNet",
     "asarray",
+    "callbacks",
     "clip_grads",
     "config",
     "dataset",

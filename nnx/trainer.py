@@ -1,8 +1,4 @@
-"""The training loop: `Trainer.fit` shuffles, steps, reports, and stops where going on has no sense.
-
-Progress is a callback like any other: an object with some of the methods `on_begin`, `on_step`,
-`on_evaluate`, `on_epoch` and `on_end`, each called with the trainer. N rows.
-"""
+"""The training loop: `Trainer.fit` shuffles, steps, reports, and stops where going on has no sense. N rows."""
 
 from __future__ import annotations
 
@@ -12,12 +8,12 @@ import operator
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy
 
+from nnx.callbacks import Bar, Lines, hooks
 from nnx.device import address, asarray, check_rows, fits, gather_bytes, to_cpu
 from nnx.initializers import generator
 from nnx.np import Array, np
@@ -55,6 +51,7 @@ class Trainer:
         self.loss_list: list[float] = []
         self.val_list: list[tuple[float, float | None]] = []
         self.eval_interval: int | None = None
+        self.validation: tuple[Any, Any] | None = None
         self.current_epoch = self.iteration = self.max_iter = self.max_epoch = 0
         self._stop = False
 
@@ -93,7 +90,7 @@ class Trainer:
         verbose : bool or None
             None shows a progress bar on a terminal and lines of text elsewhere; True lines, False nothing.
         callbacks : iterable of objects
-            See the head of this module.
+            See `nnx.callbacks`; of yours those with any of on_begin, on_step, on_evaluate, on_epoch, on_end.
 
         Raises
         ------
@@ -106,13 +103,15 @@ class Trainer:
             second Ctrl-C is raised at once.
         """
         x, t = self._check_data(x, t, batch_size, eval_interval)
+        if validation is not None:
+            self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
         self.max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         self.max_epoch = self.current_epoch + max_epoch
-        self.eval_interval = eval_interval
+        self.eval_interval, self.validation = eval_interval, validation
         self._stop = False
         if verbose is not False:
-            callbacks = [_Bar() if verbose is None and sys.stderr.isatty() else _Lines(), *callbacks]
-        call = _hooks(self, callbacks)
+            callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
+        call = hooks(self, callbacks)
         shared = _Shared(self.model.params)
         losses = _MeanLoss()
         with _finish_step() as interrupt:
@@ -136,6 +135,11 @@ class Trainer:
                     raise FloatingPointError(
                         "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
                     )
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(
+                    f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} at iteration {self.iteration} "
+                    f"of {self.max_iter}; fit again to go on from these weights"
+                ) from error
             finally:
                 call("on_end")
 
@@ -251,56 +255,6 @@ class _MeanLoss:
         weight = sum(rows * count for rows, count in self.counts.items())
         self.totals, self.counts = {}, {}
         return total / weight
-
-
-class _Lines:
-    """The source's line of text at every evaluation."""
-
-    def on_begin(self, trainer: Trainer) -> None:
-        self.start = time.perf_counter()
-
-    def on_evaluate(self, trainer: Trainer) -> None:
-        print(  # noqa: T201 - the report that fit promises
-            f"| epoch {trainer.current_epoch + 1} |  iter {trainer.iteration} / {trainer.max_iter} "
-            f"| time {time.perf_counter() - self.start:.0f}[s] | loss {trainer.loss_list[-1]:.2f}"
-        )
-
-
-class _Bar:
-    """A tqdm bar over all steps, with epoch and loss."""
-
-    def on_begin(self, trainer: Trainer) -> None:
-        from tqdm import tqdm  # noqa: PLC0415 - importing nnx imports nothing that only a terminal needs
-
-        self.bar = tqdm(total=(trainer.max_epoch - trainer.current_epoch) * trainer.max_iter, unit="step")
-
-    def on_step(self, trainer: Trainer) -> None:
-        self.bar.update()
-
-    def on_evaluate(self, trainer: Trainer) -> None:
-        text = f"epoch {trainer.current_epoch + 1}, loss {trainer.loss_list[-1]:.2f}"
-        self.bar.set_postfix_str(text, refresh=False)
-
-    def on_end(self, trainer: Trainer) -> None:
-        self.bar.close()
-
-
-_EVENTS = ("on_begin", "on_step", "on_evaluate", "on_epoch", "on_end")
-
-
-def _hooks(trainer: Trainer, callbacks: Iterable[Any]) -> Callable[[str], None]:
-    """Return what calls every callback that has a method for an event."""
-    callbacks = list(callbacks)
-    for callback in callbacks:
-        if not any(hasattr(callback, event) for event in _EVENTS):
-            raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
-    hooks = {event: [getattr(c, event) for c in callbacks if hasattr(c, event)] for event in _EVENTS}
-
-    def call(event: str) -> None:
-        for hook in hooks[event]:
-            hook(trainer)
-
-    return call
 
 
 def _batches(x: Array, t: Array, order: numpy.ndarray, batch_size: int) -> Iterator[tuple[Array, Array]]:

@@ -11,6 +11,8 @@ import pytest
 import nnx
 from benchmarks import book
 from nnx import SGD, Affine, MeanSquaredError, Sequential, Sigmoid, SoftmaxWithLoss, Trainer, TwoLayerNet, np, to_cpu
+from nnx.callbacks import BestWeights, EarlyStopping, LearningRate
+from nnx.optimizer import step_decay
 from nnx.trainer import remove_duplicate
 
 
@@ -226,6 +228,68 @@ def test_validation_after_every_epoch():
     assert trainer.val_list[-1] == trainer.model.evaluate(x, t)
 
 
+def test_validation_that_does_not_fit_is_found_before_training():
+    trainer = new_trainer()
+    with pytest.raises(ValueError, match="Affine: x must have shape"):
+        trainer.fit(*spiral(), validation=(numpy.zeros((3, 5)), [0, 1, 2]))
+    assert trainer.current_epoch == 0
+
+
+class Losses:
+    """A model with given validation losses; its only weight counts the steps."""
+
+    def __init__(self, *losses):
+        self.params, self.grads, self.losses = [np.zeros(1)], [-np.ones(1)], iter((0, *losses))
+
+    def forward(self, x, t):
+        return np.zeros(())
+
+    def backward(self, dout=1):
+        pass
+
+    def evaluate(self, x, t):
+        return next(self.losses), None
+
+
+def fit_losses(losses, *callbacks, epochs=10):
+    trainer = Trainer(Losses(*losses), SGD(1.0), rng=0)
+    data = numpy.zeros((2, 1)), numpy.zeros(2)
+    trainer.fit(*data, epochs, 2, verbose=False, validation=data, callbacks=callbacks)
+    return trainer
+
+
+def test_early_stopping_waits_for_its_patience():
+    losses = [5, 4, 6, 3, 3, 4, 3, 2, 1, 0]
+    assert fit_losses(losses, EarlyStopping(1)).current_epoch == 3
+    assert fit_losses(losses, EarlyStopping(2)).current_epoch == 6
+    assert fit_losses(losses, EarlyStopping(9)).current_epoch == 10
+
+
+def test_best_weights_are_put_back():
+    best = BestWeights()
+    trainer = fit_losses([5, 4, 2, 6, 3, 2, 9, 9, 9, 9], best)
+    assert (best.lowest, best.epoch) == (2, 3)
+    assert float(trainer.model.params[0][0]) == 3
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping(), BestWeights()])
+def test_callbacks_that_follow_the_validation_need_one(callback):
+    with pytest.raises(ValueError, match=f"{type(callback).__name__}: there is no validation loss to follow"):
+        new_trainer().fit(*spiral(), callbacks=[callback], verbose=False)
+    with pytest.raises(ValueError, match="patience must be at least 1"):
+        EarlyStopping(0)
+
+
+def test_learning_rate_follows_its_schedule_over_several_fits():
+    trainer, seen = new_trainer(), []
+    update = trainer.optimizer.update
+    trainer.optimizer.update = lambda *args: seen.append(trainer.optimizer.lr) or update(*args)
+    schedule = LearningRate(step_decay(1.0, every=3, factor=0.5))
+    for _ in range(2):
+        trainer.fit(*spiral(), 1, 100, verbose=False, callbacks=[schedule])
+    assert seen == [1, 1, 1, 0.5, 0.5, 0.5]
+
+
 def test_a_regression_learns_a_line(rng):
     x = rng.uniform(-1, 1, (200, 1))
     model = Sequential([Affine(np.zeros((1, 1)), np.zeros(1))], MeanSquaredError())
@@ -349,7 +413,7 @@ def test_ctrl_c_finishes_the_step():
     trainer, recorder = new_trainer(), Recorder()
     handler = signal.getsignal(signal.SIGINT)
     interrupt = Once(3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 at iteration 3 of 10; fit again to go on"):
         trainer.fit(*spiral(), 5, 30, eval_interval=None, verbose=False, callbacks=[interrupt, recorder])
     assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # not torn out of the third step
     assert signal.getsignal(signal.SIGINT) is handler
