@@ -1,5 +1,6 @@
 """The seed gives one curve on both devices, and the examples end with what they promise."""
 
+import gzip
 import json
 import os
 import re
@@ -59,6 +60,69 @@ def test_train_spiral_reaches_what_it_promises():
 @pytest.mark.parametrize("name", ["train_custom_loop", "chapter1"])
 def test_example_ends_with_its_number(name):
     assert run(name, "--epochs", "3").splitlines()[-1].endswith("on the 300 points")
+
+
+def test_train_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    out = run("train_digits", "--epochs", "2", "--seeds", "2", "--picture", str(tmp_path / "digits.png"))
+    assert out.count("held-out accuracy") == 3
+    assert out.splitlines()[-1].endswith("of 2 seeds, on 450 digits")
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(nnx.GPU, reason="one full training is enough")
+def test_train_digits_reaches_what_it_promises():
+    pytest.importorskip("sklearn")
+    median = float(run("train_digits", "--picture", "").splitlines()[-1].split("accuracy ")[1].split()[0])
+    assert median >= 0.96
+
+
+def test_train_regression(tmp_path):
+    out = run("train_regression", "--epochs", "200", "--picture", str(tmp_path / "fit.png"))
+    assert float(out.split("the fit is ")[1].split()[0]) < 0.2
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def idx(array, gz=False):
+    """Return the bytes of an IDX file."""
+    raw = bytes([0, 0, 8, array.ndim]) + numpy.array(array.shape, ">u4").tobytes() + array.astype("u1").tobytes()
+    return gzip.compress(raw) if gz else raw
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """Return a folder with a tiny MNIST: stripes whose place is the label."""
+    for part, n in (("train", 400), ("t10k", 50)):
+        labels = numpy.arange(n) % 10
+        images = 200 * (numpy.arange(28) // 2 == labels[:, None])[:, None, :].repeat(28, axis=1)
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(idx(labels, gz=True))
+    return tmp_path
+
+
+def test_train_mnist(mnist):
+    out = run("train_mnist", "--data", str(mnist), "--epochs", "8", "--hidden-size", "32", "--lr", "0.01")
+    assert out.splitlines()[-1] == "accuracy 1.0000 on the 50 test digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("train-images-idx3-ubyte", None, r"expected .*train-images-idx3-ubyte or .*\.gz: one of the four IDX files"),
+        ("train-images-idx3-ubyte", b"<html>", "expected an IDX file of bytes with 3 axes, it begins with 3c68746d"),
+        ("train-images-idx3-ubyte", idx(numpy.zeros((2, 28, 28)))[:-1], "bytes are not those of 2 x 28 x 28"),
+        ("train-images-idx3-ubyte", idx(numpy.zeros((2, 28, 28))), "train has 2 images and 400 labels"),
+    ],
+)
+def test_train_mnist_says_what_it_expects(mnist, name, content, words):
+    (mnist / name).unlink()
+    if content is not None:
+        (mnist / name).write_bytes(content)
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "train_mnist.py", "--data", mnist], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert re.search(words, result.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

@@ -1,0 +1,92 @@
+"""Classify the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships.
+
+A net of 64-128-10 with ReLU and dropout, trained by Adam with a cosine learning rate on a stratified
+three quarters of the digits; the rest is held out. One training for each of five seeds, in a few
+seconds; their median held-out accuracy is at least 0.96. The picture shows the curves of the last
+seed and its confusion matrix. With NNX_GPU=1 it runs on the GPU.
+"""
+
+import argparse
+import statistics
+
+import numpy
+from sklearn.datasets import load_digits
+from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.model_selection import train_test_split
+
+from nnx import Adam, Affine, Dropout, ReLU, Sequential, SoftmaxWithLoss, Trainer, asarray, initializers, to_cpu
+from nnx.callbacks import BestWeights, LearningRate
+from nnx.optimizer import cosine_decay
+
+
+def load():
+    """Return pixels in [0, 1] and labels, split into training and held-out digits, the same at every call."""
+    digits = load_digits()
+    x, t = digits.data.astype("float32") / 16, digits.target
+    return train_test_split(x, t, test_size=0.25, stratify=t, random_state=0)
+
+
+def new_model(rng):
+    """Return the net with new weights."""
+    return Sequential(
+        [
+            Affine(initializers.he((64, 128), rng=rng), asarray(numpy.zeros(128, "float32")), input_grad=False),
+            ReLU(),
+            Dropout(0.2, rng=rng),
+            Affine(initializers.he((128, 10), rng=rng), asarray(numpy.zeros(10, "float32"))),
+        ],
+        SoftmaxWithLoss(),
+    )
+
+
+def train(seed, epochs, data):
+    """Train one net; return its trainer."""
+    x, x_test, t, t_test = data
+    rng = numpy.random.default_rng(seed)
+    trainer = Trainer(new_model(rng), Adam(), rng=rng)
+    rate = LearningRate(cosine_decay(0.003, steps=epochs * -(-len(x) // 64)))
+    # the best weights are chosen by a part of the training digits: the held-out ones judge, and choose nothing
+    validation = (x[:200], t[:200])
+    callbacks = [rate, BestWeights()]
+    trainer.fit(x[200:], t[200:], epochs, 64, validation=validation, verbose=False, callbacks=callbacks)
+    trainer.accuracy = trainer.model.evaluate(x_test, t_test)[1]
+    return trainer
+
+
+def draw(trainer, x_test, t_test, path):
+    """Draw the loss of training and validation, and which digit was taken for which."""
+    from matplotlib import pyplot  # noqa: PLC0415 - only where a picture is wanted
+
+    _, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    epochs = numpy.linspace(1, len(trainer.val_list), len(trainer.loss_list))
+    axes[0].plot(epochs, trainer.loss_list, label="training")
+    axes[0].plot(range(1, len(trainer.val_list) + 1), [loss for loss, _ in trainer.val_list], label="validation")
+    axes[0].set(xlabel="epoch", ylabel="loss", yscale="log", title="loss")
+    axes[0].legend()
+    predicted = to_cpu(trainer.model.predict(x_test)).argmax(axis=1)
+    ConfusionMatrixDisplay.from_predictions(t_test, predicted, ax=axes[1], colorbar=False, cmap="Blues")
+    axes[1].set_title(f"held-out digits, accuracy {trainer.accuracy:.3f}")
+    axes[0].figure.savefig(path)
+    print(f"picture: {path}")
+
+
+def main(epochs=40, seeds=5, picture="digits.png"):
+    """Return the median held-out accuracy."""
+    data, accuracies = load(), []
+    for seed in range(seeds):
+        trainer = train(seed, epochs, data)
+        accuracies.append(trainer.accuracy)
+        print(f"seed {seed}: held-out accuracy {trainer.accuracy:.3f}")
+    if picture:
+        draw(trainer, data[1], data[3], picture)
+    median = statistics.median(accuracies)
+    print(f"median held-out accuracy {median:.3f} of {seeds} seeds, on {len(data[1])} digits")
+    return median
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--picture", default="digits.png", help="where to save the picture; '' draws none")
+    main(**vars(parser.parse_args()))
