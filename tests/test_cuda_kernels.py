@@ -41,7 +41,7 @@ CASES = {
     "sigmoid_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
     "relu_grad": (rows_for((2, 3, 4)), ["any", "any"]),
     "tanh_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
-    "bias_grad": (rows_for((30, 100), (3000, 3), (5000, 1), (700, 40), (3, 700), (2, 40000)), ["any", "empty row"]),
+    "bias_grad": (rows_for((30, 100), (3000, 3), (5000, 1), (3000, 40), (3, 700), (2, 40000)), ["any", "empty row"]),
     "softmax": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any"]),
     "softmax_grad": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "probability"]),
     "softmax_loss": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "labels"]),
@@ -252,6 +252,14 @@ def test_a_wrong_shape_is_refused(call, message):
         call()
 
 
+def test_a_weight_gradient_of_another_shape_is_not_filled():
+    layer = nnx.MatMul(np.ones((3, 5)))
+    layer.grads[0] = np.zeros((5, 3))  # as many elements, which is all that CuPy looks at
+    layer.forward(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="grads"):
+        layer.backward(np.ones((2, 5)))
+
+
 def test_streams_and_threads_have_a_scratch_of_their_own():
     x, t = np.asarray(numpy.eye(5, dtype="float32")), np.arange(5)
     expected, scratches, losses = float(cuda.softmax_loss(x, t)[0]), set(), []
@@ -308,12 +316,10 @@ def test_every_kernel_compiles_for(dtype, arch):
 
 
 def sources(dtype):
-    """All kernels for `dtype`: those in CUDA C++ together for each team, the elementwise ones as CuPy makes them."""
+    """All kernels for `dtype`: those of cuda.cu for each team, and the elementwise ones as CuPy makes them."""
     dtype = numpy.dtype(dtype)
-    first, *others = cuda._SOURCES
     for team in (4, 32, 256, 1024):
-        code = cuda._kernel.__wrapped__(first, dtype.char, team).code
-        yield f"team_of_{team}", code + "".join(cuda._SOURCES[name] for name in others)
+        yield f"team_of_{team}", cuda._module(dtype.char, team).code
     kernels = {name: value for name, value in vars(cuda).items() if isinstance(value, np.ElementwiseKernel)}
     assert len(kernels) == 7
     x, t = np.ones((2, 3), dtype), np.zeros(2, int)

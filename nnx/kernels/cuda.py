@@ -5,8 +5,8 @@ that is computed in: float for float16, else T. No kernel waits for the device o
 atomics: every sum has a fixed order, so that runs repeat bit for bit.
 
 Elementwise formulas are CuPy's ElementwiseKernel, which takes any layout and any size. The others
-index with 64 bits and want C-contiguous arrays, which they make of what is not; they are compiled
-at their first call, by dtype.
+are in cuda.cu: they index with 64 bits and want C-contiguous arrays, which are made here of what is
+not. Both are compiled at their first call, for each dtype.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import math
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import cupy
@@ -104,199 +105,23 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
     return kernel(y, t, dout, y.shape[-1], t.size)
 
 
-# ---- in CUDA C++ ------------------------------------------------------------------------------------
+# ---- in CUDA C++: cuda.cu ---------------------------------------------------------------------------
 
-_COMMON = """
-#define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK)
-typedef long long Index;
-const int BLOCK = TEAM > 256 ? TEAM : 256;  // threads of a block
-
-struct Scratch {  // one for each stream; between launches the counters are 0
-    unsigned counters[1024];
-    double partials[32 * 1024], total;
-};
-
-struct Sum { template <class V> __device__ V operator()(V a, V b) const { return a + b; } };
-struct Max { template <class V> __device__ V operator()(V a, V b) const { return a > b ? a : b; } };
-
-// Combine the values of SIZE neighbouring threads in a fixed order; each of them gets the result.
-template <int SIZE, class V, class F> __device__ V reduce(V v, F combine) {
-    for (int d = (SIZE < 32 ? SIZE : 32) / 2; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
-    if (SIZE > 32) {
-        __shared__ V warps[32];
-        __syncthreads();  // what the call before left here has been read
-        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-        __syncthreads();
-        v = warps[threadIdx.x % (SIZE > 32 ? SIZE / 32 : 1)];
-        for (int d = SIZE / 64; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
-    }
-    return v;
-}
-
-// Return whether this block is the last of `blocks` to come here, which sees what the others wrote before.
-__device__ bool is_last(unsigned* counter, unsigned blocks) {
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicAdd(counter, 1u) == blocks - 1;
-        if (last) *counter = 0;
-    }
-    __syncthreads();
-    __threadfence();
-    return last;
-}
-
-// Make `v` the sum over all threads of all blocks in the last block, which alone gets true.
-__device__ bool sum_of_blocks(double& v, Scratch* scratch) {
-    v = reduce<BLOCK>(v, Sum());
-    if (threadIdx.x == 0) scratch->partials[blockIdx.x] = v;
-    if (!is_last(scratch->counters, gridDim.x)) return false;
-    v = 0;
-    for (int i = threadIdx.x; i < gridDim.x; i += BLOCK) v += scratch->partials[i];
-    v = reduce<BLOCK>(v, Sum());
-    return true;
-}
-"""
-
-_SOFTMAX = """
-// x - top, and 0 at the maximum also where that is infinite
-__device__ A shifted(A x, A top) { return x == top ? A(0) : x - top; }
-
-__device__ Index label_at(const void* t, Index i, Index bytes) {
-    switch (bytes) {
-        case 1: return ((const signed char*)t)[i];
-        case 2: return ((const short*)t)[i];
-        case 4: return ((const int*)t)[i];
-        default: return ((const Index*)t)[i];
-    }
-}
-
-KERNEL softmax(const T* x, T* y, Index rows, Index classes,
-                                   const void* t, Index label_bytes, T* loss, Scratch* scratch) {
-    const Index lane = threadIdx.x % TEAM, teams = BLOCK / TEAM;
-    double losses = 0;
-    for (Index first = blockIdx.x * teams; first < rows; first += gridDim.x * teams) {
-        const Index row = first + threadIdx.x / TEAM;
-        const Index n = row < rows ? classes : 0;  // a team without a row keeps in step
-        const T* scores = x + row * classes;
-        A top = n ? A(scores[0]) : A(0), total = 0;
-        for (Index k = lane; k < n; k += TEAM) top = Max()(top, A(scores[k]));
-        top = reduce<TEAM>(top, Max());
-        for (Index k = lane; k < n; k += TEAM) total += exp(shifted(A(scores[k]), top));
-        total = reduce<TEAM>(total, Sum());
-        if (loss && n) {
-            const Index label = label_at(t, row, label_bytes);
-            const bool valid = 0 <= label && label < classes;
-            if (!valid) total = CUDART_NAN;
-            if (lane == 0) losses += log(total) - (valid ? shifted(A(scores[label]), top) : A(0));
-        }
-        for (Index k = lane; k < n; k += TEAM) y[row * classes + k] = T(exp(shifted(A(scores[k]), top)) / total);
-    }
-    if (loss && sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / rows));
-}
-"""
-
-_SOFTMAX_GRAD = """
-KERNEL softmax_grad(const T* dout, const T* y, T* dx, Index rows, Index classes) {
-    const Index lane = threadIdx.x % TEAM, teams = BLOCK / TEAM;
-    for (Index first = blockIdx.x * teams; first < rows; first += gridDim.x * teams) {
-        const Index row = first + threadIdx.x / TEAM, start = row * classes;
-        const Index n = row < rows ? classes : 0;  // a team without a row keeps in step
-        A sum = 0;
-        for (Index k = lane; k < n; k += TEAM) sum += A(dout[start + k]) * A(y[start + k]);
-        sum = reduce<TEAM>(sum, Sum());
-        for (Index k = lane; k < n; k += TEAM) dx[start + k] = T(A(y[start + k]) * (A(dout[start + k]) - sum));
-    }
-}
-"""
-
-_BIAS_GRAD = """
-// Return the sum of `column` over every `slices`-th group of rows, to all threads of a block that share the column.
-template <class V> __device__ A column_sum(const V* matrix, Index rows, Index columns, Index column, Index tile,
-                                           Index slice, Index slices) {
-    const Index height = BLOCK / tile;
-    A sum = 0;
-    if (column < columns)
-        for (Index r = slice * height + threadIdx.x / tile; r < rows; r += slices * height)
-            sum += A(matrix[r * columns + column]);
-    for (int d = 16; d >= tile; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    __shared__ A warps[BLOCK / 32][32];
-    warps[threadIdx.x / 32][threadIdx.x % 32] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int w = 0; w < BLOCK / 32; w++) sum += warps[w][threadIdx.x % tile];
-    return sum;
-}
-
-KERNEL bias_grad(const T* dout, T* out, Index rows, Index columns, Index tile, Scratch* scratch) {
-    const Index column = blockIdx.x * Index(tile) + threadIdx.x % tile;
-    const bool writes = threadIdx.x < tile && column < columns;
-    A sum = column_sum(dout, rows, columns, column, tile, blockIdx.y, gridDim.y);
-    if (gridDim.y > 1) {
-        A* partials = (A*)scratch->partials;
-        if (writes) partials[blockIdx.y * columns + column] = sum;
-        if (!is_last(scratch->counters + blockIdx.x, gridDim.y)) return;
-        sum = column_sum(partials, gridDim.y, columns, column, tile, 0, 1);
-    }
-    if (writes) out[column] = T(sum);
-}
-"""
-
-_SQUARE_SUM = """
-KERNEL square_sum(const Index* table, Index chunks, Index add, Scratch* scratch) {
-    double sum = 0;
-    for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
-        const T* g = (const T*)table[2 * c];
-        for (int i = threadIdx.x; i < table[2 * c + 1]; i += BLOCK) sum += double(g[i]) * double(g[i]);
-    }
-    if (sum_of_blocks(sum, scratch) && threadIdx.x == 0) scratch->total = add ? scratch->total + sum : sum;
-}
-"""
-
-
-def _each(name: str, arrays: str, settings: str, formula: str, once: str = "") -> str:
-    """Return the source of a kernel that works on all elements of a model: a block takes one row of the table.
-
-    `arrays` names a pointer for each list that `_tables` was given, `formula` treats element i of
-    them, `once` comes before it in every thread. This is all that a new optimizer has to write.
-    """
-    names = arrays.split()
-    pointers = "\n".join(f"    T* {a} = (T*)row[{k}];" for k, a in enumerate(names))
-    return f"""
-KERNEL {name}(const Index* table, {settings}) {{
-    const Index* row = table + blockIdx.x * Index({len(names) + 1});
-{pointers}
-    {once}
-    for (int i = threadIdx.x; i < row[{len(names)}]; i += BLOCK) {formula}
-}}
-"""
-
-
-_SOURCES = {
-    "bias_grad": _BIAS_GRAD,
-    "softmax": _SOFTMAX,
-    "softmax_grad": _SOFTMAX_GRAD,
-    "square_sum": _SQUARE_SUM,
-    "sgd": _each("sgd", "p g", "double lr", "p[i] = T(A(p[i]) - A(lr) * A(g[i]));"),
-    "clip": _each(
-        "clip",
-        "g",
-        "const Scratch* scratch, double max_norm",
-        "g[i] = T(A(double(g[i]) * rate));",
-        "const double rate = max_norm / (sqrt(scratch->total) + 1e-6);\n    if (rate >= 1) return;",
-    ),
-}
+_SOURCE = Path(__file__).with_name("cuda.cu").read_text(encoding="utf-8")
 _TYPES = {"e": ("float16", "float"), "f": ("float", "float"), "d": ("double", "double")}
 
 
 @functools.cache
 def _kernel(name: str, dtype: str, team: int = 32) -> Any:
-    """Return the kernel `name` for arrays of the dtype with this letter; `team` threads share a row."""
+    """Return the kernel `name` of cuda.cu for the dtype of this letter, with `team` threads to a row."""
+    return _module(dtype, team).get_function(name)
+
+
+@functools.cache
+def _module(dtype: str, team: int) -> Any:
+    head = "".join(f"#include <cupy/{name}>\n" for name in ("carray.cuh", "float16.cuh", "math_constants.h"))
     t, a = _TYPES[dtype]
-    head = "#include <cupy/carray.cuh>\n#include <cupy/float16.cuh>\n#include <cupy/math_constants.h>\n"
-    types = f"typedef {t} T;\ntypedef {a} A;\nconst int TEAM = {team};\n"
-    return cupy.RawKernel(head + types + _COMMON + _SOURCES[name], name)
+    return cupy.RawModule(code=f"{head}typedef {t} T;\ntypedef {a} A;\nconst int TEAM = {team};\n{_SOURCE}")
 
 
 def bias_grad(dout: Array, out: Array) -> None:
@@ -313,14 +138,16 @@ def bias_grad(dout: Array, out: Array) -> None:
         tile = min(32, 1 << (out.size - 1).bit_length())
         tiles = -(-out.size // tile)
         slices = max(1, min(_BLOCKS // tiles, len(dout) * tile // (16 * _BLOCK)))  # 16 rows a thread, or more
-        arguments = (dout, out, len(dout), out.size, tile, _scratch(*_here()))
-        _kernel("bias_grad", dout.dtype.char)((tiles, slices), (_BLOCK,), arguments)
+        scratch = _scratch(*_here()) if slices > 1 else 0
+        _kernel("bias_grad", dout.dtype.char)(
+            (tiles, slices), (_BLOCK,), (dout, out, len(dout), out.size, tile, scratch)
+        )
     return None
 
 
 def softmax(x: Array) -> Array:
     """Return exp(x) / sum(exp(x)) over the last axis."""
-    return _softmax(x, 0, 0, 0, 0)
+    return _softmax(x)
 
 
 def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
@@ -335,10 +162,10 @@ def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
     return loss, _softmax(x, t, t.itemsize, loss, _scratch(*_here()))
 
 
-def _softmax(x: Array, *labels: Any) -> Array:
+def _softmax(x: Array, t: Any = 0, label_bytes: int = 0, loss: Any = 0, scratch: Any = 0) -> Array:
     x = cupy.ascontiguousarray(x)
     y = cupy.empty(x.shape, x.dtype)
-    _launch_rows("softmax", x, y, labels=labels)
+    _launch_rows("softmax", (x, y), t, label_bytes, loss, scratch)
     return y
 
 
@@ -347,18 +174,19 @@ def softmax_grad(dout: Array, y: Array) -> Array:
     _check_shape("softmax_grad: dout", dout, y.shape)
     y = cupy.ascontiguousarray(y)
     dx = cupy.empty(y.shape, y.dtype)
-    _launch_rows("softmax_grad", cupy.ascontiguousarray(dout, y.dtype), y, dx)
+    _launch_rows("softmax_grad", (cupy.ascontiguousarray(dout, y.dtype), y, dx))
     return dx
 
 
-def _launch_rows(name: str, first: Array, *arrays: Array, labels: tuple[Any, ...] = ()) -> None:
-    """Launch a kernel whose teams of threads share a row: 4 a short one, 1024 a long one, 8 elements each or more."""
-    classes = first.shape[-1]
-    rows = first.size // classes if classes else 0
+def _launch_rows(name: str, arrays: tuple[Array, ...], *more: Any) -> None:
+    """Launch a kernel over the rows of `arrays`: 4 threads share a short row, 1024 a long one."""
+    x = arrays[0]
+    classes = x.shape[-1]
+    rows = x.size // max(1, classes)
     team = next((team for team in (4, 32, _BLOCK) if classes <= 8 * team), 1024)
     block = max(team, _BLOCK)
-    blocks = min(_BLOCKS, -(-rows * team // block)) or 1
-    _kernel(name, first.dtype.char, team)((blocks,), (block,), (first, *arrays, rows, classes, *labels))
+    blocks = max(1, min(_BLOCKS, -(-rows * team // block)))
+    _kernel(name, x.dtype.char, team)((blocks,), (block,), (*arrays, rows, classes, *more))
 
 
 def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
@@ -396,7 +224,7 @@ def _here() -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _scratch(*here: int) -> Array:
-    """Return a `Scratch`."""
+    """Return a `Scratch` of cuda.cu, its counters at 0."""
     return cupy.zeros(512 + 32 * 1024 + 1, numpy.float64)
 
 
@@ -420,7 +248,7 @@ def _upload(here: tuple[int, ...], groups: tuple[tuple[Any, ...], ...]) -> tuple
         shape, _, dtype = group[0][1:]
         itemsize, size = numpy.dtype(dtype).itemsize, math.prod(shape)
         contiguous = tuple(math.prod(shape[k + 1 :]) * itemsize for k in range(len(shape)))
-        if any(tuple(layout) != (shape, contiguous, dtype) for _, *layout in group):
+        if dtype not in _TYPES or any(tuple(layout) != (shape, contiguous, dtype) for _, *layout in group):
             rest.append(i)
         elif size:
             start = numpy.arange(0, size, _CHUNK)
