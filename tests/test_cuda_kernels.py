@@ -46,9 +46,22 @@ CASES = {
     "softmax_grad": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "probability"]),
     "softmax_loss": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "labels"]),
     "softmax_loss_grad": ([(5, 7), (1, 1), (4,), (2, 3, 4), (9, 200)], ["probability", "labels", "number"]),
+    "gelu": (rows_for((2, 3, 4)), ["wide"]),
+    "gelu_grad": (rows_for((2, 3, 4)), ["any", "wide"]),
+    "dropout": (rows_for((2, 3, 4), (3000, 3)), ["any", "number", "seed", "call"]),
+    "embedding": ([(5, 7), (1, 1), (9, 200)], ["any", "indices"]),
+    "embedding_grad": ([(5, 7), (1, 1), (9, 300), (1000, 3)], ["row indices", "any", "empty matrix"]),
     "sgd": (rows_for((2, 3, 4), (9000,)), ["list", "list", "number"]),
+    "momentum": (rows_for((2, 3, 4), (9000,)), ["list", "list", "list", "number", "rate"]),
+    "nesterov": (rows_for((2, 3, 4), (9000,)), ["list", "list", "list", "number", "rate"]),
+    "adagrad": (rows_for((2, 3, 4), (9000,)), ["list", "list", "positive list", "number", "eps"]),
+    "rmsprop": (rows_for((2, 3, 4), (9000,)), ["list", "list", "positive list", "number", "rate", "eps"]),
+    "adam": (rows_for((2, 3, 4), (9000,)), ["list"] * 3 + ["positive list", "number", "rate", "rate", "eps", "rate"]),
     "clip_grads": (rows_for((2, 3, 4), (9000,)), ["list", "number"]),
 }
+
+
+ROLES = {"number": 0.25, "rate": 0.9, "eps": 1e-3, "seed": 2**63 + 5, "call": 7}
 
 
 def arguments(roles, shape, dtype, layout, label_dtype="int64"):
@@ -59,10 +72,19 @@ def arguments(roles, shape, dtype, layout, label_dtype="int64"):
         return LAYOUTS[layout](np.asarray(values.astype(dtype)))
 
     def argument(role):
-        if role == "number":
-            return 0.25
-        if role == "list":
-            return [array(rng.normal(size=s)) for s in (shape, (3,), (0, 2), (4097, 2), (1,))]
+        if role in ROLES:
+            return ROLES[role]
+        if role.endswith("list"):
+            lists = [rng.normal(size=s) for s in (shape, (3,), (0, 2), (4097, 2), (1,))]
+            return [array(abs(a) if role == "positive list" else a) for a in lists]
+        if role == "indices":
+            return np.asarray(rng.integers(-1, shape[0] + 1, (2, 3)))
+        if role == "row indices":
+            return np.asarray(rng.integers(0, shape[0] // 2 + 1, shape[0]))
+        if role == "empty matrix":
+            return np.full((shape[0] // 2 + 1, shape[1]), np.nan, dtype)
+        if role == "wide":
+            return array(20 * rng.normal(size=shape))
         if role == "labels":
             return np.asarray(rng.integers(0, min(shape[-1], 127), shape[:-1]).astype(label_dtype))
         if role == "probability":

@@ -8,10 +8,20 @@ from nnx.np import GPU  # which has also seen to it that CuPy can be had
 
 if GPU:
     from nnx.kernels.cuda import (
+        adagrad,
+        adam,
         add_bias,
         bias_grad,
         clip_grads,
+        dropout,
+        embedding,
+        embedding_grad,
+        gelu,
+        gelu_grad,
+        momentum,
+        nesterov,
         relu_grad,
+        rmsprop,
         sgd,
         sigmoid,
         sigmoid_grad,
@@ -20,18 +30,6 @@ if GPU:
         softmax_loss,
         softmax_loss_grad,
         tanh_grad,
-    )
-    from nnx.kernels.portable import (
-        adagrad,
-        adam,
-        dropout,
-        embedding,
-        embedding_grad,
-        gelu,
-        gelu_grad,
-        momentum,
-        nesterov,
-        rmsprop,
     )
 else:
     from nnx.kernels.cpu import (

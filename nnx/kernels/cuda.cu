@@ -147,16 +147,49 @@ KERNEL bias_grad(const T* dout, T* out, Index rows, Index columns, Index tile, S
     if (writes) out[column] = T(sum);
 }
 
+// row idx[n] of out (V, H) = the sum of the rows m of dout (N, H) where idx[m] = idx[n], by the block of the first
+KERNEL embedding_grad(const Index* idx, const T* dout, T* out, Index rows, Index vocabulary, Index columns) {
+    for (Index n = blockIdx.x; n < rows; n += gridDim.x) {
+        const Index id = idx[n];
+        int done = id < 0 || id >= vocabulary;
+        for (Index m = threadIdx.x; m < n; m += BLOCK) done |= idx[m] == id;
+        if (reduce<BLOCK>(done, Max())) continue;
+        for (Index c = threadIdx.x; c < columns; c += BLOCK) {
+            A sum = 0;
+            for (Index m = n; m < rows; m++)
+                if (idx[m] == id) sum += A(dout[m * columns + c]);
+            out[id * columns + c] = T(sum);
+        }
+    }
+}
+
 // ---- all parameters of a model: a block for each row of the table that cuda.py makes ----
 // A row has an address for each list of arrays, and the number of elements there.
 
-// p -= lr * g
-KERNEL sgd(const Index* table, double lr) {
-    const Index* row = table + blockIdx.x * Index(3);
-    T* p = (T*)row[0];
-    const T* g = (const T*)row[1];
-    for (int i = threadIdx.x; i < row[2]; i += BLOCK) p[i] = T(A(p[i]) - A(lr) * A(g[i]));
-}
+// An optimizer: FORMULA changes p and the state s, r of an element with gradient g, all in A; LISTS of them are given.
+#define OPTIMIZER(NAME, LISTS, FORMULA, ...)                                                        \
+    KERNEL NAME(const Index* table, __VA_ARGS__) {                                                  \
+        const Index* row = table + blockIdx.x * Index(LISTS + 1);                                   \
+        T *ps = (T*)row[0], *gs = (T*)row[1], *ss = (T*)row[LISTS > 2 ? 2 : 0], *rs = (T*)row[LISTS > 3 ? 3 : 0]; \
+        for (int i = threadIdx.x; i < row[LISTS]; i += BLOCK) {                                     \
+            A p = A(ps[i]), g = A(gs[i]), s = A(ss[i]), r = A(rs[i]);                               \
+            FORMULA;                                                                                \
+            if (LISTS > 2) ss[i] = T(s);                                                            \
+            if (LISTS > 3) rs[i] = T(r);                                                            \
+            ps[i] = T(p);                                                                           \
+        }                                                                                           \
+    }
+
+OPTIMIZER(sgd, 2, p -= A(lr) * g, double lr)
+OPTIMIZER(momentum, 3, s = A(momentum) * s - A(lr) * g; p += s, double lr, double momentum)
+OPTIMIZER(nesterov, 3, s = A(momentum) * s - A(lr) * g; p += A(momentum) * s - A(lr) * g, double lr, double momentum)
+OPTIMIZER(adagrad, 3, s += g * g; p -= A(lr) * g / (sqrt(s) + A(eps)), double lr, double eps)
+OPTIMIZER(rmsprop, 3, s = A(decay) * s + A(1 - decay) * g * g; p -= A(lr) * g / (sqrt(s) + A(eps)),
+          double lr, double decay, double eps)
+OPTIMIZER(adam, 4,
+          s += A(1 - beta1) * (g - s); r += A(1 - beta2) * (g * g - r);
+          p = A(shrink) * p - A(lr) * s / (sqrt(r) + A(eps)),
+          double lr, double beta1, double beta2, double eps, double shrink)
 
 // total = sum(g * g) over all gradients, to what those of another dtype gave if `add`; up to 1024 blocks, for each
 // of which the last one adds a sum

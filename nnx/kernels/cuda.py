@@ -23,13 +23,24 @@ import cupy
 import numpy
 
 from nnx.kernels import portable
+from nnx.kernels.portable import Arrays
 from nnx.np import Array
 
 __all__ = [
+    "adagrad",
+    "adam",
     "add_bias",
     "bias_grad",
     "clip_grads",
+    "dropout",
+    "embedding",
+    "embedding_grad",
+    "gelu",
+    "gelu_grad",
+    "momentum",
+    "nesterov",
     "relu_grad",
+    "rmsprop",
     "sgd",
     "sigmoid",
     "sigmoid_grad",
@@ -47,14 +58,16 @@ _CHUNK = 4096  # elements of a parameter that one block works on
 # ---- elementwise ------------------------------------------------------------------------------------
 
 _WIDE = """
+#include <cupy/math_constants.h>
 template <class V> struct Wide { typedef V type; };
 template <> struct Wide<float16> { typedef float type; };
 typedef Wide<T>::type A;
 """
 
 
-def _elementwise(name: str, inputs: str, output: str, formula: str) -> Any:
-    return cupy.ElementwiseKernel(inputs, f"T {output}", f"{output} = T({formula})", f"nnx_{name}", preamble=_WIDE)
+def _elementwise(name: str, inputs: str, output: str, formula: str, first: str = "") -> Any:
+    code = f"{first}{output} = T({formula})"
+    return cupy.ElementwiseKernel(inputs, f"T {output}", code, f"nnx_{name}", preamble=_WIDE)
 
 
 _add_bias = _elementwise("add_bias", "T b", "y", "A(y) + A(b)")
@@ -62,6 +75,40 @@ _sigmoid = _elementwise("sigmoid", "T x", "y", "A(1) / (A(1) + exp(-A(x)))")
 _sigmoid_grad = _elementwise("sigmoid_grad", "T dout, T y", "dx", "A(dout) * A(y) * (A(1) - A(y))")
 _relu_grad = _elementwise("relu_grad", "T dout, T y", "dx", "A(y) > A(0) ? A(dout) : A(0)")
 _tanh_grad = _elementwise("tanh_grad", "T dout, T y", "dx", "A(dout) * (A(1) - A(y) * A(y))")
+_GELU = f"""
+    const A c = max(A(-20), min(A(20), A(x))), cc = c * c, root = A({math.sqrt(2 / math.pi)!r});
+    const A th = tanh(root * c * (A(1) + A(0.044715) * cc)), du = root * (A(1) + A(3 * 0.044715) * cc);
+"""
+_gelu = _elementwise("gelu", "T x", "y", "isnan(A(x)) ? A(x) : (A(x) < A(0) ? c : A(x)) * A(0.5) * (A(1) + th)", _GELU)
+_gelu_grad = _elementwise(
+    "gelu_grad",
+    "T dout, T x",
+    "dx",
+    "isnan(A(x)) ? A(x) : A(dout) * A(0.5) * (A(1) + th + c * (A(1) - th * th) * du)",
+    _GELU,
+)
+_dropout = _elementwise(
+    "dropout",
+    "T x, uint32 first, uint32 second, uint32 threshold",
+    "y",
+    "hash >= threshold ? A(x) : A(0)",
+    """
+    unsigned hash = (unsigned)i;
+    for (int k = 0; k < 2; k++) {
+        hash ^= k ? second : first;
+        hash = (hash ^ hash >> 16) * 0x7FEB352Du;
+        hash = (hash ^ hash >> 15) * 0x846CA68Bu;
+        hash ^= hash >> 16;
+    }
+    """,
+)
+_embedding = _elementwise(
+    "embedding",
+    "raw T W, raw I idx, int64 rows, int64 columns",
+    "y",
+    "0 <= id && id < rows ? A(W[id * columns + i % columns]) : A(CUDART_NAN)",
+    "const long long id = idx[i / columns];",
+)
 _softmax_loss_grad, _softmax_loss_grad_array = (
     _elementwise(
         f"softmax_loss_grad_{dout}",
@@ -96,6 +143,26 @@ def relu_grad(dout: Array, y: Array) -> Array:
 def tanh_grad(dout: Array, y: Array) -> Array:
     """Return dout * (1 - y**2)."""
     return _tanh_grad(dout, y)
+
+
+def gelu(x: Array) -> Array:
+    """Return x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 * x**3)."""
+    return _gelu(x)
+
+
+def gelu_grad(dout: Array, x: Array) -> Array:
+    """Return dout * (1 + tanh(u) + x * (1 - tanh(u)**2) * du/dx) / 2."""
+    return _gelu_grad(dout, x)
+
+
+def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
+    """Return `x` with a share `ratio` of its elements 0, chosen by a hash of seed, call and index (in C order)."""
+    return _dropout(x, *portable.dropout_keys(ratio, seed, call))
+
+
+def embedding(W: Array, idx: Array) -> Array:
+    """Return W[idx]; an index outside [0, V) gives a row of NaN."""
+    return _embedding(W, idx, *W.shape, cupy.empty((*idx.shape, W.shape[1]), W.dtype))
 
 
 def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
@@ -189,15 +256,72 @@ def _launch_rows(name: str, arrays: tuple[Array, ...], *more: Any) -> None:
     _kernel(name, x.dtype.char, team)((blocks,), (block,), (*arrays, rows, classes, *more))
 
 
-def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
-    """Subtract lr * grad from every parameter, in place, in one launch for each dtype among them."""
-    tables, rest = _tables(params, grads)
+def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
+    """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i.
+
+    A block belongs to the first row with an index and adds the others behind it, in their order. To
+    find them it reads all N indices.
+    """
+    _check_shape("embedding_grad: dout", dout, (idx.size, out.shape[1]))
+    if not out.flags.c_contiguous:
+        return portable.embedding_grad(idx, dout, out)
+    out.fill(0)
+    if dout.size:
+        arrays = cupy.ascontiguousarray(idx, numpy.int64), cupy.ascontiguousarray(dout, out.dtype), out
+        _kernel("embedding_grad", out.dtype.char)((min(idx.size, 1 << 30),), (_BLOCK,), (*arrays, len(idx), *out.shape))
+    return None
+
+
+def _update(name: str, lists: tuple[Sequence[Array], ...], *settings: float) -> None:
+    """Launch an optimizer's kernel over all parameters, once for each dtype among them."""
+    tables, rest = _tables(*lists)
     for dtype, table in tables:
-        _kernel("sgd", dtype)((len(table),), (_BLOCK,), (table, float(lr)))
-    portable.sgd([params[i] for i in rest], [grads[i] for i in rest], lr)
+        _kernel(name, dtype)((len(table),), (_BLOCK,), (table, *map(float, settings)))
+    if rest:
+        getattr(portable, name)(*([arrays[i] for i in rest] for arrays in lists), *settings)
 
 
-def clip_grads(grads: Sequence[Array], max_norm: float) -> None:
+def sgd(params: Arrays, grads: Arrays, lr: float) -> None:
+    """p -= lr * g."""
+    _update("sgd", (params, grads), lr)
+
+
+def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
+    """v = momentum * v - lr * g; p += v."""
+    _update("momentum", (params, grads, vs), lr, momentum)
+
+
+def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
+    """v = momentum * v - lr * g; p += momentum * v - lr * g."""
+    _update("nesterov", (params, grads, vs), lr, momentum)
+
+
+def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float) -> None:
+    """h += g**2; p -= lr * g / (sqrt(h) + eps)."""
+    _update("adagrad", (params, grads, hs), lr, eps)
+
+
+def rmsprop(params: Arrays, grads: Arrays, hs: Arrays, lr: float, decay: float, eps: float) -> None:
+    """h = decay * h + (1 - decay) * g**2; p -= lr * g / (sqrt(h) + eps)."""
+    _update("rmsprop", (params, grads, hs), lr, decay, eps)
+
+
+def adam(
+    params: Arrays,
+    grads: Arrays,
+    ms: Arrays,
+    vs: Arrays,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    shrink: float,
+) -> None:
+    """m += (1 - beta1) * (g - m); v += (1 - beta2) * (g**2 - v); p = shrink * p - lr * m / (sqrt(v) + eps)."""
+    _update("adam", (params, grads, ms, vs), lr, beta1, beta2, eps, shrink)
+
+
+def clip_grads(grads: Arrays, max_norm: float) -> None:
     """Scale all of `grads` by max_norm / norm where their common norm exceeds `max_norm`, in place.
 
     The sum of squares is float64 and stays on the device, where the second launch finds it.

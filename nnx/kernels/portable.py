@@ -107,24 +107,26 @@ def _gelu_terms(x: Array) -> tuple[Array, Array, Array]:
 
 def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
     """Return `x` with a share `ratio` of its elements 0, chosen by a hash of seed, call and index (in C order)."""
-    first, second = (mix(seed + 0x9E3779B97F4A7C15 * (2 * call + i)) & 0xFFFFFFFF for i in (0, 1))
+    *keys, threshold = dropout_keys(ratio, seed, call)
     bits = np.arange(x.size, dtype=np.uint32)
-    for key in (first, second):
+    for key in keys:
         bits ^= np.uint32(key)
         bits ^= bits >> 16
         bits *= np.uint32(0x7FEB352D)
         bits ^= bits >> 15
         bits *= np.uint32(0x846CA68B)
         bits ^= bits >> 16
-    return np.where(bits.reshape(x.shape) >= np.uint32(ratio * 2**32), x, 0)
+    return np.where(bits.reshape(x.shape) >= np.uint32(threshold), x, 0)
 
 
-def mix(z: int) -> int:
-    """Return 64 well-mixed bits of the integer `z` (the finalizer of splitmix64)."""
-    z &= 0xFFFFFFFFFFFFFFFF
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return z ^ (z >> 31)
+def dropout_keys(ratio: float, seed: int, call: int) -> tuple[int, int, int]:
+    """Return two keys of 32 bits for the hash, by splitmix64, and the hash from which on an element is kept."""
+    z, keep64 = seed + 0x9E3779B97F4A7C15 * call, 0xFFFFFFFFFFFFFFFF
+    z &= keep64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & keep64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & keep64
+    z ^= z >> 31
+    return z & 0xFFFFFFFF, z >> 32, int(ratio * 2**32)
 
 
 def embedding(W: Array, idx: Array) -> Array:
