@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 
@@ -109,9 +110,10 @@ def test_a_repeat_is_equal_to_the_last_bit(name):
             assert to_cpu(a).tobytes() == to_cpu(b).tobytes()
 
 
-def test_names_are_those_of_the_reference():
+def test_names_and_arguments_are_those_of_the_reference():
     assert sorted(CASES) == sorted(portable.__all__) == sorted(cuda.__all__)
     for name in CASES:
+        assert inspect.signature(getattr(cuda, name)) == inspect.signature(getattr(portable, name))
         assert getattr(nnx.kernels, name) is getattr(cuda, name)
 
 

@@ -158,8 +158,8 @@ KERNEL sgd(const Index* table, double lr) {
     for (int i = threadIdx.x; i < row[2]; i += BLOCK) p[i] = T(A(p[i]) - A(lr) * A(g[i]));
 }
 
-// total = sum(g * g) over all gradients, to what those of another dtype gave if `add`; up to 1024 blocks, for each
-// of which the last one adds a sum
+// total = sum(g * g) over all gradients, plus what those of another dtype gave if `add`; up to 1024 blocks, whose
+// sums the last one adds
 KERNEL square_sum(const Index* table, Index chunks, Index add, Scratch* scratch) {
     double sum = 0;
     for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
