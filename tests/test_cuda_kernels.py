@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 
@@ -131,9 +132,10 @@ def test_a_repeat_is_equal_to_the_last_bit(name):
             assert to_cpu(a).tobytes() == to_cpu(b).tobytes()
 
 
-def test_names_are_those_of_the_reference():
+def test_names_and_arguments_are_those_of_the_reference():
     assert sorted(CASES) == sorted(portable.__all__) == sorted(cuda.__all__)
     for name in CASES:
+        assert inspect.signature(getattr(cuda, name)) == inspect.signature(getattr(portable, name))
         assert getattr(nnx.kernels, name) is getattr(cuda, name)
 
 
@@ -168,10 +170,12 @@ def test_a_bad_label_makes_its_row_and_the_loss_nan(bad, label_dtype):
     assert bool((y[3:] == good[3:]).all())
 
 
+@pytest.mark.parametrize("zeros", [0, 20, 250])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinite_scores_have_their_limits(dtype):
+def test_infinite_and_large_scores_have_their_limits(dtype, zeros):
     inf, nan = numpy.inf, numpy.nan
     rows = [[inf, 0, 1], [inf, inf, 0], [-inf, 0, 0], [-inf, -inf, -inf], [nan, 0, 1], [1e4, 0, 0], [0, nan, inf]]
+    rows = [row + [0] * zeros for row in rows]
     x = np.asarray(numpy.array(rows, dtype))
     assert_same([cuda.softmax(x)], [portable.softmax(x)], TOLERANCE[dtype])
     for row, scores in enumerate(rows):

@@ -191,8 +191,8 @@ OPTIMIZER(adam, 4,
           p = A(shrink) * p - A(lr) * s / (sqrt(r) + A(eps)),
           double lr, double beta1, double beta2, double eps, double shrink)
 
-// total = sum(g * g) over all gradients, to what those of another dtype gave if `add`; up to 1024 blocks, for each
-// of which the last one adds a sum
+// total = sum(g * g) over all gradients, plus what those of another dtype gave if `add`; up to 1024 blocks, whose
+// sums the last one adds
 KERNEL square_sum(const Index* table, Index chunks, Index add, Scratch* scratch) {
     double sum = 0;
     for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
