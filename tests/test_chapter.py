@@ -36,7 +36,7 @@ def test_the_seed_gives_the_curve_of_numpy():
 
 
 def run(name, *arguments):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn" if name == "train_digits" else "matplotlib")
     result = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *arguments], capture_output=True, text=True, check=False
     )
@@ -63,7 +63,6 @@ def test_example_ends_with_its_number(name):
 
 
 def test_train_digits(tmp_path):
-    pytest.importorskip("sklearn")
     out = run("train_digits", "--epochs", "2", "--seeds", "2", "--picture", str(tmp_path / "digits.png"))
     assert out.count("held-out accuracy") == 3
     assert out.splitlines()[-1].endswith("of 2 seeds, on 450 digits")
@@ -72,7 +71,6 @@ def test_train_digits(tmp_path):
 
 @pytest.mark.skipif(nnx.GPU, reason="one full training is enough")
 def test_train_digits_reaches_what_it_promises():
-    pytest.importorskip("sklearn")
     median = float(run("train_digits", "--picture", "").splitlines()[-1].split("accuracy ")[1].split()[0])
     assert median >= 0.96
 
