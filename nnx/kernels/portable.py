@@ -126,7 +126,7 @@ def dropout_keys(ratio: float, seed: int, call: int) -> tuple[int, int, int]:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & keep64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & keep64
     z ^= z >> 31
-    return z & 0xFFFFFFFF, z >> 32, round(ratio * 2**32)
+    return z & 0xFFFFFFFF, z >> 32, math.floor(ratio * 2**32)
 
 
 def embedding(W: Array, idx: Array) -> Array:
