@@ -1,12 +1,19 @@
-"""The kernels that pay in NumPy's own words; `benchmarks/bench_kernels.py` has each beside `portable`.
+"""The kernels that pay on NumPy; `benchmarks/bench_kernels.py` has each beside `portable`.
 
-N rows (all leading axes together), H outputs, C classes; arrays have at least one axis.
+What makes them faster: fewer calls for small arrays, where the calls are what costs; for large ones
+blocks that stay in the cache from one pass to the next, and all cores (NumPy lets go of the lock
+while it computes). N rows (all leading axes together), H outputs, C classes; arrays have at least
+one axis.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import ctypes
 import functools
+import importlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +38,8 @@ __all__ = [
 ]
 
 _BLOCK = 65536  # elements: a block of each operand fits in the second-level cache
+_SMALL = 32768  # elements, up to which two calls of NumPy are faster than one of BLAS through ctypes
+_SHARED = 1 << 18  # elements, from which a second core is worth waking
 _FEW_CLASSES = 128
 
 
@@ -51,22 +60,34 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
         out[rows] = numpy.add.reduceat(dout[order], starts, axis=0)
 
 
-@numpy.errstate(over="ignore")
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose reciprocal is 0."""
     if x.itemsize == 2:  # float16
         return portable.sigmoid(x)
-    y = numpy.negative(x)
+    y = numpy.empty(x.shape, x.dtype)
+    _elementwise(_sigmoid, x, y)
+    return y
+
+
+@numpy.errstate(over="ignore")
+def _sigmoid(x: Array, y: Array) -> None:
+    numpy.negative(x, out=y)
     numpy.exp(y, out=y)
-    numpy.add(y, _ones((), x.dtype), out=y)
-    return numpy.reciprocal(y, out=y)
+    numpy.add(y, _ones((), y.dtype), out=y)
+    numpy.reciprocal(y, out=y)
 
 
 def sigmoid_grad(dout: Array, y: Array) -> Array:
     """Return dout * y * (1 - y)."""
-    dx = numpy.subtract(_ones((), y.dtype), y)
+    dx = numpy.empty(y.shape, y.dtype)
+    _elementwise(_sigmoid_grad, dout, y, dx)
+    return dx
+
+
+def _sigmoid_grad(dout: Array, y: Array, dx: Array) -> None:
+    numpy.subtract(_ones((), y.dtype), y, out=dx)
     numpy.multiply(dx, y, out=dx)
-    return numpy.multiply(dx, dout, out=dx)
+    numpy.multiply(dx, dout, out=dx)
 
 
 @numpy.errstate(invalid="ignore", over="ignore")
@@ -103,21 +124,25 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
 
 
 def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
-    """p -= lr * g."""
+    """p -= lr * g: for large arrays BLAS does it in one pass, on all cores."""
     dtype = None
-    for p, g in zip(*_blocks(params, grads), strict=True):
+    for p, g in zip(params, grads, strict=True):
         if p.dtype is not dtype:
             dtype = p.dtype
             rate = numpy.array(lr, dtype)
-        numpy.subtract(p, numpy.multiply(g, rate), out=p)
+        if p.size > _SMALL and g.dtype is dtype and p.flags.c_contiguous and g.flags.c_contiguous and _axpy(dtype):
+            _axpy(dtype)(p.size, -lr, g.ctypes.data, 1, p.ctypes.data, 1)
+        else:
+            numpy.subtract(p, numpy.multiply(g, rate), out=p)
 
 
 def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
-    """Return an optimizer's `formula`, its first `lists` arguments cut into blocks that stay in the cache."""
+    """Return an optimizer's `formula` for blocks of the arrays in its first `lists` arguments."""
 
     @functools.wraps(formula)
     def update(*arguments: Any) -> None:
-        formula(*_blocks(*arguments[:lists]), *arguments[lists:])
+        for arrays in zip(*arguments[:lists], strict=True):
+            _elementwise(lambda *blocks: formula(*([b] for b in blocks), *arguments[lists:]), *arrays)
 
     return update
 
@@ -129,20 +154,66 @@ rmsprop = _in_blocks(portable.rmsprop, 3)
 adam = _in_blocks(portable.adam, 4)
 
 
-def _blocks(*lists: Sequence[Array]) -> Sequence[Sequence[Array]]:
-    """Return `lists`, large arrays that lie alike in one piece replaced by their blocks."""
-    if all(a.size <= _BLOCK for a in lists[0]):
-        return lists
-    result: list[list[Array]] = [[] for _ in lists]
-    for arrays in zip(*lists, strict=True):
-        if arrays[0].size > _BLOCK and all(a.flags.c_contiguous for a in arrays):
-            for blocks, a in zip(result, arrays, strict=True):
-                flat = a.reshape(-1)
-                blocks.extend(flat[start : start + _BLOCK] for start in range(0, flat.size, _BLOCK))
-        else:
-            for blocks, a in zip(result, arrays, strict=True):
-                blocks.append(a)
-    return result
+# ---- blocks, cores, BLAS ----
+
+
+def _elementwise(function: Callable[..., None], *arrays: Array) -> None:
+    """Call `function` with `arrays`, which it treats element by element: large ones in blocks, on all cores."""
+    size = arrays[0].size
+    if size <= _BLOCK or not all(a.flags.c_contiguous for a in arrays):
+        function(*arrays)
+        return
+    flat = [a.reshape(-1) for a in arrays]
+
+    def work(start: int, stop: int) -> None:
+        for i in range(start, stop, _BLOCK):
+            function(*(a[i : min(i + _BLOCK, stop)] for a in flat))
+
+    _share(work, size)
+
+
+def _share(work: Callable[[int, int], None], size: int) -> None:
+    """Call work(start, stop) for parts of range(size), one on each core if it is long."""
+    parts = _threads() if size >= _SHARED else 1
+    ends = [size * i // parts for i in range(parts + 1)]
+    others = [_pool().submit(work, ends[i], ends[i + 1]) for i in range(1, parts)]
+    work(0, ends[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _threads() -> int:
+    """Return how many cores to use: those of the process, or fewer if BLAS is told so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"))
+    return min([cores, *(max(1, int(limit)) for limit in limits if limit.isdecimal())])
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(max(1, _threads() - 1), thread_name_prefix="nnx")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+@functools.cache
+def _axpy(dtype: Any) -> Any:
+    """Return y += a * x from the BLAS that NumPy has loaded, or None if it shows no such function."""
+    letter, real = {"f": ("s", ctypes.c_float), "d": ("d", ctypes.c_double)}.get(dtype.char, (None, None))
+    try:
+        library = ctypes.CDLL(importlib.import_module("numpy._core._multiarray_umath").__file__)
+    except (ImportError, OSError, TypeError):
+        return None
+    for name, integer in (("scipy_cblas_{}axpy64_", ctypes.c_int64), ("cblas_{}axpy", ctypes.c_int)):
+        function = letter and getattr(library, name.format(letter), None)
+        if function:
+            function.argtypes = [integer, real, ctypes.c_void_p, integer, ctypes.c_void_p, integer]
+            function.restype = None
+            return function
+    return None
 
 
 # Read-only constants: NumPy takes an array without axes twice as fast as a Python number.
