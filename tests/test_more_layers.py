@@ -159,7 +159,7 @@ def test_sigmoid_with_loss_in_the_tails():
 @pytest.mark.parametrize(
     ("t", "words"),
     [
-        ([[0], [1]], r"t must have the shape of the scores \(2,\), got \(2, 1\)"),
+        ([[0], [1]], r"t must have the shape of x \(2,\), got \(2, 1\)"),
         ([0, 2], r"labels must lie in \[0, 2\), got 2"),
         ([0, -1], r"labels must lie in \[0, 2\), got -1"),
         ([0.0, 1.0], "labels must be integers"),
