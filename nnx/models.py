@@ -144,5 +144,5 @@ class TwoLayerNet(Sequential):
 
 
 @functools.cache
-def _takes_train_flg(layer: Any) -> bool:
-    return "train_flg" in inspect.signature(layer.forward).parameters
+def _takes_train_flg(layer_class: Any) -> bool:
+    return "train_flg" in inspect.signature(layer_class.forward).parameters
