@@ -110,8 +110,8 @@ class TwoLayerNet(Sequential):
         D, H and C.
     dtype : a floating dtype
     rng : seed, numpy.random.Generator or None
-        Draws the weights, normal with deviation 0.01; the biases start at 0. None is NumPy's global
-        generator, as in the source.
+        Draws the weights, normal with standard deviation 0.01; the biases start at 0. None is NumPy's
+        global generator, as in the source.
     input_grad : bool
         True makes `backward` return the gradient of the data. Training needs none, and its product
         is up to a third of a step.
