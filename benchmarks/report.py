@@ -39,7 +39,7 @@ def configuration():
 
 
 def table(head, rows):
-    """Return the lines of a table, numbers to the right of the first column."""
+    """Return the lines of a table, all columns but the first aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return ["", *(f"| {' | '.join(line)} |" for line in lines)]
 

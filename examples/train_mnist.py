@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy
 
-from nnx import Adam, Affine, ReLU, Sequential, SoftmaxWithLoss, Trainer, asarray, initializers
+from nnx import Adam, Affine, ReLU, Sequential, SoftmaxWithLoss, Trainer, initializers, np
 
 
 def read_idx(folder, name, axes):
@@ -44,7 +44,7 @@ def main(data, epochs=10, hidden_size=512, batch_size=128, lr=0.001, seed=0):
     rng = numpy.random.default_rng(seed)
     sizes = [(x.shape[1], hidden_size), (hidden_size, 10)]
     W1, W2 = (initializers.he(size, rng=rng) for size in sizes)
-    b1, b2 = (asarray(numpy.zeros(size[1], "float32")) for size in sizes)
+    b1, b2 = (np.zeros(size[1], "float32") for size in sizes)
     model = Sequential([Affine(W1, b1, input_grad=False), ReLU(), Affine(W2, b2)], SoftmaxWithLoss())
     print(model)
     Trainer(model, Adam(lr), rng=rng).fit(x, t, epochs, batch_size, eval_interval=100)

@@ -1,15 +1,16 @@
 """Fit a curve through noisy points: a net of 1-32-32-1 with tanh, the mean squared error, and Adam.
 
-The points are sin(3 x) + x / 2 with noise of deviation 0.2. The fit comes within 0.1 of the curve
+The points are sin(3 x) + x / 2 with noise of standard deviation 0.2. The fit comes within 0.1 of the curve
 without the noise (root mean square), in a few seconds on a CPU; the picture shows both. With
 NNX_GPU=1 it runs on the GPU.
 """
 
 import argparse
+import math
 
 import numpy
 
-from nnx import Adam, Affine, MeanSquaredError, Sequential, Tanh, Trainer, asarray, initializers, to_cpu
+from nnx import Adam, Affine, MeanSquaredError, Sequential, Tanh, Trainer, initializers, np, to_cpu
 from nnx.callbacks import LearningRate
 from nnx.optimizer import cosine_decay
 
@@ -23,7 +24,7 @@ def new_model(rng, hidden=32):
     """Return the net with new weights."""
     sizes = [(1, hidden), (hidden, hidden), (hidden, 1)]
     affines = [
-        Affine(initializers.xavier(size, rng=rng), asarray(numpy.zeros(size[1], "float32")), input_grad=i > 0)
+        Affine(initializers.xavier(size, rng=rng), np.zeros(size[1], "float32"), input_grad=i > 0)
         for i, size in enumerate(sizes)
     ]
     return Sequential([affines[0], Tanh(), affines[1], Tanh(), affines[2]], MeanSquaredError())
@@ -35,7 +36,7 @@ def main(epochs=300, points=400, seed=0, picture="regression.png"):
     x = rng.uniform(-2, 2, (points, 1))
     t = curve(x) + 0.2 * rng.standard_normal(x.shape)
     trainer = Trainer(new_model(rng), Adam(), rng=rng)
-    rate = LearningRate(cosine_decay(0.01, steps=epochs * -(-points // 40)))
+    rate = LearningRate(cosine_decay(0.01, steps=epochs * math.ceil(points / 40)))
     trainer.fit(x, t, epochs, 40, eval_interval=None, verbose=False, callbacks=[rate])
 
     grid = numpy.linspace(-2, 2, 200)[:, None]

@@ -146,7 +146,7 @@ def show_config() -> None:
 
 
 def _configuration() -> list[tuple[str, str]]:
-    version = importlib.import_module("nnx").__version__
+    version = importlib.import_module("nnx").__version__  # complete by now; an import above would be a cycle
     blas: Any = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
     threads = {
         name: os.environ[name]

@@ -17,7 +17,11 @@ from nnx.np import Array, np
 __all__ = ["class_indices", "cross_entropy_error", "relu", "sigmoid", "softmax"]
 
 
-_UNSIGNED = {size: numpy.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+_UNSIGNED = {  # of the same byte order: files of labels may be big-endian
+    numpy.dtype(order + kind): numpy.dtype(f"{order}u{kind[1]}")
+    for order in "<>"
+    for kind in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
+}
 
 
 def sigmoid(x: Any) -> Array:
@@ -112,7 +116,7 @@ def check_range(idx: Any, stop: int, name: str, what: str) -> Array:
 def _check_range(idx: Array, stop: int, name: str, what: str) -> None:
     if isinstance(idx, numpy.ndarray):
         # as unsigned numbers the negative ones are large: one search, by far the fastest, finds both ends
-        worst = idx.item(idx.view(_UNSIGNED[idx.itemsize]).argmax())
+        worst = idx.item(idx.view(_UNSIGNED[idx.dtype]).argmax())
         if not 0 <= worst < stop:
             raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {worst}")
 

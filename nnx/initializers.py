@@ -1,4 +1,4 @@
-"""Starting weights, drawn on the host: the same seed gives the same numbers on both devices.
+"""Initial weights, drawn on the host: the same seed gives the same numbers on both devices.
 
 Numbers are drawn in float64 and then cast and moved. D inputs (fan-in), H outputs (fan-out).
 """
@@ -29,7 +29,7 @@ def generator(rng: Any = None) -> Any:
 
 
 def normal(shape: tuple[int, ...], std: float = 0.01, dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return numbers from the normal distribution with mean 0 and deviation `std`, as the source draws its weights.
+    """Return normal numbers of mean 0 and standard deviation `std`, as the source draws its weights.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def normal(shape: tuple[int, ...], std: float = 0.01, dtype: Any = numpy.float32
 
 
 def xavier(shape: tuple[int, int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return normal numbers of deviation sqrt(2 / (D + H)), which suit sigmoid and tanh.
+    """Return normal numbers of standard deviation sqrt(2 / (D + H)), which suit sigmoid and tanh.
 
     References
     ----------
@@ -53,7 +53,7 @@ def xavier(shape: tuple[int, int], dtype: Any = numpy.float32, rng: Any = None) 
 
 
 def he(shape: tuple[int, int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return normal numbers of deviation sqrt(2 / D), which suit ReLU.
+    """Return normal numbers of standard deviation sqrt(2 / D), which suit ReLU.
 
     References
     ----------

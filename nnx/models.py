@@ -110,8 +110,8 @@ class TwoLayerNet(Sequential):
         D, H and C.
     dtype : a floating dtype
     rng : seed, numpy.random.Generator or None
-        Draws the weights, normal with deviation 0.01; the biases start at 0. None is NumPy's global
-        generator, as in the source.
+        Draws the weights, normal with standard deviation 0.01; the biases start at 0. None is NumPy's
+        global generator, as in the source.
     input_grad : bool
         True makes `backward` return the gradient of the data. Training needs none, and its product
         is up to a third of a step.
@@ -144,5 +144,5 @@ class TwoLayerNet(Sequential):
 
 
 @functools.cache
-def _takes_train_flg(layer: Any) -> bool:
-    return "train_flg" in inspect.signature(layer.forward).parameters
+def _takes_train_flg(layer_class: Any) -> bool:
+    return "train_flg" in inspect.signature(layer_class.forward).parameters

@@ -1,9 +1,9 @@
 """Optimizers: `update(params, grads)` on lists of arrays, in place; and learning rates that change.
 
 W a parameter, dW its gradient, eps = 1e-7 as in the source. `lr` and the other settings are plain
-attributes that may be assigned between steps. Their formulas run over all parameters in one launch
-on the GPU; float32 stays float32. In float16 small squares vanish: keep the weights of the adaptive
-ones in float32.
+attributes that may be assigned between steps. On the GPU a step is one launch for all parameters of
+a dtype. The state has the dtype of its parameter; in float16 the squares of small gradients vanish,
+so give the adaptive optimizers float32 weights.
 """
 
 from __future__ import annotations
@@ -112,6 +112,10 @@ class Momentum(_Stateful):
 class Nesterov(Momentum):
     """Momentum that looks ahead: v = momentum * v - lr * dW; W += momentum * v - lr * dW.
 
+    Parameters
+    ----------
+    lr, momentum : float
+
     References
     ----------
     Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013; in the
@@ -126,6 +130,10 @@ class Nesterov(Momentum):
 
 class AdaGrad(_Stateful):
     """Steps that shrink where gradients were large: h += dW**2; W -= lr * dW / (sqrt(h) + eps).
+
+    Parameters
+    ----------
+    lr : float
 
     References
     ----------
@@ -147,6 +155,10 @@ class AdaGrad(_Stateful):
 
 class RMSprop(_Stateful):
     """AdaGrad that forgets: h = decay_rate * h + (1 - decay_rate) * dW**2; W -= lr * dW / (sqrt(h) + eps).
+
+    Parameters
+    ----------
+    lr, decay_rate : float
 
     References
     ----------
@@ -183,7 +195,7 @@ class Adam(_Stateful):
 
     References
     ----------
-    Kingma and Ba, "Adam: A method for stochastic optimization", 2015, the order of section 2's end.
+    Kingma and Ba, "Adam: A method for stochastic optimization", 2015, in the order of the end of section 2.
     """
 
     _state = ("m", "v")
@@ -215,7 +227,7 @@ class AdamW(Adam):
     Parameters
     ----------
     lr, beta1, beta2, weight_decay : float
-        The decay is of all parameters, biases too.
+        The decay applies to all parameters, biases too.
 
     References
     ----------
@@ -269,5 +281,5 @@ def cosine_decay(lr: float, steps: int, final: float = 0.0) -> Callable[[int], f
 
 
 def warm_up(steps: int, schedule: Callable[[int], float]) -> Callable[[int], float]:
-    """Return `schedule`, its first `steps` values scaled up in a line: 1 / steps, 2 / steps, ..., 1."""
+    """Return `schedule` with its first `steps` values multiplied by 1 / steps, 2 / steps, ..., 1."""
     return lambda step: schedule(step) * min((step + 1) / steps, 1)

@@ -46,7 +46,7 @@ def check_gradients(layer: Any, *inputs: Any, rtol: float = 1e-5, eps: float = 1
     def f() -> float:
         return float((copy.copy(before).forward(*arrays) * weights).sum())
 
-    before = copy.copy(layer)  # what counts its forwards, as dropout does, is asked about the same one again and again
+    before = copy.copy(layer)  # each f() forwards a copy of it, so that Dropout, which counts its calls, keeps one mask
     out = layer.forward(*arrays)
     if out.ndim:
         weights = asarray(numpy.random.default_rng(seed).standard_normal(out.shape))

@@ -1,4 +1,4 @@
-"""The training loop: `Trainer.fit` shuffles, steps, reports, and stops where going on has no sense. N rows."""
+"""The training loop: `Trainer.fit` shuffles, steps, reports, and stops where going on makes no sense. N rows."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ class Trainer:
         The mean loss since the evaluation before, one number per evaluation, over all calls of fit.
     val_list : list of (loss, accuracy)
         What `model.evaluate` gave for the validation data, one pair per epoch.
-    current_epoch, iteration, max_iter : int
-        Epochs finished over all calls of fit; steps done in this epoch, and all that it has.
+    current_epoch, max_epoch : int
+        Epochs finished over all calls of fit, and how many there will be when this call ends.
+    iteration, max_iter : int
+        Steps done in this epoch, and all that it has.
     """
 
     def __init__(self, model: Any, optimizer: Any, *, rng: Any = None) -> None:
@@ -76,7 +78,7 @@ class Trainer:
         x, t : arrays of N rows
             Moved to the device once where they fit, else batch by batch.
         max_epoch : int
-            Times that every row is seen.
+            Epochs to train, after those of earlier calls.
         batch_size : int
             Rows of a step, 1 to N. The last batch of an epoch has the rows that are left.
         max_grad : float or None
@@ -90,7 +92,7 @@ class Trainer:
         verbose : bool or None
             None shows a progress bar on a terminal and lines of text elsewhere; True lines, False nothing.
         callbacks : iterable of objects
-            See `nnx.callbacks`; of yours those with any of on_begin, on_step, on_evaluate, on_epoch, on_end.
+            See `nnx.callbacks`; one of yours has any of on_begin, on_step, on_evaluate, on_epoch, on_end.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Starting weights: their distribution, dtype, and where their numbers come from."""
+"""Initial weights: their distribution, dtype, and where their numbers come from."""
 
 import math
 

@@ -195,6 +195,7 @@ def test_backward_refuses_a_gradient_that_would_broadcast(name):
 LABEL_ERRORS = [
     ([0, 1, 3], r"labels must lie in \[0, 3\), got 3"),
     ([0, -1, 2], r"labels must lie in \[0, 3\), got -1"),
+    (numpy.array([0, 1, 256], ">i4"), r"labels must lie in \[0, 3\), got 256"),
     ([0.0, 1.0, 2.0], "labels must be integers .* got float64"),
     (numpy.eye(3), "use argmax"),
     ([0, 1], r"integers of shape \(3,\) or one-hot of shape \(3, 3\), got shape \(2,\)"),
@@ -255,6 +256,8 @@ def test_layers_take_empty_batches():
     assert layer.forward(numpy.zeros((0, 4))).shape == (0, 3)
     assert layer.backward(numpy.zeros((0, 3))).shape == (0, 4)
     assert not to_cpu(layer.grads[0]).any()
+    assert layer.forward(numpy.zeros((2, 0, 4))).shape == (2, 0, 3)
+    assert layer.backward(numpy.zeros((2, 0, 3))).shape == (2, 0, 4)
 
 
 def test_two_axes_more_give_what_rows_give(rng):

@@ -71,7 +71,9 @@ def test_embedding_sums_the_gradients_of_a_repeated_index(rng):
     assert not to_cpu(layer.grads[0]).any()
 
 
-@pytest.mark.parametrize("idx", [[0, 5], [-1], numpy.array([255], "uint8"), [0.5], "a", [[0], [1, 2]]])
+@pytest.mark.parametrize(
+    "idx", [[0, 5], [-1], numpy.array([255], "uint8"), numpy.array([1, 256], ">i8"), [0.5], "a", [[0], [1, 2]]]
+)
 def test_embedding_refuses_indices(idx):
     with pytest.raises((ValueError, TypeError), match="Embedding: "):
         Embedding(np.zeros((5, 2))).forward(idx)
@@ -107,6 +109,14 @@ def test_batch_norm_backward_of_a_predicting_forward_is_a_scale(rng):
     layer = BatchNorm(np.full(2, 3.0), np.zeros(2))
     layer.forward(rng.standard_normal((4, 2)), train_flg=False)
     numpy.testing.assert_allclose(to_cpu(layer.backward(numpy.ones((4, 2)))), 3, rtol=1e-4)
+
+
+def test_batch_norm_refuses_an_empty_batch():
+    layer = BatchNorm(*ones_and_zeros(2))
+    with pytest.raises(ValueError, match="BatchNorm: the batch is empty"):
+        layer.forward(numpy.zeros((0, 2)))
+    assert not to_cpu(layer.running_mean).any()
+    assert layer.forward(numpy.zeros((0, 2)), train_flg=False).shape == (0, 2)
 
 
 @pytest.mark.parametrize("layer", [LayerNorm, BatchNorm])
@@ -149,7 +159,7 @@ def test_sigmoid_with_loss_in_the_tails():
 @pytest.mark.parametrize(
     ("t", "words"),
     [
-        ([[0], [1]], r"t must have the shape of the scores \(2,\), got \(2, 1\)"),
+        ([[0], [1]], r"t must have the shape of x \(2,\), got \(2, 1\)"),
         ([0, 2], r"labels must lie in \[0, 2\), got 2"),
         ([0, -1], r"labels must lie in \[0, 2\), got -1"),
         ([0.0, 1.0], "labels must be integers"),

@@ -74,7 +74,7 @@ def softmax(x):
 
 FUNCTIONS = {
     "Sigmoid": sigmoid,
-    "ReLU": lambda x: numpy.where(x > 0, x, x * 0 if not numpy.isinf(x).any() else numpy.where(numpy.isnan(x), x, 0)),
+    "ReLU": lambda x: numpy.maximum(x, 0),
     "Tanh": numpy.tanh,
     "Softmax": softmax,
 }

@@ -120,11 +120,11 @@ def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
 
 
 def dropout_keys(ratio: float, seed: int, call: int) -> tuple[int, int, int]:
-    """Return two keys of 32 bits for the hash, by splitmix64, and the hash from which on an element is kept."""
-    z, keep64 = seed + 0x9E3779B97F4A7C15 * call, 0xFFFFFFFFFFFFFFFF
-    z &= keep64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & keep64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & keep64
+    """Return two keys of 32 bits for the hash, by splitmix64, and the smallest hash with which an element is kept."""
+    mask64 = 0xFFFFFFFFFFFFFFFF
+    z = (seed + 0x9E3779B97F4A7C15 * call) & mask64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask64
     z ^= z >> 31
     return z & 0xFFFFFFFF, z >> 32, math.floor(ratio * 2**32)
 

@@ -22,7 +22,7 @@ class Dropout:
     Parameters
     ----------
     dropout_ratio : float
-        0 keeps all, below 1.
+        In [0, 1); 0 keeps every element.
     rng : seed, numpy.random.Generator or None
         Draws `seed`; None is NumPy's global generator.
 

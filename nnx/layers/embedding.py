@@ -27,7 +27,7 @@ class Embedding:
     Raises
     ------
     ValueError
-        For indices that are no integers, or on the host lie outside [0, V). Indices on the GPU are
+        For indices that are not integers, or on the host lie outside [0, V). Indices on the GPU are
         not looked at, which would stop it: there one outside gives a row of NaN.
     """
 

@@ -58,7 +58,7 @@ class MatMul:
         y = np.dot(x if x.ndim == 2 else _rows(x), W)
         if len(self.params) > 1:
             add_bias(y, self.params[1])
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], -1)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], W.shape[1])
 
     def backward(self, dout: Any) -> Array | None:
         """Write the gradients of W, x.T @ dout, and in `Affine` of b, the sum of dout's rows; return dout @ W.T."""

@@ -55,7 +55,7 @@ class SoftmaxWithLoss:
     def forward(self, x: Any, t: Any) -> Array:
         """Return the loss."""
         x = asfloat(x, None, "SoftmaxWithLoss")
-        self.t = class_indices(t, x.shape, "SoftmaxWithLoss")
+        self.t = self.targets(t, x.shape)
         loss, self.y = softmax_loss(x, self.t)
         return loss
 
@@ -100,13 +100,7 @@ class SigmoidWithLoss:
         """Return the labels `t` for scores of `shape`, checked; `Trainer` calls it once for all data."""
         t = numeric(t, "SigmoidWithLoss")
         t = check_range(t.astype(np.int8) if t.dtype.kind == "b" else t, 2, "SigmoidWithLoss", "labels")
-        if t.shape != shape:
-            raise ValueError(
-                f"SigmoidWithLoss: t must have the shape of the scores {shape}, got {t.shape}; use reshape"
-            )
-        if t.size == 0:
-            raise ValueError("SigmoidWithLoss: the batch is empty, and a mean over nothing has no value")
-        return t
+        return _alike("SigmoidWithLoss", t, shape)
 
     def forward(self, x: Any, t: Any) -> Array:
         """Return the loss."""
@@ -153,14 +147,7 @@ class MeanSquaredError:
 
     def targets(self, t: Any, shape: tuple[int, ...]) -> Array:
         """Return the targets `t` for predictions of `shape`, checked; `Trainer` calls it once for all data."""
-        t = asfloat(t, None, "MeanSquaredError")
-        if t.shape != shape:
-            raise ValueError(
-                f"MeanSquaredError: t must have the shape of the predictions {shape}, got {t.shape}; use reshape"
-            )
-        if t.size == 0:
-            raise ValueError("MeanSquaredError: the batch is empty, and a mean over nothing has no value")
-        return t
+        return _alike("MeanSquaredError", asfloat(t, None, "MeanSquaredError"), shape)
 
     def forward(self, x: Any, t: Any) -> Array:
         """Return the loss."""
@@ -172,3 +159,12 @@ class MeanSquaredError:
         """Return 2 * (y - t) * dout / size, a new array at every call."""
         dx = self.y - self.t
         return np.multiply(dx, 2 * dout / dx.size, out=dx)
+
+
+def _alike(name: str, t: Array, shape: tuple[int, ...]) -> Array:
+    """Return the targets `t`, having checked that they have the `shape` of x and that the batch is not empty."""
+    if t.shape != shape:
+        raise ValueError(f"{name}: t must have the shape of x {shape}, got {t.shape}; use reshape")
+    if t.size == 0:
+        raise ValueError(f"{name}: the batch is empty, and a mean over nothing has no value")
+    return t

@@ -49,7 +49,8 @@ class _Norm:
     def forward(self, x: Any) -> Array:
         """Return x normalized by its own mean and variance, times gamma, plus beta."""
         x = self._input(x)
-        self.mean, self.var = (f(x, axis=self._axes(x.ndim), keepdims=True) for f in (np.mean, np.var))
+        axes = self._axes(x.ndim)
+        self.mean, self.var = x.mean(axis=axes, keepdims=True), x.var(axis=axes, keepdims=True)
         return self._normalize(x, self.mean, self.var)
 
     def _dxn(self, dout: Any) -> Array:
@@ -128,9 +129,12 @@ class BatchNorm(_Norm):
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x normalized by its own statistics, or with train_flg=False by the running ones."""
+        x = self._input(x)
         self.train_flg = train_flg
         if not train_flg:
-            return self._normalize(self._input(x), self.running_mean, self.running_var)
+            return self._normalize(x, self.running_mean, self.running_var)
+        if x.size == 0:  # its statistics would make the running ones NaN
+            raise ValueError(f"BatchNorm: the batch is empty, got shape {x.shape}; its mean and variance have no value")
         y = super().forward(x)
         rows = y.size // y.shape[-1]
         unbiased = self.var * (rows / max(1, rows - 1))
