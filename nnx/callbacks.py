@@ -6,14 +6,15 @@ A callback is an object with some of the methods `on_begin`, `on_step`, `on_eval
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nnx.np import Array
 
-__all__ = ["Bar", "BestWeights", "EarlyStopping", "LearningRate", "Lines"]
+__all__ = ["Bar", "BestWeights", "EarlyStopping", "LearningRate", "Lines", "running"]
 
 _EVENTS = ("on_begin", "on_step", "on_evaluate", "on_epoch", "on_end")
 
@@ -88,16 +89,14 @@ class EarlyStopping:
         Epochs without a new lowest loss, 1 or more.
     """
 
+    needs_validation = True
+
     def __init__(self, patience: int = 5) -> None:
         if patience < 1:
             raise ValueError(f"EarlyStopping: patience must be at least 1, got {patience}")
         self.patience = patience
         self.lowest = math.inf
         self.since = 0
-
-    def on_begin(self, trainer: Any) -> None:
-        """Check that there will be validation losses."""
-        _check_validation("EarlyStopping", trainer)
 
     def on_epoch(self, trainer: Any) -> None:
         """Look at the epoch's validation loss."""
@@ -119,14 +118,12 @@ class BestWeights:
         The epoch after which they were seen, from 1.
     """
 
+    needs_validation = True
+
     def __init__(self) -> None:
         self.lowest = math.inf
         self.epoch = 0
         self.weights: list[Array] = []
-
-    def on_begin(self, trainer: Any) -> None:
-        """Check that there will be validation losses."""
-        _check_validation("BestWeights", trainer)
 
     def on_epoch(self, trainer: Any) -> None:
         """Copy the weights if the epoch's validation loss is the lowest."""
@@ -141,21 +138,26 @@ class BestWeights:
             p[...] = best
 
 
-def hooks(trainer: Any, callbacks: Iterable[Any]) -> Callable[[str], None]:
-    """Return what calls every callback that has a method for an event."""
+@contextlib.contextmanager
+def running(trainer: Any, callbacks: Iterable[Any]) -> Iterator[Callable[[str], None]]:
+    """Begin the callbacks, yield what calls those that have a method for an event, and end those that began."""
     callbacks = list(callbacks)
     for callback in callbacks:
         if not any(hasattr(callback, event) for event in _EVENTS):
             raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
+        if getattr(callback, "needs_validation", False) and trainer.validation is None:
+            name = type(callback).__name__
+            raise ValueError(f"{name}: there is no validation loss to follow; pass fit(validation=(x, t))")
     methods = {event: [getattr(c, event) for c in callbacks if hasattr(c, event)] for event in _EVENTS}
 
     def call(event: str) -> None:
         for method in methods[event]:
             method(trainer)
 
-    return call
-
-
-def _check_validation(name: str, trainer: Any) -> None:
-    if trainer.validation is None:
-        raise ValueError(f"{name}: there is no validation loss to follow; pass fit(validation=(x, t))")
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            if hasattr(callback, "on_begin"):
+                callback.on_begin(trainer)
+            if hasattr(callback, "on_end"):
+                stack.callback(callback.on_end, trainer)
+        yield call

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from nnx.callbacks import Bar, Lines, hooks
+from nnx.callbacks import Bar, Lines, running
 from nnx.device import address, asarray, check_rows, fits, gather_bytes, to_cpu
 from nnx.initializers import generator
 from nnx.np import Array, np
@@ -104,7 +104,7 @@ class Trainer:
             Ctrl-C is raised when the step at work is done, so that no parameter is half updated; a
             second Ctrl-C is raised at once.
         """
-        x, t = self._check_data(x, t, batch_size, eval_interval)
+        x, t = self._check_data(x, t, max_epoch, batch_size, eval_interval)
         if validation is not None:
             self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
         self.max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
@@ -113,11 +113,8 @@ class Trainer:
         self._stop = False
         if verbose is not False:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
-        call = hooks(self, callbacks)
-        shared = _Shared(self.model.params)
-        losses = _MeanLoss()
-        with _finish_step() as interrupt:
-            call("on_begin")
+        shared, losses = _Shared(self.model.params), _MeanLoss()
+        with _finish_step() as interrupt, running(self, callbacks) as call:
             try:
                 while self.current_epoch < self.max_epoch and not self._stop:
                     order = self.rng.permutation(len(x))[: self.max_iter * batch_size]
@@ -128,22 +125,20 @@ class Trainer:
                             call("on_evaluate")
                         call("on_step")
                         interrupt()
-                    self.current_epoch += 1
+                    self.current_epoch, self.iteration = self.current_epoch + 1, 0
                     if validation is not None:
                         self.val_list.append(self.model.evaluate(*validation))
                     call("on_epoch")
                     interrupt()
-                if losses.totals and not _all_finite(self.model.params):
-                    raise FloatingPointError(
-                        "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
-                    )
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(
-                    f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} at iteration {self.iteration} "
-                    f"of {self.max_iter}; fit again to go on from these weights"
+                    f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
+                    f"of {self.max_iter} iterations; fit again to go on from these weights"
                 ) from error
-            finally:
-                call("on_end")
+            if losses.totals and not _all_finite(self.model.params):
+                raise FloatingPointError(
+                    "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
+                )
 
     def stop(self) -> None:
         """End `fit` after the epoch at work; for callbacks."""
@@ -171,11 +166,15 @@ class Trainer:
         self.optimizer.update(params, grads)
         return loss
 
-    def _check_data(self, x: Any, t: Any, batch_size: int, eval_interval: int | None) -> tuple[Array, Array]:
+    def _check_data(
+        self, x: Any, t: Any, max_epoch: int, batch_size: int, eval_interval: int | None
+    ) -> tuple[Array, Array]:
         """Return `x` and `t` as the steps take them, or raise before anything is changed."""
         x, t = check_rows("Trainer.fit", x, t)
         if not 1 <= operator.index(batch_size) <= len(x):
             raise ValueError(f"Trainer.fit: batch_size must be 1 to {len(x)}, the number of rows, got {batch_size}")
+        if operator.index(max_epoch) < 0:
+            raise ValueError(f"Trainer.fit: max_epoch must not be negative, got {max_epoch}")
         if eval_interval is not None and operator.index(eval_interval) < 1:
             raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
         dtypes = {p.dtype for p in self.model.params}

@@ -156,6 +156,13 @@ def test_sigmoid_with_loss_in_the_tails():
     assert float(layer.forward([math.inf], [0])) == math.inf
 
 
+@pytest.mark.skipif(not nnx.GPU, reason="on NumPy a label out of range is an error")
+def test_a_binary_label_that_is_neither_gives_nan_on_the_gpu():
+    layer = SigmoidWithLoss()
+    assert math.isnan(float(layer.forward(np.zeros(3), np.asarray([0, 1, 2]))))
+    numpy.testing.assert_array_equal(numpy.isnan(to_cpu(layer.backward())), [False, False, True])
+
+
 @pytest.mark.parametrize(
     ("t", "words"),
     [

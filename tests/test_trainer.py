@@ -280,6 +280,17 @@ def test_callbacks_that_follow_the_validation_need_one(callback):
         EarlyStopping(0)
 
 
+def test_callbacks_that_began_are_ended_when_one_cannot_begin():
+    class Failing(Recorder):
+        def on_begin(self, trainer):
+            raise RuntimeError("no")
+
+    recorder, failing = Recorder(), Failing()
+    with pytest.raises(RuntimeError, match="no"):
+        new_trainer().fit(*spiral(), callbacks=[recorder, failing], verbose=False)
+    assert (recorder.events, failing.events) == (["begin", "end"], [])
+
+
 def test_learning_rate_follows_its_schedule_over_several_fits():
     trainer, seen = new_trainer(), []
     update = trainer.optimizer.update
@@ -363,6 +374,8 @@ HOLE[17, 1] = math.nan
         (X, T, {"batch_size": 0}, ValueError, "batch_size must be 1 to 300, the number of rows, got 0"),
         (X, T, {"batch_size": 301}, ValueError, "batch_size must be 1 to 300, the number of rows, got 301"),
         (X, T, {"batch_size": 1.5}, TypeError, "integer"),
+        (X, T, {"max_epoch": -1}, ValueError, "max_epoch must not be negative, got -1"),
+        (X, T, {"max_epoch": 1.5}, TypeError, "integer"),
         (X, T, {"eval_interval": 0}, ValueError, "eval_interval must be at least 1, or None, got 0"),
         (X, T[:-1], {}, ValueError, r"the same number of rows, at least one, got shapes \(300, 2\) and \(299, 3\)"),
         (X[:0], T[:0], {}, ValueError, "at least one"),
@@ -413,7 +426,7 @@ def test_ctrl_c_finishes_the_step():
     trainer, recorder = new_trainer(), Recorder()
     handler = signal.getsignal(signal.SIGINT)
     interrupt = Once(3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 at iteration 3 of 10; fit again to go on"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 3 of 10 iterations; fit again to go on"):
         trainer.fit(*spiral(), 5, 30, eval_interval=None, verbose=False, callbacks=[interrupt, recorder])
     assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # not torn out of the third step
     assert signal.getsignal(signal.SIGINT) is handler

@@ -63,5 +63,5 @@ class Dropout:
 
     @property
     def mask(self) -> Array:
-        """The mask of the last training forward, made anew: 1 where an element was kept."""
+        """The mask of the last forward, which was a training one, made anew: 1 where an element was kept."""
         return dropout(np.ones(self.shape, self.dtype), self.dropout_ratio, self.seed, self.calls)

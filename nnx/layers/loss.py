@@ -86,7 +86,8 @@ class SigmoidWithLoss:
     Raises
     ------
     ValueError
-        If t is anything else or the batch is empty. Labels that lie on the GPU are not looked at.
+        If t is anything else or the batch is empty. Labels that lie on the GPU are not looked at,
+        which would stop it: there one that is neither 0 nor 1 makes the loss NaN.
     """
 
     y: Array
@@ -106,6 +107,7 @@ class SigmoidWithLoss:
         """Return the loss."""
         x = asfloat(x, None, "SigmoidWithLoss")
         self.t = self.targets(t, x.shape)
+        x = np.where((self.t == 0) | (self.t == 1), x, np.nan)  # other labels can only come from the GPU
         self.y = sigmoid(x)
         z = np.where(self.t == 1, -x, x)
         return (np.maximum(z, 0) + np.log1p(np.exp(-abs(z)))).mean()
