@@ -117,7 +117,8 @@ def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
 
     @functools.wraps(formula)
     def update(*arguments: Any) -> None:
-        formula(*_blocks(*arguments[:lists]), *arguments[lists:])
+        # as Python's floats: a float64 scalar would make float64 temporaries
+        formula(*_blocks(*arguments[:lists]), *map(float, arguments[lists:]))
 
     return update
 
