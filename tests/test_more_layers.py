@@ -158,3 +158,23 @@ def test_sigmoid_with_loss_in_the_tails():
 def test_sigmoid_with_loss_refuses(t, words):
     with pytest.raises(ValueError, match=f"SigmoidWithLoss: {words}"):
         SigmoidWithLoss().forward(numpy.zeros(2), t)
+
+
+def test_dropout_of_a_numpy_number_keeps_the_dtype():
+    x, layer = np.ones((2, 3), "float32"), Dropout(numpy.float64(0.5))
+    assert layer.forward(x, train_flg=False).dtype == np.float32
+    assert layer.backward(x).dtype == np.float32
+
+
+def test_batch_norm_refuses_an_empty_batch():
+    layer = BatchNorm(*ones_and_zeros(3))
+    with pytest.raises(ValueError, match="BatchNorm: the batch is empty"):
+        layer.forward(np.zeros((0, 3)))
+    assert (to_cpu(layer.running_mean) == 0).all()
+    assert layer.forward(np.zeros((0, 3)), train_flg=False).shape == (0, 3)
+
+
+def test_sigmoid_with_loss_counts_what_is_on_the_side_of_its_label():
+    loss = SigmoidWithLoss()
+    loss.forward(np.asarray([-2.0, -0.1, 0.1, 2.0]), np.asarray([0, 1, 1, 0]))
+    assert float(loss.accuracy()) == 0.5

@@ -131,6 +131,9 @@ class BatchNorm(_Norm):
         self.train_flg = train_flg
         if not train_flg:
             return self._normalize(self._input(x), self.running_mean, self.running_var)
+        x = self._input(x)
+        if x.size == 0:
+            raise ValueError("BatchNorm: the batch is empty, and a mean over no rows has no value")
         y = super().forward(x)
         rows = y.size // y.shape[-1]
         unbiased = self.var * (rows / max(1, rows - 1))
