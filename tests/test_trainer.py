@@ -277,6 +277,18 @@ def test_best_weights_are_put_back():
     assert float(trainer.model.params[0][0]) == 3
 
 
+def test_best_weights_come_with_their_running_statistics():
+    x, t = spiral()
+    norm = nnx.BatchNorm(np.ones(10, "float32"), np.zeros(10, "float32"))
+    first, _, last = TwoLayerNet(2, 10, 3, rng=1).layers
+    model, best = Sequential([Sequential([first, norm]), Sigmoid(), last], SoftmaxWithLoss()), BestWeights()
+    data = x[::2], t[::2]
+    validation = x[1::2], t[1::2]
+    Trainer(model, SGD(10.0), rng=0).fit(*data, 10, 10, validation=validation, verbose=False, callbacks=[best])
+    assert best.epoch < 10
+    assert model.evaluate(*validation)[0] == pytest.approx(best.lowest)
+
+
 @pytest.mark.parametrize("callback", [EarlyStopping(), BestWeights()])
 def test_callbacks_that_follow_the_validation_need_one(callback):
     with pytest.raises(ValueError, match=f"{type(callback).__name__}: there is no validation loss to follow"):
