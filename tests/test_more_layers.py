@@ -176,5 +176,5 @@ def test_batch_norm_refuses_an_empty_batch():
 
 def test_sigmoid_with_loss_counts_what_is_on_the_side_of_its_label():
     loss = SigmoidWithLoss()
-    loss.forward(np.asarray([-2.0, -0.1, 0.1, 2.0]), np.asarray([0, 1, 1, 0]))
-    assert float(loss.accuracy()) == 0.5
+    loss.forward(np.asarray([-2.0, -0.1, 0.1, 2.0]), np.asarray([0, 1, 1, 1]))
+    assert float(loss.accuracy()) == 0.75
