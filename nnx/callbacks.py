@@ -110,6 +110,8 @@ class EarlyStopping:
 class BestWeights:
     """Keeps a copy of the weights with the lowest validation loss, and puts it back at the end.
 
+    The running statistics of BatchNorm, which that loss depends on, go with them.
+
     Attributes
     ----------
     lowest : float
@@ -130,12 +132,12 @@ class BestWeights:
         loss = trainer.val_list[-1][0]
         if loss < self.lowest:
             self.lowest, self.epoch = loss, trainer.current_epoch
-            self.weights = [p.copy() for p in trainer.model.params]
+            self.weights = [a.copy() for a in _learned(trainer.model)]
 
     def on_end(self, trainer: Any) -> None:
         """Put the best weights back."""
-        for p, best in zip(trainer.model.params, self.weights, strict=bool(self.weights)):
-            p[...] = best
+        for a, best in zip(_learned(trainer.model), self.weights, strict=bool(self.weights)):
+            a[...] = best
 
 
 @contextlib.contextmanager
@@ -161,3 +163,13 @@ def running(trainer: Any, callbacks: Iterable[Any]) -> Iterator[Callable[[str], 
             if hasattr(callback, "on_end"):
                 stack.callback(callback.on_end, trainer)
         yield call
+
+
+def _learned(model: Any) -> list[Array]:
+    """Return the parameters, and the running statistics of the layers, nested ones too."""
+    return [*model.params, *_statistics(model)]
+
+
+def _statistics(layer: Any) -> list[Array]:
+    own = [getattr(layer, name) for name in ("running_mean", "running_var") if hasattr(layer, name)]
+    return own + [a for inner in getattr(layer, "layers", ()) for a in _statistics(inner)]

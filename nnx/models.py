@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 import numpy
 
-from nnx.device import check_rows
+from nnx.device import asarray, check_rows
 from nnx.initializers import generator, normal
 from nnx.layers import Affine, Sigmoid, SoftmaxWithLoss
 from nnx.np import Array, np
@@ -24,8 +25,8 @@ class Sequential:
     Parameters
     ----------
     layers : iterable of layers
-        Objects with `params`, `grads`, `forward` and `backward`; none is changed. A Sequential
-        without a loss layer is one too.
+        Objects with `params`, `grads`, `forward` and `backward`; none is changed, and none may stand
+        twice. A Sequential without a loss layer is one too.
     loss_layer : a layer with forward(x, t) and backward(dout=1), or None
 
     Attributes
@@ -36,6 +37,11 @@ class Sequential:
 
     def __init__(self, layers: Iterable[Any], loss_layer: Any = None) -> None:
         self.layers = list(layers)
+        if len({id(layer) for layer in self.layers}) < len(self.layers):
+            raise ValueError(
+                f"{type(self).__name__}: a layer stands twice, and its second forward would overwrite what its first "
+                "backward needs; make another layer, which may share its weights"
+            )
         self.loss_layer = loss_layer
         self.params: list[Array] = [p for layer in self.layers for p in layer.params]
         self.grads: list[Array] = [g for layer in self.layers for g in layer.grads]
@@ -80,11 +86,16 @@ class Sequential:
         if self.loss_layer is None:
             raise ValueError(f"{type(self).__name__}.evaluate: there is no loss layer; pass one to the constructor")
         x, t = check_rows(f"{type(self).__name__}.evaluate", x, t)
+        if operator.index(batch_size) < 1:
+            raise ValueError(f"{type(self).__name__}.evaluate: batch_size must be at least 1, got {batch_size}")
         loss = hits = 0
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             layer, part = copy.copy(self.loss_layer), t[rows]
-            loss += layer.forward(self.predict(x[rows]), part) * len(part)
+            if not hasattr(layer, "targets"):  # which moves the labels itself, once it has looked at them on the host
+                part = asarray(part)
+            # float64: the sum over all rows may be beyond float16
+            loss += layer.forward(self.predict(asarray(x[rows])), part) * numpy.float64(len(part))
             if hasattr(layer, "accuracy"):
                 hits += layer.accuracy() * len(part)
         return float(loss) / len(x), float(hits) / len(x) if hasattr(self.loss_layer, "accuracy") else None

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from nnx import kernels
+from nnx.device import check_weights
 from nnx.np import Array, np
 
 __all__ = [
@@ -48,6 +49,8 @@ class SGD:
 
         Raises
         ------
+        TypeError
+            If they hold anything but floating arrays of the active module.
         ValueError
             If the lists or the arrays in them do not match; nothing is changed.
         """
@@ -258,6 +261,8 @@ def _check_pairs(name: str, params: Sequence[Array], grads: Sequence[Array]) -> 
     if len(params) != len(grads):
         raise ValueError(f"{name}: every parameter needs a gradient, got {len(params)} params and {len(grads)} grads")
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if not (isinstance(p, Array) and isinstance(g, Array) and p.dtype.kind == "f"):
+            check_weights(name, **{f"params[{i}]": p, f"grads[{i}]": g})
         if p.shape != g.shape:
             raise ValueError(f"{name}: grads[{i}] must have the shape of params[{i}] {p.shape}, got {g.shape}")
 

@@ -32,7 +32,7 @@ def plot_loss(
 ) -> Axes:
     """Draw losses over the iterations; each of `loss_list` stands for `interval` of them."""
     ax = _axes(ax)
-    ax.plot(range(len(loss_list)), list(loss_list))
+    ax.plot(range(len(loss_list)), [float(loss) for loss in loss_list])
     ax.set(xlabel=f"iterations (x{interval})", ylabel="loss")
     if ylim is not None:
         ax.set_ylim(*ylim)
@@ -46,12 +46,13 @@ def plot_data(x: Any, t: Any, *, ax: Axes | None = None, path: str | Path | None
         raise ValueError(f"plot_data: x must be (N, 2) and t have its N rows, got shapes {x.shape} and {t.shape}")
     t = t.argmax(axis=1) if t.ndim == 2 else t
     ax = _axes(ax)
-    for i, label in enumerate(numpy.unique(t)):
+    for label in numpy.unique(t):
+        i = int(label)  # so that a class looks alike in every picture, also where another one is missing
         ax.scatter(
             x[t == label, 0],
             x[t == label, 1],
             s=20,
-            color=f"C{i}",
+            color=f"C{i % 10}",
             marker=_MARKERS[i % len(_MARKERS)],
             label=str(label),
         )

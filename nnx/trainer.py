@@ -49,7 +49,7 @@ class Trainer:
     def __init__(self, model: Any, optimizer: Any, *, rng: Any = None) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.rng = generator(rng)
+        self.rng = None if rng is None else generator(rng)  # not NumPy's module, which cannot be copied
         self.loss_list: list[float] = []
         self.val_list: list[tuple[float, float | None]] = []
         self.eval_interval: int | None = None
@@ -104,8 +104,10 @@ class Trainer:
             Ctrl-C is raised when the step at work is done, so that no parameter is half updated; a
             second Ctrl-C is raised at once.
         """
-        x, t = self._check_data(x, t, max_epoch, batch_size, eval_interval)
+        x, t = self._check_data("Trainer.fit", x, t)
+        _check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
         if validation is not None:
+            self._check_data("Trainer.fit: validation", *validation)
             self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
         self.max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         self.max_epoch = self.current_epoch + max_epoch
@@ -113,11 +115,12 @@ class Trainer:
         self._stop = False
         if verbose is not False:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
+        x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
         shared, losses = _Shared(self.model.params), _MeanLoss()
         with _finish_step() as interrupt, running(self, callbacks) as call:
             try:
                 while self.current_epoch < self.max_epoch and not self._stop:
-                    order = self.rng.permutation(len(x))[: self.max_iter * batch_size]
+                    order = generator(self.rng).permutation(len(x))[: self.max_iter * batch_size]
                     for self.iteration, batch in enumerate(_batches(x, t, order, batch_size), 1):
                         losses.add(self._step(*batch, shared, max_grad), len(batch[0]))
                         if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
@@ -166,24 +169,16 @@ class Trainer:
         self.optimizer.update(params, grads)
         return loss
 
-    def _check_data(
-        self, x: Any, t: Any, max_epoch: int, batch_size: int, eval_interval: int | None
-    ) -> tuple[Array, Array]:
-        """Return `x` and `t` as the steps take them, or raise before anything is changed."""
-        x, t = check_rows("Trainer.fit", x, t)
-        if not 1 <= operator.index(batch_size) <= len(x):
-            raise ValueError(f"Trainer.fit: batch_size must be 1 to {len(x)}, the number of rows, got {batch_size}")
-        if operator.index(max_epoch) < 0:
-            raise ValueError(f"Trainer.fit: max_epoch must not be negative, got {max_epoch}")
-        if eval_interval is not None and operator.index(eval_interval) < 1:
-            raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
+    def _check_data(self, name: str, x: Any, t: Any) -> tuple[Array, Array]:
+        """Return `x` and `t` as the steps take them, where they lie, or raise before anything is changed."""
+        x, t = check_rows(name, x, t)
         dtypes = {p.dtype for p in self.model.params}
         dtype = dtypes.pop() if len(dtypes) == 1 else None  # cast once what every step would cast
-        x, t = _check_finite("x", x, dtype), _check_finite("t", t, dtype)
+        x, t = _check_finite(f"{name}: x", x, dtype), _check_finite(f"{name}: t", t, dtype)
         targets = getattr(getattr(self.model, "loss_layer", None), "targets", None)
         if targets is not None and hasattr(self.model, "predict"):
-            t = targets(to_cpu(t), (len(x), *self.model.predict(x[:1]).shape[1:]))
-        return (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
+            t = targets(to_cpu(t), (len(x), *self.model.predict(asarray(x[:1])).shape[1:]))
+        return x, t
 
     def _record(self, losses: _MeanLoss) -> None:
         """Append the mean loss to `loss_list`, and raise if it or a parameter is no number."""
@@ -273,15 +268,33 @@ def _batches(x: Array, t: Array, order: numpy.ndarray, batch_size: int) -> Itera
             yield xs[i : i + batch_size], ts[i : i + batch_size]
 
 
+def _check_settings(
+    rows: int, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: int | None
+) -> None:
+    if operator.index(max_epoch) < 0:
+        raise ValueError(f"Trainer.fit: max_epoch must be at least 0, got {max_epoch}")
+    if not 1 <= operator.index(batch_size) <= rows:
+        raise ValueError(f"Trainer.fit: batch_size must be 1 to {rows}, the number of rows, got {batch_size}")
+    if max_grad is not None and not max_grad > 0:
+        raise ValueError(f"Trainer.fit: max_grad must be positive, or None, got {max_grad}")
+    if eval_interval is not None and operator.index(eval_interval) < 1:
+        raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
+
+
+@numpy.errstate(over="ignore")
 def _check_finite(name: str, data: Array, dtype: Any) -> Array:
-    """Return floating `data` in `dtype`, having looked for NaN and infinity."""
+    """Return floating `data` in `dtype`, having looked for NaN and infinity, also those that the cast makes."""
     if data.dtype.kind != "f":
         return data
+    if dtype is not None:
+        data = data.astype(dtype, copy=False)
     finite = np.isfinite if isinstance(data, np.ndarray) else numpy.isfinite
     if not finite(data).all():
         row = int(numpy.argwhere(~numpy.isfinite(to_cpu(data)))[0, 0])
-        raise ValueError(f"Trainer.fit: {name} holds NaN or infinity, first in row {row}; clean or leave out such rows")
-    return data if dtype is None else data.astype(dtype, copy=False)
+        raise ValueError(
+            f"{name} holds NaN or infinity in {data.dtype}, first in row {row}; clean or leave out such rows"
+        )
+    return data
 
 
 def _all_finite(params: Sequence[Array]) -> bool:
@@ -313,5 +326,6 @@ def _finish_step() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGINT, postpone)
     try:
         yield interrupt
+        interrupt()  # one that came after the last step
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -192,6 +192,13 @@ def test_backward_refuses_a_gradient_that_would_broadcast(name):
         layer.backward(numpy.ones((1, 1)))
 
 
+def test_backward_refuses_a_gradient_of_another_shape_and_the_same_size():
+    layer = Sigmoid()
+    layer.forward(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"dout must have the shape of the output \(2, 3\), got \(3, 2"):
+        layer.backward(np.ones((3, 2)))
+
+
 LABEL_ERRORS = [
     ([0, 1, 3], r"labels must lie in \[0, 3\), got 3"),
     ([0, -1, 2], r"labels must lie in \[0, 3\), got -1"),

@@ -138,3 +138,29 @@ def test_a_printed_model_shows_layers_shapes_and_parameters():
         ") 63 parameters, float32",
     ]
     assert repr(Sequential([Doubling()])).endswith(") 0 parameters, no weights")
+
+
+def test_evaluate_adds_up_in_float64(rng):
+    x, t = rng.standard_normal((2000, 2)), rng.integers(0, 3, 2000)
+    net = Sequential([Affine(np.zeros((2, 3), "float16"), np.asarray([0, 0, 100], dtype="float16"))], SoftmaxWithLoss())
+    expected = 100 * (t != 2).mean()  # times the 2000 rows this is beyond float16
+    assert net.evaluate(x, t, batch_size=200)[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_evaluate_leaves_the_loss_layer_as_it_is(rng):
+    net, x, t = trained(rng)
+    y = net.loss_layer.y
+    net.evaluate(x[:1], t[:1])
+    assert net.loss_layer.y is y
+
+
+@pytest.mark.parametrize("batch_size", [0, -5])
+def test_evaluate_refuses_a_batch_size(batch_size):
+    with pytest.raises(ValueError, match=r"TwoLayerNet.evaluate: batch_size must be at least 1, got"):
+        TwoLayerNet(2, 3, 3).evaluate([[1.0, 2.0]], [0], batch_size)
+
+
+def test_a_layer_that_stands_twice_is_refused():
+    layer = Sigmoid()
+    with pytest.raises(ValueError, match="Sequential: a layer stands twice"):
+        Sequential([layer, layer])

@@ -175,3 +175,22 @@ def test_a_binary_label_that_is_neither_gives_nan_on_the_gpu():
 def test_sigmoid_with_loss_refuses(t, words):
     with pytest.raises(ValueError, match=f"SigmoidWithLoss: {words}"):
         SigmoidWithLoss().forward(numpy.zeros(2), t)
+
+
+def test_dropout_of_a_numpy_number_keeps_the_dtype():
+    x, layer = np.ones((2, 3), "float32"), Dropout(numpy.float64(0.5))
+    assert layer.forward(x, train_flg=False).dtype == np.float32
+    assert layer.backward(x).dtype == np.float32
+
+
+def test_sigmoid_with_loss_counts_what_is_on_the_side_of_its_label():
+    loss = SigmoidWithLoss()
+    loss.forward(np.asarray([-2.0, -0.1, 0.1, 2.0]), np.asarray([0, 1, 1, 1]))
+    assert float(loss.accuracy()) == 0.75
+
+
+def test_normalization_adds_many_rows_of_float16_without_saturating():
+    layer = LayerNorm(*ones_and_zeros(2, "float16"))
+    layer.forward(numpy.zeros((5000, 2)))
+    layer.backward(numpy.ones((5000, 2)))
+    numpy.testing.assert_array_equal(to_cpu(layer.grads[1]), [5000, 5000])

@@ -234,3 +234,29 @@ def test_schedules():
     warm = warm_up(4, cosine)
     assert [warm(i) for i in range(3)] == pytest.approx([0.25 * cosine(0), 0.5 * cosine(1), 0.75 * cosine(2)])
     assert warm(50) == cosine(50)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_numpy_number_as_rate_changes_no_digit(name, rng):
+    (p, g) = arrays(rng, (50,), (50,))
+    q, optimizers = p.copy(), [getattr(nnx, name)(lr=lr) for lr in (0.1, numpy.float64(0.1))]
+    for _ in range(20):
+        optimizers[0].update([p], [g])
+        optimizers[1].update([q], [g])
+    numpy.testing.assert_array_equal(to_cpu(p), to_cpu(q))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_refuse_what_cannot_take_a_step(name):
+    weights = np.ones(3, "int64")
+    with pytest.raises(TypeError, match=rf"{name}: params\[0\] must be a \w+ array of a floating dtype, got"):
+        getattr(nnx, name)().update([weights], [np.ones(3)])
+    assert (to_cpu(weights) == 1).all()
+    with pytest.raises(TypeError, match=rf"{name}: grads\[0\] must be .* got list"):
+        getattr(nnx, name)().update([np.ones(3)], [[1.0, 1.0, 1.0]])
+
+
+def test_clip_grads_leaves_zeros():
+    grads = [np.zeros(3, "float32")]
+    clip_grads(grads, 1.0)
+    assert (to_cpu(grads[0]) == 0).all()

@@ -65,3 +65,14 @@ def test_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'nnx-array\[plot\]'"):
         plot_loss([1.0])
+
+
+def test_plot_loss_takes_the_losses_of_a_loop_of_your_own():
+    assert list(plot_loss([np.ones(()), 2.0]).lines[0].get_ydata()) == [1, 2]
+
+
+def test_a_class_looks_alike_where_another_is_missing():
+    x, t = spiral.load_data()
+    colours = [c.get_facecolor()[0].tolist() for c in plot_data(x, t).collections]
+    part = t[:, 1] == 0
+    assert [c.get_facecolor()[0].tolist() for c in plot_data(x[part], t[part]).collections] == colours[::2]

@@ -1,7 +1,9 @@
 """fit: what it trains, reports, refuses and leaves alone."""
 
+import copy
 import math
 import os
+import pickle
 import signal
 import threading
 
@@ -123,6 +125,8 @@ def test_stop_ends_after_the_epoch():
     trainer = new_trainer()
     trainer.fit(*spiral(), 5, 30, verbose=False, callbacks=[Once(12, trainer.stop)])
     assert trainer.current_epoch == 2
+    trainer.fit(*spiral(), 2, 30, verbose=False)
+    assert trainer.current_epoch == 4  # an end of before is no end of this fit
 
 
 def test_fit_goes_on_where_it_left():
@@ -263,6 +267,7 @@ def test_early_stopping_waits_for_its_patience():
     assert fit_losses(losses, EarlyStopping(1)).current_epoch == 3
     assert fit_losses(losses, EarlyStopping(2)).current_epoch == 6
     assert fit_losses(losses, EarlyStopping(9)).current_epoch == 10
+    assert fit_losses([5, 9, 8, 7, 6, 5, 4], EarlyStopping(3)).current_epoch == 4  # lower than before is not lowest
 
 
 def test_best_weights_are_put_back():
@@ -270,6 +275,18 @@ def test_best_weights_are_put_back():
     trainer = fit_losses([5, 4, 2, 6, 3, 2, 9, 9, 9, 9], best)
     assert (best.lowest, best.epoch) == (2, 3)
     assert float(trainer.model.params[0][0]) == 3
+
+
+def test_best_weights_come_with_their_running_statistics():
+    x, t = spiral()
+    norm = nnx.BatchNorm(np.ones(10, "float32"), np.zeros(10, "float32"))
+    first, _, last = TwoLayerNet(2, 10, 3, rng=1).layers
+    model, best = Sequential([Sequential([first, norm]), Sigmoid(), last], SoftmaxWithLoss()), BestWeights()
+    data = x[::2], t[::2]
+    validation = x[1::2], t[1::2]
+    Trainer(model, SGD(10.0), rng=0).fit(*data, 10, 10, validation=validation, verbose=False, callbacks=[best])
+    assert best.epoch < 10
+    assert model.evaluate(*validation)[0] == pytest.approx(best.lowest)
 
 
 @pytest.mark.parametrize("callback", [EarlyStopping(), BestWeights()])
@@ -330,6 +347,50 @@ def test_a_readers_own_net_trains(rng):
     numpy.testing.assert_allclose(to_cpu(net.params[0]), [[1], [2]], atol=1e-6)
 
 
+class OwnLayer:
+    """A reader's layer that takes arrays of the active module, and moves none."""
+
+    def __init__(self):
+        self.params, self.grads = [np.zeros((2, 3), "float32")], [np.zeros((2, 3), "float32")]
+
+    def forward(self, x):
+        self.x = x
+        return np.matmul(x, self.params[0])
+
+    def backward(self, dout):
+        self.grads[0][...] = np.matmul(self.x.T, dout)
+
+
+class OwnLoss:
+    """A reader's loss, which moves nothing either: mean(x * t)."""
+
+    params, grads = (), ()
+
+    def forward(self, x, t):
+        self.t = t
+        return np.multiply(x, t).mean()
+
+    def backward(self, dout=1):
+        return (self.t / self.t.size).astype("float32")
+
+
+@pytest.mark.parametrize("loss", [SoftmaxWithLoss, OwnLoss])
+def test_a_readers_own_layers_train_from_host_data(loss):
+    x, t = spiral()
+    model = Sequential([OwnLayer()], loss())
+    Trainer(model, SGD(0.1), rng=0).fit(x, t, 2, 30, validation=(x.tolist(), t.tolist()), verbose=False)
+    assert to_cpu(model.params[0]).any()
+
+
+@pytest.mark.parametrize("rng", [None, 0])
+def test_a_copy_of_a_trainer_goes_on_alike(rng):
+    trainer = new_trainer(rng=rng)
+    for other in (copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))):
+        other.fit(*spiral(), 1, 30, verbose=False)
+        assert other.current_epoch == 1
+    assert trainer.current_epoch == 0
+
+
 def tied():
     """A net whose last layer is the first one transposed, and its twin with the gradient by hand."""
     W = np.asarray(numpy.random.default_rng(0).standard_normal((3, 3)) * 0.5)
@@ -366,6 +427,8 @@ def state_of(trainer):
 X, T = spiral()
 HOLE = X.copy()
 HOLE[17, 1] = math.nan
+HUGE = X.copy()
+HUGE[17, 1] = 1e39  # infinite in float32
 
 
 @pytest.mark.parametrize(
@@ -374,12 +437,24 @@ HOLE[17, 1] = math.nan
         (X, T, {"batch_size": 0}, ValueError, "batch_size must be 1 to 300, the number of rows, got 0"),
         (X, T, {"batch_size": 301}, ValueError, "batch_size must be 1 to 300, the number of rows, got 301"),
         (X, T, {"batch_size": 1.5}, TypeError, "integer"),
-        (X, T, {"max_epoch": -1}, ValueError, "max_epoch must not be negative, got -1"),
+        (X, T, {"max_epoch": -1}, ValueError, "max_epoch must be at least 0, got -1"),
         (X, T, {"max_epoch": 1.5}, TypeError, "integer"),
+        (X, T, {"max_grad": 0}, ValueError, "max_grad must be positive, or None, got 0"),
+        (X, T, {"max_grad": math.nan}, ValueError, "max_grad must be positive, or None, got nan"),
+        (X, T, {"validation": (X, T[:-1])}, ValueError, r"validation: .*got shapes \(300, 2\) and \(299, 3\)"),
+        (
+            X,
+            T,
+            {"validation": (HOLE, T)},
+            ValueError,
+            "validation: x holds NaN or infinity in float32",
+        ),
+        (X, T, {"validation": (X, 3 * T)}, ValueError, "every one-hot row must hold a single 1"),
+        (HUGE, T, {}, ValueError, "x holds NaN or infinity in float32, first in row 17"),
         (X, T, {"eval_interval": 0}, ValueError, "eval_interval must be at least 1, or None, got 0"),
         (X, T[:-1], {}, ValueError, r"the same number of rows, at least one, got shapes \(300, 2\) and \(299, 3\)"),
         (X[:0], T[:0], {}, ValueError, "at least one"),
-        (HOLE, T, {}, ValueError, "x holds NaN or infinity, first in row 17"),
+        (HOLE, T, {}, ValueError, "x holds NaN or infinity in float32, first in row 17"),
         (X[:, :1], T, {}, ValueError, r"Affine: x must have shape \(N, 2\)"),
         (X[:, 0], T, {}, ValueError, r"Affine: x must have shape \(N, 2\)"),
         (X, T[:, :2], {}, ValueError, "SoftmaxWithLoss: labels must be integers of shape"),
@@ -422,22 +497,39 @@ def test_a_parameter_that_is_no_number_is_found_at_the_end_without_evaluations()
         trainer.fit(x, x[:, :1], 1, 4, eval_interval=None, verbose=False)
 
 
-def test_ctrl_c_finishes_the_step():
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where the suite runs in the background and ignores the signal."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_finishes_the_step(ctrl_c):
     trainer, recorder = new_trainer(), Recorder()
     handler = signal.getsignal(signal.SIGINT)
-    interrupt = Once(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt = Once(3, ctrl_c)
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 3 of 10 iterations; fit again to go on"):
         trainer.fit(*spiral(), 5, 30, eval_interval=None, verbose=False, callbacks=[interrupt, recorder])
     assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # not torn out of the third step
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_second_ctrl_c_does_not_wait():
+def test_ctrl_c_after_the_last_step_is_not_lost(ctrl_c):
+    class Late:
+        def on_end(self, trainer):
+            ctrl_c()
+
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer().fit(*spiral(), 1, 30, verbose=False, callbacks=[Late()])
+
+
+def test_a_second_ctrl_c_does_not_wait(ctrl_c):
     trainer = new_trainer()
 
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        ctrl_c()
+        ctrl_c()
         raise AssertionError("the second one did not interrupt")
 
     with pytest.raises(KeyboardInterrupt):

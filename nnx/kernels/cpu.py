@@ -141,8 +141,9 @@ def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
 
     @functools.wraps(formula)
     def update(*arguments: Any) -> None:
+        settings = [float(value) for value in arguments[lists:]]  # a float64 scalar would make float64 temporaries
         for arrays in zip(*arguments[:lists], strict=True):
-            _elementwise(lambda *blocks: formula(*([b] for b in blocks), *arguments[lists:]), *arrays)
+            _elementwise(lambda *blocks: formula(*([b] for b in blocks), *settings), *arrays)
 
     return update
 

@@ -50,7 +50,7 @@ class Dropout:
         x = asfloat(x, None, "Dropout")
         self.shape, self.dtype, self.train_flg = x.shape, x.dtype, train_flg
         if not train_flg:
-            return x * (1 - self.dropout_ratio)
+            return np.multiply(x, 1 - self.dropout_ratio, dtype=x.dtype)
         self.calls += 1
         return dropout(x, self.dropout_ratio, self.seed, self.calls)
 
@@ -58,7 +58,7 @@ class Dropout:
         """Return dout under the mask, or the scale, of the last forward."""
         dout = asgrad(dout, self.shape, self.dtype, "Dropout")
         if not self.train_flg:
-            return dout * (1 - self.dropout_ratio)
+            return np.multiply(dout, 1 - self.dropout_ratio, dtype=dout.dtype)
         return dropout(dout, self.dropout_ratio, self.seed, self.calls)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnx.device import asfloat, asgrad, check_weights
+from nnx.kernels import bias_grad
 from nnx.np import Array, np
 
 __all__ = ["BatchNorm", "LayerNorm"]
@@ -57,9 +58,8 @@ class _Norm:
         """Write the gradients of gamma and beta; return that of xn."""
         gamma, xn = self.params[0], self.xn
         dout = asgrad(dout, xn.shape, gamma.dtype, type(self).__name__)
-        rows = tuple(range(xn.ndim - 1))
-        self.grads[0][...] = (dout * xn).sum(axis=rows)
-        self.grads[1][...] = dout.sum(axis=rows)
+        for grad, terms in zip(self.grads, (dout * xn, dout), strict=True):
+            bias_grad(terms.reshape(-1, terms.shape[-1]), grad)
         return dout * gamma
 
     def backward(self, dout: Any) -> Array:
