@@ -65,7 +65,10 @@ def sigmoid(x: Array) -> Array:
     if x.itemsize == 2:  # float16
         return portable.sigmoid(x)
     y = numpy.empty(x.shape, x.dtype)
-    _elementwise(_sigmoid, x, y)
+    if x.size <= _BLOCK:
+        _sigmoid(x, y)
+    else:
+        _elementwise(_sigmoid, x, y)
     return y
 
 
@@ -80,7 +83,10 @@ def _sigmoid(x: Array, y: Array) -> None:
 def sigmoid_grad(dout: Array, y: Array) -> Array:
     """Return dout * y * (1 - y)."""
     dx = numpy.empty(y.shape, y.dtype)
-    _elementwise(_sigmoid_grad, dout, y, dx)
+    if y.size <= _BLOCK:
+        _sigmoid_grad(dout, y, dx)
+    else:
+        _elementwise(_sigmoid_grad, dout, y, dx)
     return dx
 
 
@@ -103,10 +109,11 @@ def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
     if classes <= _FEW_CLASSES:
         columns = numpy.ascontiguousarray(columns)
     y = numpy.subtract(columns, numpy.maximum.reduce(columns, axis=0))
-    picked = y[t, _arange(n)]
+    rows, ones_n, ones_c = _constants(n, classes, y.dtype)
+    picked = y[t, rows]
     numpy.exp(y, out=y)
-    total = numpy.dot(_ones(classes, y.dtype), y)
-    loss = numpy.dot(_ones(n, y.dtype), numpy.log(total) - picked) / n
+    total = numpy.dot(ones_c, y)
+    loss = numpy.dot(ones_n, numpy.log(total) - picked) / n
     if not math.isfinite(loss):  # infinite scores: their limits are worth more passes
         return portable.softmax_loss(x, t)
     y /= total
@@ -119,7 +126,7 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
         return portable.softmax_loss_grad(y, t, dout)
     scale = numpy.asarray(dout / t.size, y.dtype)
     dx = numpy.multiply(y, scale)
-    dx[_arange(t.size), t] -= scale
+    dx[_constants(*y.shape, y.dtype)[0], t] -= scale
     return dx
 
 
@@ -226,5 +233,6 @@ def _ones(shape: Any, dtype: Any) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _arange(n: int) -> Array:
-    return numpy.broadcast_to(numpy.arange(n), n)
+def _constants(n: int, classes: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """Return 0 to n - 1, n ones, and `classes` ones."""
+    return numpy.broadcast_to(numpy.arange(n), n), _ones(n, dtype), _ones(classes, dtype)
