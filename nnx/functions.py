@@ -81,7 +81,8 @@ def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -
     ValueError
         If shape, dtype or values are none of these, or the batch is empty.
     """
-    t = numeric(t, name)
+    if type(t) is not Array:
+        t = numeric(t, name)
     if not shape:
         raise ValueError(f"{name}: scores must have an axis for the classes, got a single number")
     rows, classes = shape[:-1], shape[-1]

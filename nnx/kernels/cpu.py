@@ -3,7 +3,7 @@
 What makes them faster: fewer calls for small arrays, where the calls are what costs; for large ones
 blocks that stay in the cache from one pass to the next, and all cores (NumPy lets go of the lock
 while it computes). N rows (all leading axes together), H outputs, C classes; arrays have at least
-one axis.
+one axis. Outputs are given by position: in a small step keywords are felt too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def bias_grad(dout: Array, out: Array) -> None:
     if dout.itemsize == 2:  # BLAS has no float16
         portable.bias_grad(dout, out)
     else:
-        numpy.dot(_ones(len(dout), dout.dtype), dout, out=out)
+        numpy.dot(_ones(len(dout), dout.dtype), dout, out)
 
 
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
@@ -74,10 +74,10 @@ def sigmoid(x: Array) -> Array:
 
 @numpy.errstate(over="ignore")
 def _sigmoid(x: Array, y: Array) -> None:
-    numpy.negative(x, out=y)
-    numpy.exp(y, out=y)
-    numpy.add(y, _ones((), y.dtype), out=y)
-    numpy.reciprocal(y, out=y)
+    numpy.negative(x, y)
+    numpy.exp(y, y)
+    numpy.add(y, _ones((), y.dtype), y)
+    numpy.reciprocal(y, y)
 
 
 def sigmoid_grad(dout: Array, y: Array) -> Array:
@@ -91,9 +91,9 @@ def sigmoid_grad(dout: Array, y: Array) -> Array:
 
 
 def _sigmoid_grad(dout: Array, y: Array, dx: Array) -> None:
-    numpy.subtract(_ones((), y.dtype), y, out=dx)
-    numpy.multiply(dx, y, out=dx)
-    numpy.multiply(dx, dout, out=dx)
+    numpy.subtract(_ones((), y.dtype), y, dx)
+    numpy.multiply(dx, y, dx)
+    numpy.multiply(dx, dout, dx)
 
 
 @numpy.errstate(invalid="ignore", over="ignore")
@@ -111,7 +111,7 @@ def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
     y = numpy.subtract(columns, numpy.maximum.reduce(columns, axis=0))
     rows, ones_n, ones_c = _constants(n, classes, y.dtype)
     picked = y[t, rows]
-    numpy.exp(y, out=y)
+    numpy.exp(y, y)
     total = numpy.dot(ones_c, y)
     loss = numpy.dot(ones_n, numpy.log(total) - picked) / n
     if not math.isfinite(loss):  # infinite scores: their limits are worth more passes
@@ -140,7 +140,7 @@ def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
         if p.size > _SMALL and g.dtype is dtype and p.flags.c_contiguous and g.flags.c_contiguous and _axpy(dtype):
             _axpy(dtype)(p.size, -lr, g.ctypes.data, 1, p.ctypes.data, 1)
         else:
-            numpy.subtract(p, numpy.multiply(g, rate), out=p)
+            numpy.subtract(p, numpy.multiply(g, rate), p)
 
 
 def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
