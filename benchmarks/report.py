@@ -38,6 +38,16 @@ def configuration():
     }
 
 
+def device_name():
+    """Return what the GPU calls itself."""
+    return np.cuda.runtime.getDeviceProperties(np.cuda.Device().id)["name"].decode()
+
+
+def slug(name):
+    """Return `name` as a file may be called."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def table(head, rows):
     """Return the lines of a table, all columns but the first aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -68,7 +78,7 @@ def medians(benchmarks):
 
 def main(benchmarks, stages, folder):
     result = json.loads(Path(benchmarks).read_text()) if Path(benchmarks).exists() else {"benchmarks": []}
-    device = np.cuda.runtime.getDeviceProperties(np.cuda.Device().id)["name"].decode()
+    device = device_name()
     result["nnx"] = configuration()
     result.get("machine_info", {}).pop("node", None)  # the host's name is nobody's business
     for b in result["benchmarks"]:
@@ -78,7 +88,7 @@ def main(benchmarks, stages, folder):
         ["stage", "", "seconds", "its last line"], [s.split("\t") for s in Path(stages).read_text().splitlines()]
     )
     lines += medians(result["benchmarks"])
-    path = Path(folder, re.sub("[^a-z0-9]+", "-", device.lower()).strip("-"))
+    path = Path(folder, slug(device))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
