@@ -9,6 +9,7 @@ import importlib
 import os
 import platform
 import sys
+import warnings
 from typing import Any
 
 import numpy
@@ -132,6 +133,37 @@ def gather_bytes() -> int:
 def fits(*arrays: Any) -> bool:
     """Return whether `arrays` may be moved to the device and leave half of its memory free."""
     return not GPU or sum(a.nbytes for a in arrays) <= _cupy.cuda.runtime.memGetInfo()[0] // 2
+
+
+def devices() -> int:
+    """Return how many GPUs this process sees; on the CPU 0."""
+    return int(_cupy.cuda.runtime.getDeviceCount()) if GPU else 0
+
+
+def pick(index: int) -> None:
+    """Make GPU number `index`, counted round those that are there, the one that arrays are made on."""
+    if GPU:
+        _cupy.cuda.Device(index % devices()).use()
+
+
+def pinned(x: Array) -> Any:
+    """Return uninitialised host memory like `x` that the GPU copies from and to by itself; on the CPU `x`."""
+    return importlib.import_module("cupyx").empty_pinned(x.shape, x.dtype) if GPU else x
+
+
+def nccl() -> Any:
+    """Return CuPy's door to NCCL, or None where there is no NCCL, as on the CPU."""
+    if not GPU:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that NCCL is not installed, which is what is asked
+        library = importlib.import_module("cupy.cuda.nccl")
+    return library if library.available else None
+
+
+def stream() -> int:
+    """Return the address of CuPy's current stream; on the CPU 0."""
+    return int(_cupy.cuda.get_current_stream().ptr) if GPU else 0
 
 
 def synchronize() -> None:

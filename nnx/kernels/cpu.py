@@ -190,12 +190,22 @@ def _share(work: Callable[[int, int], None], size: int) -> None:
         other.result()
 
 
+_limits: list[int] = []
+
+
 @functools.cache
 def _threads() -> int:
-    """Return how many cores to use: those of the process, or fewer if BLAS is told so."""
+    """Return how many cores to use: those of the process, or fewer if BLAS or `limit_threads` is told so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"))
-    return min([cores, *(max(1, int(limit)) for limit in limits if limit.isdecimal())])
+    return min([cores, *_limits, *(max(1, int(limit)) for limit in limits if limit.isdecimal())])
+
+
+def limit_threads(limit: int) -> None:
+    """Use at most `limit` cores from now on: the share of one of several processes on a machine."""
+    _limits.append(limit)
+    _threads.cache_clear()
+    _pool.cache_clear()
 
 
 @functools.cache
