@@ -87,9 +87,10 @@ def init(cuda_aware: bool = False) -> Comm:
     if MPI.COMM_WORLD.size == 1:
         if told is None:
             return Comm()
+        version = " ".join(MPI.Get_library_version().split()).partition(",")[0]
         raise RuntimeError(
             f"nnx.distributed: the launcher says {told}, but MPI says 1: mpi4py has loaded "
-            f"{' '.join(MPI.Get_library_version().split()).partition(',')[0][:40]}, which this launcher does not belong to; start with the "
+            f"{version:.40}, which this launcher does not belong to; start with the "
             "mpiexec of that MPI (under Slurm srun --mpi=...), or set MPI4PY_LIBMPI to the launcher's library"
         )
     return Comm(MPI, threads, cuda_aware)

@@ -1,0 +1,173 @@
+"""What the tests run on several ranks: `mpiexec -n 2 python -m tests.ranks JOB ARGUMENT ...`, one job a function.
+
+Rank 0 prints what all ranks return, as a line of JSON.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy
+
+import nnx
+from nnx import SGD, TwoLayerNet, np, to_cpu
+
+JOBS = {}
+
+
+def job(function):
+    JOBS[function.__name__] = function
+    return function
+
+
+def data(rows=300):
+    rng = numpy.random.default_rng(0)
+    return rng.standard_normal((rows, 20)).astype("float32"), rng.integers(5, size=rows)
+
+
+def state(model):
+    """Return all parameters in a row, as hexadecimal digits of their bytes."""
+    return b"".join(to_cpu(p).tobytes() for p in model.params).hex()
+
+
+@job
+def steps(comm, batch_size, count=200):
+    """Take steps in a loop written out, on batches of `batch_size` rows."""
+    x, t = data()
+    model, optimizer = TwoLayerNet(20, 30, 5, rng=comm.rank), SGD(0.5)  # rank 0's weights are the ones that count
+    comm.broadcast(model.params)
+    order = numpy.random.default_rng(1)
+    for _ in range(int(count)):
+        rows = order.permutation(len(x))[: int(batch_size)]
+        part = rows[comm.slice(len(rows))]
+        if len(part):
+            model.forward(x[part], t[part])
+            model.backward()
+        comm.average(model.grads, len(part) / len(rows))
+        optimizer.update(model.params, model.grads)
+    return state(model)
+
+
+@job
+def fault(comm, kind):
+    """Let the last rank fail in the way of `kind` while the others go on."""
+    x, t = data()
+    last = comm.rank == comm.size - 1
+    dtype = "float64" if kind == "dtype" and last else "float32"
+    model, optimizer = TwoLayerNet(20, 31 if kind == "model" and last else 30, 5, dtype), SGD(0.5)
+    if kind == "layers" and last:
+        model.params.pop()
+    comm.broadcast(model.params)
+    for step in range(10_000):
+        if step == 20 and last:
+            if kind == "exception":
+                raise ArithmeticError("the last rank has had enough")
+            if kind == "sys.exit":
+                sys.exit(3)
+            if kind == "fewer steps":
+                break
+            if kind == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "own calls":  # an exception while the others wait in a call that Comm does not see
+                nnx.distributed._PATIENCE = 0.5
+                raise ArithmeticError("the last rank has had enough")
+        model.forward(x, t)
+        model.backward()
+        if kind == "own calls":
+            comm.mpi.Barrier()
+        else:
+            comm.average(model.grads, 1 / comm.size)
+        optimizer.update(model.params, model.grads)
+
+
+@job
+def late(comm):
+    """Let rank 0 work on alone for a while: nobody waits for anybody."""
+    comm.barrier()
+    if comm.rank == 0:
+        time.sleep(1)
+        print("rank 0 is done", flush=True)
+
+
+@job
+def threads(comm):
+    from threadpoolctl import threadpool_info
+
+    return [pool["num_threads"] for pool in threadpool_info()], nnx.kernels.cpu._threads()
+
+
+@job
+def mixed(comm):
+    """Average and broadcast arrays of all kinds of dtype and layout, unlike on each rank."""
+    rng = numpy.random.default_rng(comm.rank)
+    kinds = [("float32", (40, 30)), ("float16", (7,)), ("float64", (3, 4)), ("float32", ()), ("float64", (0, 2))]
+    arrays = [np.asarray(rng.standard_normal(shape), dtype) for dtype, shape in kinds]
+    arrays += [np.asarray(rng.standard_normal((6, 5)), "float32").T, np.asarray(rng.standard_normal((6, 8)))[:, ::2]]
+    grads = [a.copy() for a in arrays]
+    share = [0.0, 0.25, 0.75][comm.rank + 3 - comm.size] if comm.size > 1 else 1.0
+    views, sums = comm.reduce(grads, share, np.asarray(comm.rank + 0.5), 1)
+    reduced = [to_cpu(a).ravel().tolist() for a in views]
+    comm.average(grads, share)
+    averaged = [to_cpu(a).ravel().tolist() for a in grads]
+    before = [to_cpu(a).ravel().tolist() for a in arrays]
+    comm.broadcast(arrays)
+    sent = [to_cpu(a).ravel().tolist() for a in arrays]
+    return {"share": share, "before": before, "reduced": reduced, "averaged": averaged, "sums": sums, "sent": sent}
+
+
+@job
+def methods(comm):
+    part = comm.slice(7)
+    return {
+        "slice": [part.start, part.stop],
+        "sum": comm.sum(comm.rank + 1),
+        "sums": comm.sum(comm.rank, np.ones(()), 0.5),
+        "place": [comm.rank, comm.size, comm.local_rank, comm.local_size],
+        "mpi": comm.mpi is not None,
+        "repr": repr(comm),
+        "again": nnx.distributed.init() is comm,
+    }
+
+
+class FakeNccl:
+    """Stands in for cupy.cuda.nccl: notes the calls, and sums through MPI what lies at the addresses."""
+
+    NCCL_FLOAT32, NCCL_FLOAT64, NCCL_SUM = 7, 8, 0
+    calls = []
+
+    def get_unique_id(self):
+        self.calls.append("get_unique_id")
+        return b"the name"
+
+    def NcclCommunicator(self, size, name, rank):
+        self.calls.append(["NcclCommunicator", size, name.decode(), rank])
+        return self
+
+    def allReduce(self, send, receive, count, kind, operation, stream):
+        import ctypes
+
+        from mpi4py import MPI
+
+        self.calls.append(["allReduce", send == receive, count, kind, operation, stream == nnx.device.stream()])
+        number = {7: ctypes.c_float, 8: ctypes.c_double}[kind]
+        MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, numpy.ctypeslib.as_array((number * count).from_address(send)))
+
+
+@job
+def fake_nccl(comm):
+    result = steps(comm, 125, 3)
+    return result, FakeNccl.calls, repr(comm)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "fake_nccl":
+        nnx.distributed.nccl = FakeNccl
+        nnx.distributed.devices = lambda: 8
+        nnx.distributed.pick = lambda local_rank: FakeNccl.calls.append(["pick", local_rank])
+    comm = nnx.distributed.init()
+    result = JOBS[sys.argv[1]](comm, *sys.argv[2:])
+    results = [result] if comm.size == 1 else comm.mpi.gather(result)
+    if comm.rank == 0:
+        print(json.dumps(results), flush=True)

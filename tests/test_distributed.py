@@ -1,0 +1,255 @@
+"""Several ranks: the sums, what they agree on, how they end. Each test starts mpiexec, and has a time limit."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy
+import pytest
+
+import nnx
+from tests import ranks
+
+ROOT = Path(__file__).parents[1]
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+
+needs_mpi = pytest.mark.skipif(
+    not (MPIEXEC.exists() and importlib.util.find_spec("mpi4py")),
+    reason="needs mpi4py, and an mpiexec beside Python: pip install mpi4py mpich threadpoolctl",
+)
+
+
+def run(n, *command, env=(), timeout=30):
+    """Run a job of `ranks.py` on `n` ranks; return its process when it and all that it started have ended."""
+    mark = uuid.uuid4().hex
+    # a launcher's own variables, if these tests run under one, are not for the ranks
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_", "SLURM_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "NNX_TEST_RUN": mark, "OMPI_ALLOW_RUN_AS_ROOT": "1"}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    launcher = [MPIEXEC, "-n", str(n)] if n else []
+    done = subprocess.run(
+        [*launcher, sys.executable, "-m", "tests.ranks", *map(str, command)],
+        cwd=ROOT,
+        env=environment | dict(env),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=timeout,
+    )
+    deadline = time.monotonic() + 2
+    while left := alive(mark):
+        assert time.monotonic() < deadline, f"processes left over: {left}"
+    return done
+
+
+def alive(mark):
+    """Return the processes that a run with this mark has started and that still are there; on Linux."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:  # another user's, or gone by now
+            continue
+    return found
+
+
+def results(n, *command, **options):
+    """Return what the ranks of a job have returned."""
+    done = run(n, *command, **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parameters(state):
+    return numpy.frombuffer(bytes.fromhex(state), "float32")
+
+
+def close(state, reference):
+    """Return whether all parameters are within 1e-6 of the reference, relative to its norm and its largest."""
+    got, want = parameters(state).astype("float64"), parameters(reference).astype("float64")
+    norm = numpy.linalg.norm(got - want) / numpy.linalg.norm(want)
+    return norm < 1e-6 and abs(got - want).max() < 1e-6 * abs(want).max()
+
+
+def test_importing_nnx_imports_nothing_of_mpi():
+    program = "import sys, nnx; nnx.distributed.init(); print({'mpi4py', 'threadpoolctl'} & {*sys.modules})"
+    assert run_python(program).stdout == "set()\n"
+
+
+def run_python(program, **env):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=30
+    )
+
+
+def test_one_rank_needs_no_launcher():
+    comm = nnx.distributed.init()
+    assert ranks.methods(comm) == {
+        "slice": [0, 7],
+        "sum": 1.0,
+        "sums": [0.0, 1.0, 0.5],
+        "place": [0, 1, 0, 1],
+        "mpi": False,
+        "repr": "Comm(rank 0 of 1, 0 of 1 on this machine)",
+        "again": True,
+    }
+    comm.barrier()
+    got = ranks.mixed(comm)
+    assert got["before"] == got["reduced"] == got["averaged"] == got["sent"]
+
+
+@needs_mpi
+def test_methods_on_three_ranks():
+    first, second, third = results(3, "methods")
+    assert [r["slice"] for r in (first, second, third)] == [[0, 2], [2, 4], [4, 7]]
+    assert [r["place"] for r in (first, second, third)] == [[0, 3, 0, 3], [1, 3, 1, 3], [2, 3, 2, 3]]
+    assert first["repr"] == "Comm(rank 0 of 3, 0 of 3 on this machine, MPI)"
+    for r in (first, second, third):
+        assert (r["sum"], r["sums"], r["mpi"], r["again"]) == (6, [3, 3, 1.5], True, True)
+
+
+@needs_mpi
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_ranks_train_as_one(n):
+    """125 rows divide by none of 2, 3, 4."""
+    first, *others = results(n, "steps", 125)
+    assert all(other == first for other in others)  # bit for bit
+    assert close(first, ranks.steps(nnx.distributed.init(), 125))
+
+
+@needs_mpi
+def test_fewer_rows_than_ranks_and_the_same_bits_again():
+    first, *others = results(4, "steps", 3)
+    assert all(other == first for other in others)
+    assert close(first, ranks.steps(nnx.distributed.init(), 3))
+    assert results(4, "steps", 3)[0] == first
+
+
+@needs_mpi
+def test_every_dtype_and_layout_is_averaged_and_sent():
+    ranks_ = results(3, "mixed")
+    dtypes = ["float32", "float16", "float64", "float32", "float64", "float32", "float64"]
+    for i, dtype in enumerate(dtypes):
+        want = sum(r["share"] * numpy.array(r["before"][i]) for r in ranks_)
+        tolerance = {"float16": 1e-3, "float32": 1e-6, "float64": 1e-12}[dtype]
+        for r in ranks_:
+            numpy.testing.assert_allclose(r["reduced"][i], want, rtol=tolerance, atol=tolerance)
+            assert r["reduced"][i] == r["averaged"][i] == ranks_[0]["reduced"][i]
+            assert r["sent"][i] == ranks_[0]["before"][i]
+            assert r["sums"] == [4.5, 3]
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("exception", "rank 2 of 3 ends with ArithmeticError: the last rank has had enough"),
+        ("sys.exit", "rank 2 of 3 has ended before the others"),
+        ("fewer steps", "rank 2 of 3 has ended before the others"),
+        ("own calls", "rank 2 of 3 ends with ArithmeticError: the last rank has had enough"),
+        ("model", r"array 0 must be the same on all ranks, but is (20, 30) float32 on rank 0 and (20, 31) float32 on"),
+        ("dtype", r"array 0 must be the same on all ranks, but is (20, 30) float32 on rank 0 and (20, 30) float64 on"),
+        ("layers", "the number of arrays must be the same on all ranks, but is 4 on rank 0 and 3 on rank 2"),
+    ],
+)
+def test_a_fault_of_one_rank_ends_the_job(kind, message):
+    begin = time.monotonic()
+    done = run(3, "fault", kind, timeout=10)
+    assert time.monotonic() - begin < 10
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@needs_mpi
+def test_a_killed_rank_ends_the_job():
+    done = run(2, "fault", "SIGKILL", timeout=10)
+    assert done.returncode != 0
+    places = next(line for line in done.stderr.splitlines() if "ranks 0 to 1 are the processes" in line)
+    pid = places.rpartition(":")[2]
+    assert pid in (done.stdout + done.stderr).replace(places, "")  # the launcher names it, and the signal
+    assert "signal 9" in done.stdout + done.stderr
+
+
+@needs_mpi
+def test_a_rank_that_ends_first_is_not_in_the_way():
+    done = run(2, "late")
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 is done" in done.stdout
+
+
+@needs_mpi
+def test_ranks_share_the_cores():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "")
+    for blas, own in results(2, "threads", env=free):
+        assert max([1, *blas]) <= max(1, cores // 2)
+        assert own == max(1, cores // 2)
+    for blas, own in results(2, "threads", env={"OMP_NUM_THREADS": "1"}):  # a user who asks for less gets it
+        assert {*blas, own} == {1}
+
+
+@needs_mpi
+def test_nccl_is_called_in_order():
+    """A stand-in for NCCL: it sums, so that the training is right, and notes what it is asked for."""
+    first, second = results(2, "fake_nccl")
+    plain = results(2, "steps", 125, 3)
+    assert [first[0], second[0]] == plain
+    size = sum(p.size for p in nnx.TwoLayerNet(20, 30, 5).params)
+    sums = [["allReduce", True, size, 7, 0, True]] * 3
+    assert first[1] == [["pick", 0], "get_unique_id", ["NcclCommunicator", 2, "the name", 0], *sums]
+    assert second[1] == [["pick", 1], ["NcclCommunicator", 2, "the name", 1], *sums]
+    assert first[2].endswith("NCCL)")
+
+
+@pytest.mark.skipif(nnx.device.nccl() is None, reason="needs a GPU and NCCL: not run")
+def test_real_nccl_on_one_gpu():
+    class OneRank:
+        rank, size = 0, 1
+
+        def bcast(self, name):
+            return name
+
+    for dtype in ("float32", "float64"):
+        x = nnx.np.arange(1000, dtype=dtype)
+        nnx.distributed._Nccl(nnx.device.nccl(), OneRank()).sum(x)
+        numpy.testing.assert_array_equal(nnx.to_cpu(x), numpy.arange(1000, dtype=dtype))
+
+
+@needs_mpi
+@pytest.mark.skipif(not nnx.GPU, reason="compares CuPy with NumPy")
+def test_sums_through_pinned_memory_are_numpys():
+    assert results(2, "mixed") == results(2, "mixed", env={"NNX_GPU": "0"})
+    on_gpu, on_cpu = results(2, "steps", 125), results(2, "steps", 125, env={"NNX_GPU": "0"})
+    assert on_gpu[0] == on_gpu[1]
+    assert close(on_gpu[0], on_cpu[0])
+
+
+@needs_mpi
+def test_the_wrong_launcher_is_named():
+    done = run(0, "methods", env={"WORLD_SIZE": "2"})
+    assert done.returncode != 0
+    assert "the launcher says 2 ranks (WORLD_SIZE=2), but MPI says 1: mpi4py has loaded" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("ModuleNotFoundError('no', name='mpi4py')", "mpi4py cannot be imported: pip install 'nnx-array[mpi]'"),
+        ("RuntimeError('cannot load MPI library')", "mpi4py finds no MPI library (cannot load MPI library): load the"),
+    ],
+)
+def test_a_missing_piece_is_named(error, message, tmp_path):
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("", encoding="utf-8")
+    (tmp_path / "mpi4py" / "MPI.py").write_text(f"raise {error}\n", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run_python("import nnx; nnx.distributed.init()", PYTHONPATH=path, PMI_SIZE="4")
+    assert "the launcher says 4 ranks (PMI_SIZE=4), but " + message in done.stderr
