@@ -1,18 +1,21 @@
-"""Measure what training with several ranks costs, and write `ranks.json` and `ranks.md`.
+"""Measure what training on several ranks costs, and write `ranks.json` and `ranks.md`.
 
-    python -m benchmarks.ranks [--ranks 2] [--quick] [--out FOLDER]    # in the root, with the extra [mpi] and mpiexec
+    python -m benchmarks.ranks [--ranks 2] [--quick] [--out FOLDER]    # in the root; wants the extra [mpi] and mpiexec
 
-A step of 784-512-10, float32, global batches of N rows: by one process with all cores, by ranks with
-a slice each, and by ranks that do not reduce. Beside them a bare MPI Allreduce of as many bytes. The
-ring model predicts the reduction from bytes, latency and bandwidth.
+Steps of the net 784-512-10 in float32 on batches of N rows: by one process with all cores, and by R
+ranks with a slice each. A ratio is the median of the blocks' own ratios; the variants of a block are
+timed one after the other in the same processes, and the slowest rank's time counts. Beside what was
+measured stands what a ring all-reduce of S bytes should cost on paper.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,64 +27,86 @@ from nnx import SGD, TwoLayerNet, np, synchronize
 
 ROOT = Path(__file__).parents[1]
 SIZES = 784, 512, 10
-BATCHES = [128, 256, 512, 1024]
+BATCHES = [128, 256, 512, 1024, 2048]
 THREADS = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
-NETWORKS = {"10 Gb/s, 25 µs": (25e-6, 10e9 / 8), "100 Gb/s, 5 µs": (5e-6, 100e9 / 8)}  # latency, bytes a second
+NETWORKS = {"10 Gb/s": (25e-6, 10e9 / 8), "100 Gb/s": (5e-6, 100e9 / 8)}  # latency assumed, bytes a second
+BYTES = 4 * ((SIZES[0] + 1) * SIZES[1] + (SIZES[1] + 1) * SIZES[2])  # of all gradients
 
 
 def ring(ranks, size, latency, bandwidth):
-    """Return the seconds of a ring all-reduce of `size` bytes.
-
-    R - 1 rounds that scatter sums and R - 1 that gather them; in each, every rank sends size / R.
-    """
+    """Return the seconds of a ring all-reduce: in each of its rounds every rank sends size / ranks bytes."""
     return 2 * (ranks - 1) * (latency + size / ranks / bandwidth)
 
 
-def variants(comm, batch):
-    """Return what is timed, by name."""
-    rng = numpy.random.default_rng(0)
-    x, t = rng.standard_normal((batch, SIZES[0])), rng.integers(SIZES[2], size=batch)
-    part = comm.slice(batch)
-    x, t, share = np.asarray(x[part], "float32"), np.asarray(t[part]), (part.stop - part.start) / batch
-    model, optimizer = TwoLayerNet(*SIZES, rng=0), SGD(0.1)
-    flat = numpy.zeros(sum(p.size for p in model.params) + 2, "float32")
+# ---- in each rank ----
 
-    def alone():
+
+def steps(comm, batch):
+    """Return what is timed for a batch, by name."""
+    rng = numpy.random.default_rng(0)
+    part = comm.slice(batch)
+    x = np.asarray(rng.standard_normal((batch, SIZES[0]))[part], "float32")
+    t, share = np.asarray(rng.integers(SIZES[2], size=batch)[part]), (part.stop - part.start) / batch
+    model, optimizer = TwoLayerNet(*SIZES, rng=0), SGD(0.1)
+
+    def gradients():
         loss = model.forward(x, t)
         model.backward()
-        optimizer.update(model.params, model.grads)
         return loss
 
-    def reducing():  # what Trainer does
-        loss = model.forward(x, t)
-        model.backward()
-        grads, _ = comm.reduce(model.grads, share, loss * share, 0)
+    def apart():  # no rank knows of another
+        gradients()
+        optimizer.update(model.params, model.grads)
+
+    def together():  # they wait for each other, and send nothing
+        gradients()
+        comm.barrier()
+        optimizer.update(model.params, model.grads)
+
+    def trainer():
+        loss = gradients()
+        grads, _ = comm.reduce(model.grads, share, loss * share, 0, 0)
         optimizer.update(model.params, grads)
 
-    def averaging():  # a loop written out
-        model.forward(x, t)
-        model.backward()
+    def loop():  # written out
+        gradients()
         comm.average(model.grads, share)
         optimizer.update(model.params, model.grads)
 
-    def allreduce():
-        comm.mpi.Allreduce(MPI.IN_PLACE, flat)
+    return {"apart": apart} if comm.size == 1 else {f.__name__: f for f in (apart, together, trainer, loop)}
 
+
+def messages(comm):
+    """Return what is timed of MPI alone, by name."""
     if comm.size == 1:
-        return {"step": alone}
+        return {}
     from mpi4py import MPI  # noqa: PLC0415 - an extra
 
-    return {"step": alone, "step, reduced": reducing, "step, averaged": averaging, "Allreduce": allreduce}
+    flat, one = numpy.zeros(BYTES // 4, "float32"), numpy.zeros(1, "float32")
+    other, half = comm.rank ^ 1, BYTES // 8
+    into = numpy.empty_like(flat)
+
+    def exchange(size):
+        if other < comm.size:
+            comm.mpi.Sendrecv(flat[:size], other, recvbuf=into[:size], source=other)
+
+    return {
+        "allreduce": lambda: comm.mpi.Allreduce(MPI.IN_PLACE, flat),
+        "allreduce of 4 bytes": lambda: comm.mpi.Allreduce(MPI.IN_PLACE, one),
+        "exchange of 4 bytes": lambda: exchange(1),
+        "exchange of half": lambda: exchange(half),
+    }
 
 
-def work(batches, blocks):
-    """Return the seconds of each variant, the slowest rank's: a list over blocks, taken in turns."""
+def work(batches, blocks, path):
+    """Time all variants in turns, and let rank 0 write the seconds of the slowest rank, a list over blocks each."""
     comm = nnx.distributed.init()
-    timed = {f"{name} {n}": f for n in batches for name, f in variants(comm, n).items()}
+    timed = {f"{name}/{n}": f for n in batches for name, f in steps(comm, n).items()} | messages(comm)
     seconds = {name: [] for name in timed}
     for _ in range(blocks):
         for name, function in timed.items():
             function()
+            synchronize()
             comm.barrier()
             begin = time.perf_counter()
             for _ in range(20):
@@ -89,11 +114,138 @@ def work(batches, blocks):
             synchronize()
             spent = (time.perf_counter() - begin) / 20
             seconds[name].append(spent if comm.size == 1 else max(comm.mpi.allgather(spent)))
-    return comm, seconds
+    if comm.rank == 0:
+        Path(path).write_text(json.dumps(seconds), encoding="utf-8")
+
+
+# ---- around them ----
+
+
+def run(ranks, quick, environment):
+    """Start the ranks and return their seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "seconds.json")
+        launcher = [Path(sys.executable).parent / "mpiexec", "-n", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, "-m", "benchmarks.ranks", "--work", path, *(["--quick"] if quick else [])]
+        subprocess.run([*launcher, *command], cwd=ROOT, env=environment, check=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def ratios(over, under, *less):
+    """Return the quartiles of the blocks' own (over - less) / under."""
+    less = less[0] if less else [0] * len(over)
+    return statistics.quantiles([(a - c) / b for a, b, c in zip(over, under, less, strict=True)], method="inclusive")
+
+
+def ratio(quartiles):
+    return "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles)
+
+
+def median(seconds):
+    return report.duration(statistics.median(seconds))
+
+
+def percent(part):
+    return f"{100 * part:.0f} %"
+
+
+def tables(ranks, batches, one, several, capped):
+    """Yield the lines of the tables: what was measured, then the model."""
+    allreduce = several["allreduce"]
+    yield from ["", f"## A step, of one process with all cores and of {ranks} ranks on the same cores"]
+    rows = []
+    for n in batches:
+        alone, together = one[f"apart/{n}"], several[f"trainer/{n}"]
+        times = statistics.median(alone) / statistics.median(together)
+        rows.append([str(n), median(alone), median(together), f"{times:.2f}"])
+    yield from report.table(["rows", "one process", f"{ranks} ranks", "speed-up"], rows)
+
+    yield from ["", f"## The reduction: {BYTES:,} bytes, in times of a bare Allreduce of them, {median(allreduce)}"]
+    yield from ["", "What `Trainer` and `Comm.average` add to a step of ranks that do not know of each other, to"]
+    yield from ["one of ranks that wait for each other at that place, and what that waiting adds."]
+    rows = []
+    for n in batches:
+        step = {name: several[f"{name}/{n}"] for name in ("apart", "together", "trainer", "loop")}
+        pairs = [("trainer", "apart"), ("trainer", "together"), ("loop", "together"), ("together", "apart")]
+        rows.append([str(n), *(ratio(ratios(step[a], allreduce, step[b])) for a, b in pairs)])
+    head = ["rows", "Trainer to apart", "Trainer to waiting", "average to waiting", "waiting to apart"]
+    yield from report.table(head, rows)
+
+    yield from ["", "## Threads: a step where the user sets nothing, in times of one with OMP_NUM_THREADS=1"]
+    rows = [[str(n), ratio(ratios(several[f"trainer/{n}"], capped[f"trainer/{n}"]))] for n in batches]
+    yield from report.table(["rows", "ratio"], rows)
+
+    latency = statistics.median(several["exchange of 4 bytes"])
+    bandwidth = BYTES / 2 / (statistics.median(several["exchange of half"]) - latency)
+    yield from ["", "## On paper: a ring", "", "S bytes on R ranks take 2 (R - 1) rounds, in each of which every rank"]
+    yield from [
+        "sends S / R bytes and receives as many: 2 (R - 1) (latency + S / R / bandwidth). The efficiency is the"
+    ]
+    yield from ["time of a step alone over that of a step with the reduction: T / (T + ring). The model leaves out"]
+    yield from ["packing, adding up, and waiting for the slowest. Here, latency and bandwidth as two ranks exchange"]
+    yield from [
+        f"messages: {latency * 1e6:.2f} µs and {bandwidth / 1e9:.2f} GB/s each way; the libraries need not use a ring."
+    ]
+    expected = ring(ranks, BYTES, latency, bandwidth)
+    rows = [["all-reduce", report.duration(expected), median(allreduce)]]
+    for n in batches:
+        alone, together = (statistics.median(several[f"{name}/{n}"]) for name in ("apart", "trainer"))
+        rows.append(
+            [f"efficiency, {n // ranks} rows a rank", percent(alone / (alone + expected)), percent(alone / together)]
+        )
+    yield from report.table([f"{ranks} ranks on this machine", "model", "measured"], rows)
+
+    yield from ["", "Computed, not measured: machines with one rank each, whose step alone takes as long as here."]
+    cases = [(f"{r} ranks, {name}", ring(r, BYTES, *NETWORKS[name])) for name in NETWORKS for r in (8, 64)]
+    rows = [["all-reduce", *(report.duration(seconds) for _, seconds in cases)]]
+    for n in batches:
+        alone = statistics.median(several[f"apart/{n}"])
+        rows.append([f"efficiency, {n // ranks} rows a rank", *(percent(alone / (alone + s)) for _, s in cases)])
+    yield from report.table(["", *(name for name, _ in cases)], rows)
+    assumed = ", ".join(f"{1e6 * seconds:.0f} µs at {name}" for name, (seconds, _) in NETWORKS.items())
+    yield from ["", f"Latency assumed: {assumed}."]
+
+
+def configuration(ranks):
+    """Return what the figures depend on, by name."""
+    about = report.configuration()
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    about |= {"CPU": f"{cpu[1] if cpu else 'unknown'}, {os.cpu_count()} cores", "ranks": f"{ranks} on this machine"}
+    version = "from mpi4py import MPI; print(' '.join(MPI.Get_library_version().split()[:3]))"
+    about["MPI"] = report.output(sys.executable, "-c", version)
+    return {name: value for name, value in about.items() if value != "unknown"}
+
+
+def main(ranks, quick, out):
+    free = {name: value for name, value in os.environ.items() if name not in THREADS}
+    batches = BATCHES[:1] if quick else BATCHES
+    one, several = run(1, quick, free), run(ranks, quick, free)
+    capped = run(ranks, quick, free | {"OMP_NUM_THREADS": "1"})
+    about = configuration(ranks)
+    lines = ["# nnx on several ranks", *report.table(["", ""], about.items())]
+    lines += [
+        "",
+        "Medians, and ratios as median (quartiles) over the blocks.",
+        *tables(ranks, batches, one, several, capped),
+    ]
+    path = Path(out).resolve() / "ranks"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    seconds = {"one process": one, "ranks": several, "ranks, OMP_NUM_THREADS=1": capped}
+    result = {"configuration": about, "ranks": ranks, "bytes": BYTES, "seconds": seconds}
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    print(f"\nwritten: {path}.md and .json")
 
 
 if __name__ == "__main__":
-    comm, seconds = work([int(b) for b in sys.argv[1:]] or BATCHES, 30)
-    if comm.rank == 0:
-        for k, v in seconds.items():
-            print(f"{k:30} min {min(v) * 1e3:.3f} median {statistics.median(v) * 1e3:.3f} ms")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="few short blocks of one batch: a test, no measurement")
+    parser.add_argument("--out", default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = vars(parser.parse_args())
+    if path := options.pop("work"):
+        work(BATCHES[:1] if options["quick"] else BATCHES, 3 if options["quick"] else 10, path)
+    else:
+        main(**options)

@@ -253,3 +253,17 @@ def test_a_missing_piece_is_named(error, message, tmp_path):
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_python("import nnx; nnx.distributed.init()", PYTHONPATH=path, PMI_SIZE="4")
     assert "the launcher says 4 ranks (PMI_SIZE=4), but " + message in done.stderr
+
+
+@needs_mpi
+@pytest.mark.skipif(nnx.GPU or sys.platform != "linux", reason="the comparison without a GPU, on Linux")
+def test_the_benchmark_writes_what_it_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.ranks", "--quick", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "ranks.json").read_text(encoding="utf-8"))
+    assert len(result["seconds"]["one process"]["apart/128"]) == 3
+    assert len(result["seconds"]["ranks"]["trainer/128"]) == 3
+    assert result["bytes"] == sum(p.nbytes for p in nnx.TwoLayerNet(784, 512, 10).params)
+    table = (tmp_path / "ranks.md").read_text(encoding="utf-8")
+    assert "| all-reduce | 2.629 ms | 5.714 ms |" in table  # 14 x 25 us + 1.75 x 1,628,200 x 8 / 10^10; 126 ...
