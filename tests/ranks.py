@@ -12,7 +12,8 @@ import time
 import numpy
 
 import nnx
-from nnx import SGD, TwoLayerNet, np, to_cpu
+from nnx import SGD, Momentum, Trainer, TwoLayerNet, np, to_cpu
+from nnx.callbacks import BestWeights, Checkpoint
 
 JOBS = {}
 
@@ -129,6 +130,92 @@ def methods(comm):
         "repr": repr(comm),
         "again": nnx.distributed.init() is comm,
     }
+
+
+def new_trainer(comm, rng=0, lr=0.1, callbacks=()):
+    """Return a trainer whose ranks begin unlike each other, but for the seed of the shuffles."""
+    return Trainer(TwoLayerNet(20, 30, 5, rng=comm.rank), Momentum(lr), rng=rng, comm=comm)
+
+
+@job
+def fit(comm, batch_size, epochs, rng="0", verbose=None):
+    """Train with clipping, validation and a last batch that is smaller."""
+    numpy.random.seed(comm.rank)
+    trainer = new_trainer(comm, None if rng == "None" else int(rng) + comm.rank)
+    x, t = data()
+    trainer.fit(
+        *(x[:250], t[:250], int(epochs), int(batch_size), 0.5, 3),
+        validation=(x[250:], t[250:]),
+        verbose=None if verbose else False,
+        callbacks=[BestWeights()],
+    )
+    return {"state": state(trainer.model), "losses": trainer.loss_list, "validation": trainer.val_list}
+
+
+class AtStep:
+    """A callback that calls a function on one rank at one step."""
+
+    def __init__(self, comm, rank, step, function):
+        self.mine, self.step, self.function, self.count = comm.rank == rank, step, function, 0
+
+    def on_step(self, trainer):
+        self.count += 1
+        if self.mine and self.count == self.step:
+            self.function()
+
+
+@job
+def stopped(comm, how):
+    """Let rank 1 alone have a reason to stop, and return where each rank has stopped."""
+    trainer = new_trainer(comm, lr=1e30 if how == "infinite" else 0.1)
+    reasons = {
+        "SIGINT": lambda: signal.raise_signal(signal.SIGINT),
+        "stop": trainer.stop,
+        "infinite": lambda: None,
+    }
+    ending = None
+    try:
+        with numpy.errstate(all="ignore"):
+            trainer.fit(*data(), 5, 50, verbose=False, callbacks=[AtStep(comm, 1, 8, reasons[how])])
+    except (KeyboardInterrupt, FloatingPointError) as error:
+        ending = f"{type(error).__name__}: {error}"
+    return {
+        "ending": ending,
+        "place": [trainer.current_epoch, trainer.iteration],
+        "state": state(trainer.model),
+        "losses": repr(trainer.loss_list),
+    }
+
+
+@job
+def saved(comm, folder, kind):
+    """Train with checkpoints, from the newest one if there is any; at step 8 the last rank may fail."""
+
+    def fail():
+        if kind == "exception":
+            raise ArithmeticError("the last rank has had enough")
+        if kind == "sys.exit":
+            sys.exit(3)
+        os.kill(os.getpid(), getattr(signal, kind))
+
+    trainer = new_trainer(comm)
+    if kind == "resume":
+        trainer.resume(folder)
+    callbacks = [Checkpoint(folder, every_steps=3)] if folder else []
+    if kind not in ("resume", "whole"):
+        callbacks.append(AtStep(comm, comm.size - 1, 8, fail))
+    begun = [trainer.current_epoch, trainer.iteration]
+    trainer.fit(*data(), 4, 50, eval_interval=1, verbose=False, callbacks=callbacks)
+    return {"begun": begun, "state": state(trainer.model), "losses": trainer.loss_list}
+
+
+@job
+def unlike(comm, what):
+    """Let the last rank call fit with something else than the others."""
+    last = comm.rank == comm.size - 1
+    x, t = data(299 if what == "rows" and last else 300)
+    trainer = new_trainer(comm, lr=0.2 if what == "lr" and last else 0.1)
+    trainer.fit(x, t, 1, 49 if what == "batch size" and last else 50, verbose=False)
 
 
 class FakeNccl:

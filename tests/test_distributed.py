@@ -1,5 +1,6 @@
 """Several ranks: the sums, what they agree on, how they end. Each test starts mpiexec, and has a time limit."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -253,6 +254,100 @@ def test_a_missing_piece_is_named(error, message, tmp_path):
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_python("import nnx; nnx.distributed.init()", PYTHONPATH=path, PMI_SIZE="4")
     assert "the launcher says 4 ranks (PMI_SIZE=4), but " + message in done.stderr
+
+
+# ---- Trainer ----
+
+
+def check_fit(got, reference):
+    first, *others = got
+    assert all(other == first for other in others)
+    assert close(first["state"], reference["state"])
+    numpy.testing.assert_allclose(first["losses"], reference["losses"], rtol=1e-5)
+    numpy.testing.assert_allclose(first["validation"], reference["validation"], rtol=1e-5)
+
+
+@needs_mpi
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_a_trainer_on_many_ranks_trains_as_on_one(n):
+    """250 rows in batches of 31: 8 of them, and 2 rows for the last; 25 epochs are 225 steps."""
+    check_fit(results(n, "fit", 31, 25), ranks.fit(nnx.distributed.init(), 31, 25))
+
+
+@needs_mpi
+def test_a_trainer_repeats_bit_for_bit():
+    first = results(3, "fit", 2, 1)  # two rows for three ranks
+    check_fit(first, ranks.fit(nnx.distributed.init(), 2, 1))
+    assert results(3, "fit", 2, 1) == first
+
+
+@needs_mpi
+def test_the_order_is_rank_0s_also_of_numpys_global_generator():
+    numpy.random.seed(0)
+    check_fit(results(2, "fit", 31, 2, "None"), ranks.fit(nnx.distributed.init(), 31, 2, "None"))
+
+
+@needs_mpi
+def test_rank_0_alone_reports():
+    done = run(3, "fit", 125, 1, 0, "verbose")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| epoch 1 |  iter 1 / 2 |") == 1
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("how", "place", "ending"),
+    [
+        ("SIGINT", [1, 3], "KeyboardInterrupt: Trainer.fit: interrupted in epoch 2 after 3 of 6 iterations"),
+        ("stop", [2, 0], None),
+        ("infinite", [0, 0], "FloatingPointError: Trainer: the loss is "),
+    ],
+)
+def test_all_ranks_stop_together(how, place, ending):
+    """Rank 1 has a reason in step 8, the second of the second epoch; the others learn of it in the next."""
+    first, second = results(2, "stopped", how)
+    assert first == second
+    assert (first["ending"] or "").startswith(ending or "")
+    assert (first["ending"] is None) == (ending is None)
+    if how != "infinite":
+        assert first["place"] == place
+
+
+@needs_mpi
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT", "exception", "sys.exit"])
+def test_a_checkpoint_outlives_its_ranks_and_goes_on_with_another_number(kind, tmp_path):
+    done = run(2, "saved", tmp_path, kind, timeout=10)
+    assert done.returncode != 0
+    first, *others = results(3, "saved", tmp_path, "resume")
+    assert all(other == first for other in others)
+    asked = kind in ("SIGTERM", "SIGINT")  # which save where all stop; the others leave the one of step 6
+    assert first["begun"] == ([1, 3] if asked else [1, 0])
+    whole = ranks.saved(nnx.distributed.init(), "", "whole")
+    assert close(first["state"], whole["state"])
+    numpy.testing.assert_allclose(first["losses"], whole["losses"], rtol=1e-5)
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rows", "Trainer.fit: x must be the same on all ranks, but is (300, 20) float32 on rank 0 and (299, 20)"),
+        ("batch size", "Trainer.fit: batch_size must be the same on all ranks, but is 50 on rank 0 and 49 on rank 1"),
+        ("lr", "Trainer.fit: optimizer must be the same on all ranks, but is Momentum {'lr': 0.1"),
+    ],
+)
+def test_a_trainer_wants_the_same_of_all_ranks(what, message):
+    done = run(2, "unlike", what, timeout=10)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_a_copy_of_a_trainer_has_the_same_ranks():
+    trainer = ranks.new_trainer(nnx.distributed.init())
+    assert copy.deepcopy(trainer).comm is trainer.comm
+
+
+# ---- the benchmark ----
 
 
 @needs_mpi
