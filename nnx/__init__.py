@@ -2,6 +2,7 @@
 
 from nnx import (
     callbacks,
+    checkpoint,
     config,
     dataset,
     distributed,
@@ -72,6 +73,7 @@ __all__ = [
     "TwoLayerNet",
     "asarray",
     "callbacks",
+    "checkpoint",
     "clip_grads",
     "config",
     "dataset",

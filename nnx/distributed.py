@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import atexit
 import builtins
-import functools
 import importlib
 import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -44,14 +43,13 @@ _LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD
 _PATIENCE = 5  # seconds, for which a rank that failed lets the others save what they have
 
 
-@functools.cache
 def init(cuda_aware: bool = False) -> Comm:
     """Join the ranks that a launcher such as mpiexec has started, and return what connects them.
 
     Call it before the model is made: it picks the GPU by the rank on this machine, gives BLAS and
     the kernels their share of the cores, and sees to it that a rank that fails, or ends while
     others wait for it, ends the job. Without a launcher there is one rank, and nothing is imported.
-    A second call returns the same object.
+    Later calls return the same object.
 
     Parameters
     ----------
@@ -67,6 +65,15 @@ def init(cuda_aware: bool = False) -> Comm:
     RuntimeError
         If no MPI library can be loaded, or if the launcher says several ranks and MPI says one.
     """
+    if not _joined:
+        _joined.append(_join(cuda_aware))
+    return _joined[0]
+
+
+_joined: list[Comm] = []
+
+
+def _join(cuda_aware: bool) -> Comm:
     counts = {name: os.environ.get(name, "") for name in _LAUNCHERS}
     told = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), None)
     if told is None and "mpi4py.MPI" not in sys.modules:  # which `python -m mpi4py` has imported
@@ -147,8 +154,10 @@ class Comm:
         self._nccl = _Nccl(library, self.mpi) if usable else None
 
     def slice(self, n: int) -> builtins.slice:
-        """Return this rank's share of `n` rows; the shares differ by at most one row, and may be empty."""
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+        """Return this rank's share of `n` rows; the shares differ by at most one row, the first are the larger."""
+        least, more = divmod(n, self.size)
+        start = self.rank * least + min(self.rank, more)
+        return slice(start, start + least + (self.rank < more))
 
     def broadcast(self, arrays: Sequence[Array]) -> None:
         """Write the arrays of rank 0 into those of the other ranks.
@@ -227,6 +236,16 @@ class Comm:
             self._begun += 1
             self.mpi.Barrier()
 
+    def first(self, function: Callable[[], Any]) -> Any:
+        """Return what `function` returns or raises, called on rank 0 before the others: it may tidy up, or download."""
+        if self.rank > 0:
+            self.barrier()
+        try:
+            return function()
+        finally:
+            if self.rank == 0:
+                self.barrier()
+
     def agree(self, what: str, **values: Any) -> None:
         """Raise a ValueError on all ranks unless `values` are the same everywhere; `what` opens the message."""
         if self.size == 1:
@@ -242,7 +261,7 @@ class Comm:
                     )
 
     def __reduce__(self) -> Any:  # a copy, as of a Trainer, is the same ranks
-        return init, (self.cuda_aware,)
+        return (init if self.size > 1 else Comm), ()
 
     def __repr__(self) -> str:
         way = "" if self.size == 1 else ", MPI" if self._nccl is None else ", NCCL"

@@ -3,6 +3,7 @@
 Rank 0 prints what all ranks return, as a line of JSON.
 """
 
+import copy
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ import time
 import numpy
 
 import nnx
-from nnx import SGD, Momentum, Trainer, TwoLayerNet, np, to_cpu
+from nnx import SGD, Affine, Momentum, Sequential, Sigmoid, SoftmaxWithLoss, Trainer, np, to_cpu
 from nnx.callbacks import BestWeights, Checkpoint
+from nnx.initializers import xavier
 
 JOBS = {}
 
@@ -24,8 +26,15 @@ def job(function):
 
 
 def data(rows=300):
+    """Return rows and the labels that a matrix gives them."""
     rng = numpy.random.default_rng(0)
-    return rng.standard_normal((rows, 20)).astype("float32"), rng.integers(5, size=rows)
+    x = rng.standard_normal((rows, 20))
+    return x.astype("float32"), (x @ rng.standard_normal((20, 5))).argmax(axis=1)
+
+
+def net(seed, hidden=30, dtype="float32"):
+    layers = [Affine(xavier((d, h), dtype, seed), np.zeros(h, dtype)) for d, h in ((20, hidden), (hidden, 5))]
+    return Sequential([layers[0], Sigmoid(), layers[1]], SoftmaxWithLoss())
 
 
 def state(model):
@@ -34,10 +43,10 @@ def state(model):
 
 
 @job
-def steps(comm, batch_size, count=200):
+def steps(comm, batch_size, count=200, dtype="float32"):
     """Take steps in a loop written out, on batches of `batch_size` rows."""
     x, t = data()
-    model, optimizer = TwoLayerNet(20, 30, 5, rng=comm.rank), SGD(0.5)  # rank 0's weights are the ones that count
+    model, optimizer = net(comm.rank, dtype=dtype), SGD(0.5)  # rank 0's weights are the ones that count
     comm.broadcast(model.params)
     order = numpy.random.default_rng(1)
     for _ in range(int(count)):
@@ -57,7 +66,7 @@ def fault(comm, kind):
     x, t = data()
     last = comm.rank == comm.size - 1
     dtype = "float64" if kind == "dtype" and last else "float32"
-    model, optimizer = TwoLayerNet(20, 31 if kind == "model" and last else 30, 5, dtype), SGD(0.5)
+    model, optimizer = net(0, 31 if kind == "model" and last else 30, dtype), SGD(0.5)
     if kind == "layers" and last:
         model.params.pop()
     comm.broadcast(model.params)
@@ -134,7 +143,7 @@ def methods(comm):
 
 def new_trainer(comm, rng=0, lr=0.1, callbacks=()):
     """Return a trainer whose ranks begin unlike each other, but for the seed of the shuffles."""
-    return Trainer(TwoLayerNet(20, 30, 5, rng=comm.rank), Momentum(lr), rng=rng, comm=comm)
+    return Trainer(net(comm.rank), Momentum(lr), rng=rng, comm=comm)
 
 
 @job
@@ -167,16 +176,15 @@ class AtStep:
 @job
 def stopped(comm, how):
     """Let rank 1 alone have a reason to stop, and return where each rank has stopped."""
-    trainer = new_trainer(comm, lr=1e30 if how == "infinite" else 0.1)
+    trainer = new_trainer(comm)
     reasons = {
         "SIGINT": lambda: signal.raise_signal(signal.SIGINT),
         "stop": trainer.stop,
-        "infinite": lambda: None,
+        "NaN": lambda: trainer.model.params[0].fill(numpy.nan),
     }
     ending = None
     try:
-        with numpy.errstate(all="ignore"):
-            trainer.fit(*data(), 5, 50, verbose=False, callbacks=[AtStep(comm, 1, 8, reasons[how])])
+        trainer.fit(*data(), 5, 50, verbose=False, callbacks=[AtStep(comm, 1, 8, reasons[how])])
     except (KeyboardInterrupt, FloatingPointError) as error:
         ending = f"{type(error).__name__}: {error}"
     return {
@@ -207,6 +215,12 @@ def saved(comm, folder, kind):
     begun = [trainer.current_epoch, trainer.iteration]
     trainer.fit(*data(), 4, 50, eval_interval=1, verbose=False, callbacks=callbacks)
     return {"begun": begun, "state": state(trainer.model), "losses": trainer.loss_list}
+
+
+@job
+def copies(comm):
+    together, alone = new_trainer(comm), Trainer(net(0), SGD())
+    return copy.deepcopy(together).comm is comm, copy.deepcopy(alone).comm.size
 
 
 @job
