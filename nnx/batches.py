@@ -1,16 +1,17 @@
-"""The batches of an epoch, whole or shared by ranks, and the mean of their losses. N rows."""
+"""The data of a training: checked, in batches, whole or shared by ranks; and the mean of their losses. N rows."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy
 
-from nnx.device import asarray, gather_bytes
+from nnx.device import asarray, gather_bytes, to_cpu
 from nnx.np import Array, np
 
-__all__ = ["MeanLoss", "batches", "shares"]
+__all__ = ["MeanLoss", "batches", "check_finite", "shares", "sketch"]
 
 
 class MeanLoss:
@@ -68,3 +69,25 @@ def shares(x: Array, t: Array, order: numpy.ndarray, batch_size: int, comm: Any)
     for rows, part in zip(whole, mine, strict=True):  # only the last part may be shorter, as `batches` has it
         xs, ts, _ = next(gathered) if len(part) else (x[:0], t[:0], 0)
         yield xs, ts, len(rows)
+
+
+@numpy.errstate(over="ignore")
+def check_finite(name: str, data: Array, dtype: Any) -> Array:
+    """Return floating `data` in `dtype`, having looked for NaN and infinity, also those that the cast makes."""
+    if data.dtype.kind != "f":
+        return data
+    if dtype is not None:
+        data = data.astype(dtype, copy=False)
+    finite = np.isfinite if isinstance(data, np.ndarray) else numpy.isfinite
+    if not finite(data).all():
+        row = int(numpy.argwhere(~numpy.isfinite(to_cpu(data)))[0, 0])
+        raise ValueError(
+            f"{name} holds NaN or infinity in {data.dtype}, first in row {row}; clean or leave out such rows"
+        )
+    return data
+
+
+def sketch(data: Array) -> str:
+    """Return shape and dtype, and a checksum of about a thousand rows."""
+    rows = to_cpu(data[:: 1 + len(data) // 1000])
+    return f"{data.shape} {data.dtype} of checksum {zlib.crc32(rows.tobytes()):x}"

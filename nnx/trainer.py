@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from nnx import checkpoint
-from nnx.batches import MeanLoss, batches, shares
+from nnx.batches import MeanLoss, batches, check_finite, shares, sketch
 from nnx.callbacks import Bar, Lines, restore_states, running
 from nnx.device import asarray, check_rows, fits, to_cpu
 from nnx.distributed import Comm
@@ -296,12 +296,14 @@ class Trainer:
 
     def _join(self, x: Array, t: Array, *settings: Any) -> None:
         """See that all ranks are about to do the same, and give them the weights of rank 0."""
+        if self.comm.size == 1:
+            return
         names = ("max_epoch", "batch_size", "max_grad", "eval_interval", "validation", "drop_last")
         numbers = {n: value for n, value in vars(self.optimizer).items() if isinstance(value, int | float)}
         self.comm.agree(
             "Trainer.fit",
-            x=f"{x.shape} {x.dtype}",
-            t=f"{t.shape} {t.dtype}",
+            x=sketch(x),
+            t=sketch(t),
             **dict(zip(names, settings, strict=True)),
             optimizer=f"{type(self.optimizer).__name__} {numbers}",
             begin=f"epoch {self.current_epoch}, step {self.iteration}",
@@ -310,7 +312,7 @@ class Trainer:
 
     def _step(self, x: Array, t: Array, rows: int, shared: Shared, max_grad: float | None, stop: Stop) -> Any:
         loss: Any = 0.0
-        if len(x):  # as always without other ranks
+        if len(x):  # always, but for a rank that has no row of a small batch
             loss = self.model.forward(x, t)
             self.model.backward()
         params, grads = shared.merge(self.model.params, self.model.grads)
@@ -345,7 +347,7 @@ class Trainer:
         x, t = check_rows(name, x, t)
         dtypes = {p.dtype for p in self.model.params}
         dtype = dtypes.pop() if len(dtypes) == 1 else None  # cast once what every step would cast
-        x, t = _check_finite(f"{name}: x", x, dtype), _check_finite(f"{name}: t", t, dtype)
+        x, t = check_finite(f"{name}: x", x, dtype), check_finite(f"{name}: t", t, dtype)
         targets = getattr(getattr(self.model, "loss_layer", None), "targets", None)
         if targets is not None and hasattr(self.model, "predict"):
             t = targets(to_cpu(t), (len(x), *self.model.predict(asarray(x[:1])).shape[1:]))
@@ -389,22 +391,6 @@ def _check_settings(
         raise ValueError(f"Trainer.fit: max_grad must be positive, or None, got {max_grad}")
     if eval_interval is not None and operator.index(eval_interval) < 1:
         raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
-
-
-@numpy.errstate(over="ignore")
-def _check_finite(name: str, data: Array, dtype: Any) -> Array:
-    """Return floating `data` in `dtype`, having looked for NaN and infinity, also those that the cast makes."""
-    if data.dtype.kind != "f":
-        return data
-    if dtype is not None:
-        data = data.astype(dtype, copy=False)
-    finite = np.isfinite if isinstance(data, np.ndarray) else numpy.isfinite
-    if not finite(data).all():
-        row = int(numpy.argwhere(~numpy.isfinite(to_cpu(data)))[0, 0])
-        raise ValueError(
-            f"{name} holds NaN or infinity in {data.dtype}, first in row {row}; clean or leave out such rows"
-        )
-    return data
 
 
 def _all_finite(params: Sequence[Array]) -> bool:

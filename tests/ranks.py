@@ -228,6 +228,8 @@ def unlike(comm, what):
     """Let the last rank call fit with something else than the others."""
     last = comm.rank == comm.size - 1
     x, t = data(299 if what == "rows" and last else 300)
+    if what == "numbers" and last:
+        x = x[::-1]
     trainer = new_trainer(comm, lr=0.2 if what == "lr" and last else 0.1)
     trainer.fit(x, t, 1, 49 if what == "batch size" and last else 50, verbose=False)
 
