@@ -160,22 +160,23 @@ class Comm:
         return slice(start, start + least + (self.rank < more))
 
     def broadcast(self, arrays: Sequence[Array]) -> None:
-        """Write the arrays of rank 0 into those of the other ranks.
+        """Write the arrays of rank 0, on either device, into those of the other ranks.
 
         Raises
         ------
         ValueError
             On all ranks, if their number, shapes or dtypes differ; it names a rank and what it has.
         """
-        layout = {f"array {i}": f"{a.shape} {a.dtype}" for i, a in enumerate(arrays)}
-        self.agree("Comm.broadcast", **{"the number of arrays": len(arrays)}, **layout)
         if self.size == 1:
             return
+        layout = {f"array {i}": f"{a.shape} {a.dtype}" for i, a in enumerate(arrays)}
+        self.agree("Comm.broadcast", **{"the number of arrays": len(arrays)}, **layout)
         for a in arrays:
             host = numpy.array(to_cpu(a), order="C")
             self._begun += 1
             self.mpi.Bcast(host.reshape(-1).view(numpy.uint8))
-            a[...] = asarray(host)
+            if self.rank > 0:
+                a[...] = host if isinstance(a, numpy.ndarray) else asarray(host)
 
     def average(self, grads: Sequence[Array], share: float) -> None:
         """Make the gradients of this rank's rows, in place, those of the whole batch: the sum of grads * share.
