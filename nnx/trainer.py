@@ -160,7 +160,7 @@ class Trainer:
                     f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
                     f"of {self.max_iter} iterations; fit again to go on from these weights"
                 ) from error
-            self._begun, self._callbacks = None, []
+            self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
             if losses.totals and not _all_finite(self.model.params):
                 raise FloatingPointError(
                     "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
