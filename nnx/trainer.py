@@ -231,7 +231,7 @@ class Trainer:
                 raise ValueError("its callbacks are no such thing")
             losses = MeanLoss(state["losses"])
             pairs = [(loss, None if math.isnan(hits) else hits) for loss, hits in state["val_list"].tolist()]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}: no state of a trainer: {error}") from error
 
         def restore() -> None:

@@ -1,5 +1,6 @@
 """A training that stops anywhere goes on from its last checkpoint to the very same numbers."""
 
+import gc
 import os
 import random
 import resource
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 from training import GENERATORS, At, callbacks, everything, fit, new_trainer
 
@@ -381,3 +383,64 @@ def test_a_signal_during_an_error_is_not_lost(tmp_path, term):
     with pytest.raises(Stop):
         fit(new_trainer(), Checkpoint(tmp_path), At(7, both))
     assert got == [signal.SIGTERM]
+
+
+OTHER = """
+import sys, nnx
+from training import fit, new_trainer
+from nnx import checkpoint
+assert nnx.GPU is (sys.argv[3] == "1")
+trainer = new_trainer("Adam")
+if sys.argv[1] != "new":
+    trainer.resume(sys.argv[1])
+fit(trainer, epochs=int(sys.argv[4]))
+checkpoint.save(sys.argv[2], trainer.model, trainer.optimizer, trainer)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not nnx.GPU, reason="needs CuPy (NNX_GPU=1)")
+@pytest.mark.parametrize(("first", "second"), [("0", "1"), ("1", "0")])
+def test_a_training_goes_on_on_the_other_device(first, second, tmp_path):
+    begun = tmp_path / "begun.safetensors"
+
+    def train(source, target, device, epochs):
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = {**os.environ, "NNX_GPU": device, "PYTHONPATH": path}
+        command = [sys.executable, "-c", OTHER, str(source), str(target), device, str(epochs)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        with nnx.storage.opened(target) as file:
+            return {name: file.read(name) for name in file.arrays}
+
+    train("new", begun, first, 4)
+    stayed = train(begun, tmp_path / "stayed.safetensors", first, 20)  # 100 further steps
+    moved = train(begun, tmp_path / "moved.safetensors", second, 20)
+    assert len(stayed["trainer.loss_list"]) == 48
+    assert stayed.keys() == moved.keys()
+    for name, array in stayed.items():
+        numpy.testing.assert_allclose(moved[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_thousand_saves_leave_nothing_behind(tmp_path):
+    """200,000 steps of the spiral with a checkpoint every 100, in this process: memory flat, no descriptor left."""
+    x, t = nnx.spiral.load_data()
+    trainer = nnx.Trainer(nnx.TwoLayerNet(2, 10, 3, rng=1), nnx.Adam(), rng=0)
+    callback = Checkpoint(tmp_path, every_epochs=None, every_steps=100)
+
+    def used():
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))
+
+    seen = []
+    for _ in range(20):
+        trainer.fit(x, t, 1000, 30, eval_interval=None, verbose=False, callbacks=[callback])
+        seen.append(used())
+    print("MiB and descriptors after every 10,000 steps and 100 saves:", seen)
+    memory, descriptors = zip(*seen, strict=True)
+    assert max(memory[1:]) <= 1.01 * memory[0]
+    assert set(descriptors) == {descriptors[0]}
+    assert trainer.current_epoch == 20_000
+    assert len(list(tmp_path.iterdir())) == 3
