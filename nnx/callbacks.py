@@ -202,6 +202,7 @@ class Checkpoint:
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         storage.require()
+        self.path = None
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{storage.PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -220,9 +221,11 @@ class Checkpoint:
 
     def on_epoch(self, trainer: Any) -> None:
         """Save after every `every_epochs` epochs and after the last one, and the best one."""
-        if self.best and trainer.validation is not None and trainer.val_list[-1][0] < self.lowest:
-            self.lowest = trainer.val_list[-1][0]
-            self._save(trainer, self.folder / "best.safetensors")
+        before, loss = self.lowest, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
+        if self.best and loss < before:
+            self.lowest = loss  # first, as it is saved too
+            if not self._save(trainer, self.folder / "best.safetensors"):
+                self.lowest = before
         due = self.every_epochs is not None and trainer.current_epoch % self.every_epochs == 0
         if due or trainer.is_last_epoch:
             self.on_interrupt(trainer)
@@ -291,9 +294,8 @@ def restore_states(callbacks: list[Any], saved: Any) -> None:
         state = next((s for s in left if s[0] == name), None)
         if state is not None and hasattr(callback, "state_names"):
             left.remove(state)
-            if lines := checkpoint.compare(
-                f"{name}.", {n: getattr(callback, n) for n in callback.state_names}, state[1]
-            ):
+            mine = {n: getattr(callback, n) for n in callback.state_names}
+            if lines := checkpoint.compare(name, mine, state[1]):
                 raise ValueError("\n  ".join(["Trainer.fit: what was saved of the callbacks does not fit:", *lines]))
             plan += [(callback, n, value) for n, value in state[1].items()]
     for callback, name, value in plan:

@@ -25,7 +25,11 @@ from nnx.shared import places
 
 __all__ = ["load", "newest", "save"]
 
-_KINDS: dict[str, set[str]] = {"model": {"state"}, "optimizer": {"class", "settings"}, "trainer": set()}
+_NEEDED: dict[str, dict[str, type]] = {
+    "model": {"state": dict},
+    "optimizer": {"class": str, "settings": dict},
+    "trainer": {},
+}  # in the metadata
 _NUMBERED = re.compile(r"epoch-(\d{4,})-step-(\d{6,})\.safetensors")
 
 
@@ -74,7 +78,8 @@ def save(
         told["trainer"] = _pack(trainer.state(), "trainer", tensors, model)
     version = importlib.import_module("nnx").__version__  # complete by now; an import above would be a cycle
     libraries = {"python": platform.python_version(), "numpy": numpy.__version__, np.__name__: np.__version__}
-    metadata = {"nnx": json.dumps({"version": version, **libraries}), **{k: json.dumps(v) for k, v in told.items()}}
+    told["versions"] = {"nnx": version, **libraries}
+    metadata = {f"nnx.{kind}": json.dumps(words) for kind, words in told.items()}
     storage.write(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
 
 
@@ -114,7 +119,7 @@ def load(
     """
     path = Path(path)
     with storage.opened(path) as file:
-        told = {key: _parsed(path, key, file.metadata[key]) for key in _KINDS if key in file.metadata}
+        told = {kind: _parsed(path, kind, file.metadata) for kind in _NEEDED if f"nnx.{kind}" in file.metadata}
         unpack = _Unpacker(path, file, model)
         arrays, others = remembered(model)
         targets = _as_in_file(path, arrays, keys, transpose)
@@ -134,7 +139,7 @@ def load(
         if trainer is not None and "trainer" in told:
             convert = {"callbacks": asarray}  # all else lives on the host
             progress = {name: unpack(v, convert.get(name, numpy.asarray)) for name, v in told["trainer"].items()}
-            differences += compare("trainer.", trainer.state(), progress)
+            differences += compare("trainer", trainer.state(), progress)
         if differences:
             raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
         values = {name: asarray(file.read(name)) for name in targets}
@@ -170,10 +175,11 @@ def remembered(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]
 def compare(where: str, mine: Any, saved: Any) -> list[str]:
     """Return in words how `saved` differs from `mine` in names and kinds; the numbers may differ, and None fits all."""
     if isinstance(mine, dict) and isinstance(saved, dict):
+        path = f"{where}." if where else ""
         return [
-            *(f"{where}{name}: in the file, but not here" for name in saved.keys() - mine.keys()),
-            *(f"{where}{name}: here, but not in the file" for name in mine.keys() - saved.keys()),
-            *(line for name in mine.keys() & saved.keys() for line in compare(where + name, mine[name], saved[name])),
+            *(f"{path}{name}: in the file, but not here" for name in saved if name not in mine),
+            *(f"{path}{name}: here, but not in the file" for name in mine if name not in saved),
+            *(line for name in mine if name in saved for line in compare(path + name, mine[name], saved[name])),
         ]
     if mine is None or saved is None or _kind(mine) == _kind(saved):
         return []
@@ -247,7 +253,7 @@ def _compare_optimizer(optimizer: Any, name: Any, settings: dict[str, Any]) -> l
     if name != type(optimizer).__name__:
         return [f"optimizer: {type(optimizer).__name__} here, {name} in the file"]
     shapes = [p.shape for p in settings.get("params") or []]
-    return compare("optimizer.", _described(optimizer), settings) + [
+    return compare("optimizer", _described(optimizer), settings) + [
         f"optimizer.{state}: not of the shapes of its parameters"
         for state in getattr(optimizer, "_state", ())
         if state in settings and [getattr(a, "shape", None) for a in settings[state]] != shapes
@@ -336,11 +342,12 @@ class _Unpacker:
         return {key: self(v, convert) for key, v in value.items()}
 
 
-def _parsed(path: Path, key: str, text: str) -> dict[str, Any]:
+def _parsed(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the metadata say of a model, an optimizer or a trainer."""
     try:
-        told = json.loads(text)
+        told = json.loads(metadata[f"nnx.{kind}"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata {key!r} are not JSON ({error})") from error
-    if not isinstance(told, dict) or not told.keys() >= _KINDS[key] or not isinstance(told.get("settings", {}), dict):
-        raise ValueError(f"{path}: its metadata {key!r} lack {_listed(_KINDS[key])}")
+        raise ValueError(f"{path}: its metadata of the {kind} are not JSON ({error})") from error
+    if not isinstance(told, dict) or not all(isinstance(told.get(n), t) for n, t in _NEEDED[kind].items()):
+        raise ValueError(f"{path}: its metadata of the {kind} lack {_listed(_NEEDED[kind])}")
     return told

@@ -14,6 +14,7 @@ import os
 import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ import numpy
 __all__ = ["PREFIX", "Reader", "opened", "require", "write"]
 
 PREFIX = ".saving-"  # of the folders that a save works in, beside its target
-_DIGEST = "digest"
+_DIGEST = "nnx.digest"
 _DTYPES = {
     **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
     **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
@@ -123,7 +124,7 @@ class Reader:
             raise _Damaged(f"its header describes {end} bytes of data, and there are {size}")
         digest = self.metadata.pop(_DIGEST, None)
         self.own = digest is not None
-        if "nnx" in self.metadata or "model" in self.metadata or self.own:
+        if self.own or any(key.startswith("nnx") for key in self.metadata):
             entries = {n: (d, s, self._chunks(a, b)) for n, (d, s, a, b) in self._offsets.items()}
             if digest != _digest(self.metadata, entries):
                 raise _Damaged("damaged: its digest is not that of its contents")
@@ -167,8 +168,8 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], int, int]:
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     items = dict(pairs)
     if len(items) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Damaged(f"its header has {next(n for n in names if names.count(n) > 1)!r} twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise _Damaged(f"its header has {name!r} twice")
     return items
 
 

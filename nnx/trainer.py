@@ -179,7 +179,7 @@ class Trainer:
                     f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
                     f"of {self.max_iter} iterations; fit again to go on from these weights"
                 ) from error
-            self._begun, self._callbacks = None, []
+            self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
             if losses.totals and not _all_finite(self.model.params):
                 raise FloatingPointError(
                     "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
@@ -251,7 +251,7 @@ class Trainer:
                 raise ValueError("its callbacks are no such thing")
             losses = MeanLoss(state["losses"])
             pairs = [(loss, None if math.isnan(hits) else hits) for loss, hits in state["val_list"].tolist()]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}: no state of a trainer: {error}") from error
 
         def restore() -> None:

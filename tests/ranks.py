@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy
 
@@ -215,6 +216,21 @@ def saved(comm, folder, kind):
     begun = [trainer.current_epoch, trainer.iteration]
     trainer.fit(*data(), 4, 50, eval_interval=1, verbose=False, callbacks=callbacks)
     return {"begun": begun, "state": state(trainer.model), "losses": trainer.loss_list}
+
+
+@job
+def long(comm, folder, kill):
+    """Train 200 steps, from a checkpoint if there is one; `kill` has a rank and after how many seconds it dies."""
+    trainer = new_trainer(comm)
+    if folder and any(Path(folder).glob("epoch-*")):
+        trainer.resume(folder)
+    if folder and kill:
+        rank, seconds = kill.split()
+        if comm.rank == int(rank):
+            signal.setitimer(signal.ITIMER_REAL, float(seconds) + 1e-3)  # whose signal ends the process
+    callbacks = [Checkpoint(folder, every_steps=3)] if folder else []
+    trainer.fit(*data(), 20, 31, eval_interval=1, verbose=False, callbacks=callbacks)
+    return {"state": state(trainer.model), "losses": trainer.loss_list}
 
 
 @job

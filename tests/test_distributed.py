@@ -320,6 +320,7 @@ def test_all_ranks_stop_together(how, place, ending):
 @needs_mpi
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT", "exception", "sys.exit"])
 def test_a_checkpoint_outlives_its_ranks_and_goes_on_with_another_number(kind, tmp_path):
+    pytest.importorskip("safetensors")
     done = run(2, "saved", tmp_path, kind, timeout=10)
     assert done.returncode != 0
     first, *others = results(3, "saved", tmp_path, "resume")
@@ -329,6 +330,25 @@ def test_a_checkpoint_outlives_its_ranks_and_goes_on_with_another_number(kind, t
     whole = ranks.saved(nnx.distributed.init(), "", "whole")
     assert close(first["state"], whole["state"])
     numpy.testing.assert_allclose(first["losses"], whole["losses"], rtol=1e-5)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_training_survives_kills_at_any_moment(seed, tmp_path):
+    """Each time one rank of 1 to 4 is killed after another while, and the next start has another number of them."""
+    pytest.importorskip("safetensors")
+    rng, n = numpy.random.default_rng(seed), 2
+    whole = ranks.long(nnx.distributed.init(), "", "")
+    for _ in range(50):
+        done = run(n, "long", tmp_path, f"{rng.integers(n)} {rng.uniform(0, 0.6)}")
+        if done.returncode == 0:
+            break
+        n = n % 4 + 1
+    first, *others = json.loads(done.stdout.splitlines()[-1])
+    assert all(other == first for other in others)
+    assert close(first["state"], whole["state"])
+    numpy.testing.assert_allclose(first["losses"], whole["losses"], rtol=1e-4)
 
 
 @needs_mpi

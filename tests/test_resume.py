@@ -1,124 +1,446 @@
 """A training that stops anywhere goes on from its last checkpoint to the very same numbers."""
 
+import gc
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy
 import pytest
+from training import GENERATORS, At, callbacks, everything, fit, new_trainer
 
 import nnx
-from nnx import (
-    SGD,
-    AdaGrad,
-    Adam,
-    AdamW,
-    Affine,
-    BatchNorm,
-    Dropout,
-    MatMul,
-    Momentum,
-    Nesterov,
-    RMSprop,
-    Sequential,
-    Sigmoid,
-    SoftmaxWithLoss,
-    Trainer,
-    initializers,
-    np,
-    to_cpu,
-)
+from nnx import checkpoint
 from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRate
-from nnx.optimizer import cosine_decay
+from nnx.optimizer import step_decay
 
 pytest.importorskip("safetensors")
-OPTIMIZERS = [SGD, Momentum, Nesterov, AdaGrad, RMSprop, Adam, AdamW]
-GENERATORS = {
-    "global": lambda: numpy.random.seed(3),
-    "RandomState": lambda: numpy.random.RandomState(3),
-    **{
-        name: lambda name=name: numpy.random.Generator(getattr(numpy.random, name)(3))
-        for name in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
-    },
-}
-
-
-def new_model(dtype="float32", seed=1):
-    """A net with all that has to be remembered: shared and tied weights, dropout, running statistics."""
-    rng = numpy.random.default_rng(seed)
-    W = initializers.xavier((6, 6), dtype, rng)
-    return Sequential(
-        [
-            Affine(initializers.xavier((2, 6), dtype, rng), np.zeros(6, dtype)),
-            Sequential([BatchNorm(np.ones(6, dtype), np.zeros(6, dtype)), Sigmoid()]),
-            MatMul(W),
-            Dropout(0.2, rng=rng),
-            MatMul(W.T),
-            MatMul(W),
-            Affine(initializers.xavier((6, 3), dtype, rng), np.zeros(3, dtype)),
-        ],
-        SoftmaxWithLoss(),
-    )
-
-
-def new_trainer(optimizer=Adam, generator="PCG64", dtype="float32", seed=1):
-    return Trainer(new_model(dtype, seed), optimizer(0.01), rng=GENERATORS[generator]())
-
-
-def fit(trainer, *callbacks, epochs=3, **options):
-    """90 rows of the spiral in batches of 20, the last one smaller: 5 steps an epoch."""
-    x, t = nnx.spiral.load_data()
-    trainer.fit(
-        x[::4][:70], t[::4][:70], epochs, 16, 5.0, 3, validation=(x[1::9], t[1::9]), verbose=False,
-        callbacks=callbacks, **options,
-    )  # fmt: skip
-
-
-def everything(trainer):
-    """Return what must be equal, bit for bit."""
-    optimizer = {
-        name: [to_cpu(a).tobytes() for a in value] if isinstance(value, list) else value
-        for name, value in vars(trainer.optimizer).items()
-    }
-    layers = [trainer.model.layers[3], trainer.model.layers[1].layers[0]]
-    return {
-        "params": [to_cpu(p).tobytes() for p in trainer.model.params],
-        "optimizer": optimizer,
-        "dropout": (layers[0].seed, layers[0].calls),
-        "statistics": [to_cpu(a).tobytes() for a in (layers[1].running_mean, layers[1].running_var)],
-        "loss_list": trainer.loss_list,
-        "val_list": trainer.val_list,
-        "epoch": (trainer.current_epoch, trainer.iteration),
-        "rng": repr(initializers.get_state(initializers.generator(trainer.rng))),
-    }
-
-
-def callbacks():
-    return LearningRate(cosine_decay(0.02, 15)), EarlyStopping(2), BestWeights()
+ROOT = Path(__file__).parent.parent
+OPTIMIZERS = ["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]
 
 
 class Stop(Exception):
-    """Ends a fit without any of the ends that Trainer knows, as a kill would."""
+    """Ends a fit in a way of which Trainer knows nothing, as a kill does."""
 
 
-class After:
-    """Raises Stop after some steps."""
+def stop():
+    raise Stop
 
-    last = True
 
-    def __init__(self, steps):
-        self.steps = steps
+def start(trainer, folder, steps, *others, **options):
+    """Train `steps` steps, with a checkpoint after each, and leave."""
+    with pytest.raises(Stop):
+        fit(trainer, Checkpoint(folder, every_steps=1), *others, At(steps, stop), **options)
 
-    def on_step(self, trainer):
-        self.steps -= 1
-        if self.steps == 0:
-            raise Stop
+
+def check_resumed(folder, optimizer="Adam", generator="PCG64", others=callbacks, **options):
+    """Go on in a new trainer with other weights, and compare with one that was never stopped."""
+    expected = new_trainer(optimizer, generator)
+    fit(expected, *others(), **options)
+    expected = everything(expected)
+    trainer = new_trainer(optimizer, generator, seed=2)
+    trainer.resume(folder)
+    fit(trainer, *others(), **options)
+    assert everything(trainer) == expected
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("steps", [1, 4, 5, 6, 10, 14])
+@pytest.mark.parametrize("steps", [1, 4, 5, 6, 14])
 def test_a_resumed_training_is_one_that_never_stopped(optimizer, steps, tmp_path):
-    expected = new_trainer(optimizer)
-    fit(expected, *callbacks())
-    with pytest.raises(Stop):
-        fit(new_trainer(optimizer), Checkpoint(tmp_path, every_steps=1), *callbacks(), After(steps))
-    trainer = new_trainer(optimizer, seed=2)
+    start(new_trainer(optimizer), tmp_path, steps, *callbacks())
+    check_resumed(tmp_path, optimizer)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_every_generator_goes_on(generator, tmp_path):
+    start(new_trainer(generator=generator), tmp_path, 8, *callbacks())
+    check_resumed(tmp_path, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_every_dtype_goes_on(dtype, tmp_path):
+    expected, first, second = (new_trainer("Momentum", dtype=dtype) for _ in range(3))
+    fit(expected)
+    start(first, tmp_path, 8)
+    second.resume(tmp_path)
+    fit(second)
+    assert everything(second) == everything(expected)
+
+
+def test_a_resumed_training_can_be_stopped_and_resumed_again(tmp_path):
+    start(new_trainer(), tmp_path, 3, *callbacks())
+    for _ in range(5):
+        trainer = new_trainer(seed=2)
+        trainer.resume(tmp_path)
+        start(trainer, tmp_path, 2, *callbacks())
+    check_resumed(tmp_path)
+
+
+def test_a_dropped_last_batch_stays_dropped(tmp_path):
+    start(new_trainer(), tmp_path, 7, *callbacks(), drop_last=True)
+    check_resumed(tmp_path, drop_last=True)
+
+
+def test_callbacks_keep_what_they_have_seen_in_any_order(tmp_path):
+    def others():
+        return [EarlyStopping(2), BestWeights(), LearningRate(step_decay(3.0, 2))]
+
+    checkpoint_first = [Checkpoint(tmp_path), *others()]
+    fit(new_trainer("SGD"), *checkpoint_first, epochs=4)
+    check_resumed(tmp_path, "SGD", others=others, epochs=30)
+
+
+def test_best_weights_seen_before_the_stop_are_put_back(tmp_path):
+    def others():
+        return [LearningRate(lambda step: 0.5 if step < 5 else 30.0), BestWeights()]
+
+    best = others()
+    start(new_trainer("SGD"), tmp_path, 12, *best)
+    check_resumed(tmp_path, "SGD", others=others)
+    assert best[1].epoch == 1
+
+
+def test_nothing_is_left_to_do_in_a_training_that_was_done(tmp_path):
+    fit(new_trainer(), Checkpoint(tmp_path), *callbacks())
+    check_resumed(tmp_path)
+    trainer = new_trainer()
     trainer.resume(tmp_path)
-    fit(trainer, *callbacks(), Checkpoint(tmp_path))
+    fit(trainer, Checkpoint(tmp_path))
+    fit(trainer, Checkpoint(tmp_path))
+    assert trainer.current_epoch == 6  # the second call of fit is a new one
+
+
+def test_an_early_stop_stays_one(tmp_path):
+    trainer = new_trainer()
+    fit(trainer, Checkpoint(tmp_path, every_epochs=10), At(7, trainer.stop), epochs=20)
+    assert trainer.current_epoch == 2
+    other = new_trainer()
+    other.resume(tmp_path)
+    fit(other, epochs=20)
+    assert other.current_epoch == 2
+
+
+def test_a_stop_asked_for_in_the_middle_comes_after_the_epoch(tmp_path):
+    trainer = new_trainer()
+    start(trainer, tmp_path, 8, At(7, trainer.stop), epochs=20)
+    other = new_trainer()
+    other.resume(tmp_path)
+    fit(other, epochs=20)
+    assert (other.current_epoch, other.iteration) == (2, 0)
+
+
+def test_a_trainer_saved_by_hand_in_the_middle_goes_on(tmp_path):
+    trainer, path = new_trainer(), tmp_path / "mine.safetensors"
+    everyday = callbacks()
+    with pytest.raises(Stop):
+        fit(
+            trainer,
+            *everyday,
+            At(9, lambda: checkpoint.save(path, trainer.model, trainer.optimizer, trainer)),
+            At(11, stop),
+        )
+    check_resumed(path)
+
+
+def test_a_trainer_saved_between_two_fits_begins_another(tmp_path):
+    trainer, path = new_trainer(), tmp_path / "between.safetensors"
+    fit(trainer)
+    checkpoint.save(path, trainer.model, trainer.optimizer, trainer)
+    other = new_trainer(seed=2)
+    other.resume(path)
+    for t in (trainer, other):
+        fit(t)
+    assert everything(other) == everything(trainer)
+    assert other.current_epoch == 6
+
+
+def test_an_epoch_in_its_middle_is_finished_as_it_began(tmp_path):
+    start(new_trainer(), tmp_path, 7)
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    with pytest.raises(ValueError, match="has 70 rows in 5 batches of 16, got 70 rows in 7 batches of 10; finish it"):
+        fit(trainer, batch_size=10)
+    with pytest.raises(ValueError, match="later than"):  # nor does this end what was resumed
+        Checkpoint(tmp_path).on_begin(new_trainer())
+    fit(trainer, *callbacks())
+    assert trainer.current_epoch == 3
+
+
+def test_the_bar_begins_where_the_training_does(tmp_path, capsys, monkeypatch):
+    start(new_trainer(), tmp_path, 7)
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    fit(trainer, verbose=None)
+    assert "10/10" in capsys.readouterr().err
+
+
+def test_files_are_numbered_and_the_newest_kept(tmp_path):
+    trainer = new_trainer()
+    fit(trainer, Checkpoint(tmp_path, every_epochs=2, every_steps=3, keep=4), epochs=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best.safetensors",
+        "epoch-0004-step-000000.safetensors",
+        "epoch-0004-step-000001.safetensors",
+        "epoch-0004-step-000004.safetensors",
+        "epoch-0005-step-000000.safetensors",
+    ]
+
+
+def test_the_best_epoch_is_kept_beside_them(tmp_path):
+    trainer = new_trainer("SGD")
+    rates = LearningRate(lambda step: 0.5 if step < 15 else 30.0)
+    callback = Checkpoint(tmp_path, every_epochs=4)
+    fit(trainer, callback, rates, epochs=8)
+    best = min(range(8), key=lambda epoch: trainer.val_list[epoch][0])
+    other = new_trainer()
+    checkpoint.load(tmp_path / "best.safetensors", other.model)
+    x, t = nnx.spiral.load_data()
+    assert other.model.evaluate(x[1::9], t[1::9]) == trainer.val_list[best]
+    assert callback.lowest == trainer.val_list[best][0]
+    assert best < 7
+    fit(new_trainer(), Checkpoint(tmp_path / "none", best=False))
+    assert not (tmp_path / "none" / "best.safetensors").exists()
+
+
+def test_a_folder_holds_one_training(tmp_path):
+    fit(new_trainer(), Checkpoint(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"epoch-0003-step-000000\.safetensors is later than epoch 0, step 0, where"):
+        fit(new_trainer(), Checkpoint(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("setting", ["every_epochs", "every_steps", "keep"])
+def test_settings_of_a_checkpoint_are_looked_at(setting):
+    with pytest.raises(ValueError, match=f"Checkpoint: {setting} must be at least 1, got 0"):
+        Checkpoint("folder", **{setting: 0})
+
+
+def test_a_damaged_newest_file_gives_way_to_the_one_before(tmp_path):
+    start(new_trainer(), tmp_path, 8, *callbacks())
+    *_, before, newest = sorted(tmp_path.glob("epoch*"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    trainer = new_trainer()
+    with pytest.warns(RuntimeWarning, match=rf"{newest.name}.*; set aside as {newest.name}\.damaged"):
+        assert trainer.resume(tmp_path) == before
+    start(trainer, tmp_path, 3, *callbacks())
+    check_resumed(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in it that is whole"):
+        trainer.resume(tmp_path / "..")
+
+
+def test_a_file_of_another_training_changes_nothing(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    checkpoint.save(path, new_trainer().model)
+    trainer = new_trainer("SGD", "Philox", seed=2)
+    before = everything(trainer)
+    with pytest.raises(ValueError, match="optimizer: wanted, but not in the file\n  trainer: wanted, but not"):
+        trainer.resume(path)
+    start(new_trainer(), tmp_path, 7)
+    with pytest.raises(ValueError, match="optimizer: SGD here, Adam in the file") as error:
+        trainer.resume(tmp_path)
+    assert "trainer.rng.Generator PCG64: in the file, but not here" in str(error.value)
+    assert "trainer.rng.Generator Philox: here, but not in the file" in str(error.value)
+    assert everything(trainer) == before
+
+
+def test_a_full_disk_is_a_warning_and_the_training_goes_on(tmp_path):
+    expected = new_trainer()
+    fit(expected, *callbacks())
+    trainer = new_trainer()
+    size = 0
+
+    def fill():
+        nonlocal size
+        size = max(p.stat().st_size for p in tmp_path.glob("epoch*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.warns(RuntimeWarning, match=r"not saved: .*; the training goes on") as warned:
+            fit(trainer, Checkpoint(tmp_path, every_epochs=1, best=False), At(7, fill), *callbacks())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [Path(str(w.message).split(": ")[1]).name for w in warned] == [
+        "epoch-0002-step-000000.safetensors",
+        "epoch-0003-step-000000.safetensors",
+    ]
     assert everything(trainer) == everything(expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch-0001-step-000000.safetensors"]
+    check_resumed(tmp_path)
+
+
+def run(optimizer, folder, how="run"):
+    """Start tests/training.py."""
+    command = [sys.executable, "tests/training.py", optimizer, str(folder), how]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def check_killed(optimizer, folder):
+    assert list(folder.glob("epoch*"))
+    check_resumed(folder, optimizer, epochs=60)
+
+
+def kill(optimizer, folder, delay):
+    """Kill the program `delay` seconds after its first checkpoint; return whether it was done, whether writing."""
+    process = run(optimizer, folder)
+    while process.poll() is None and not list(folder.glob("epoch*")):
+        time.sleep(0.001)
+    time.sleep(delay)  # the moment is what is random here; nothing is waited for
+    process.kill()
+    process.communicate()
+    done, writing = process.returncode == 0, bool(list(folder.glob(".saving*")))
+    check_killed(optimizer, folder)
+    return done, writing
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "Momentum"])
+def test_killed_at_a_random_moment(optimizer, tmp_path):
+    kill(optimizer, tmp_path, random.uniform(0, 0.3))
+
+
+def test_killed_while_a_file_is_written(tmp_path):
+    process = run("Adam", tmp_path, "write")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob(".saving*"))
+    check_killed("Adam", tmp_path)
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    fit(trainer, Checkpoint(tmp_path), epochs=60)
+    assert not list(tmp_path.glob(".saving*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_killed_at_forty_random_moments(optimizer, tmp_path):
+    rng = random.Random(optimizer)
+    kills = 6 if optimizer != "Adam" else 4
+    ends = [kill(optimizer, tmp_path / str(i), rng.uniform(0, 0.6)) for i in range(kills)]
+    done, writing = map(sum, zip(*ends, strict=True))
+    print(f"{optimizer}: {kills} kills, {writing} while a file was written, {done} too late")
+    assert done < kills
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "words"),
+    [("term", -signal.SIGTERM, ""), ("int", -signal.SIGINT, "interrupted in epoch 2 after 2 of 5")],
+)
+def test_signals_save_and_end_the_program_as_they_would(how, status, words, tmp_path):
+    process = run("Adam", tmp_path, how)
+    _, err = process.communicate()
+    assert process.returncode == status, err
+    assert words in err
+    assert [p.name for p in tmp_path.glob("epoch*")] == ["epoch-0001-step-000002.safetensors"]
+    check_killed("Adam", tmp_path)
+
+
+@pytest.fixture
+def term():
+    """The numbers that a handler of the user's got for SIGTERM, and a way to send it."""
+    got = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: got.append(signum))
+    yield got, lambda: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_handler_of_the_users_comes_after_the_save_and_decides(tmp_path, term):
+    got, send = term
+    trainer = new_trainer()
+    handler = signal.getsignal(signal.SIGTERM)
+    fit(trainer, Checkpoint(tmp_path, every_epochs=None), At(7, send))
+    assert got == [signal.SIGTERM]
+    assert sorted(p.name for p in tmp_path.glob("epoch*")) == [
+        "epoch-0001-step-000002.safetensors",
+        "epoch-0003-step-000000.safetensors",
+    ]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_sigterm_is_not_touched_without_a_checkpoint(term):
+    got, send = term
+    seen = []
+    fit(new_trainer(), At(7, send), At(8, lambda: seen.extend(got)))
+    assert seen == [signal.SIGTERM]
+
+
+def test_a_signal_during_an_error_is_not_lost(tmp_path, term):
+    got, send = term
+
+    def both():
+        send()
+        stop()
+
+    with pytest.raises(Stop):
+        fit(new_trainer(), Checkpoint(tmp_path), At(7, both))
+    assert got == [signal.SIGTERM]
+
+
+OTHER = """
+import sys, nnx
+from training import fit, new_trainer
+from nnx import checkpoint
+assert nnx.GPU is (sys.argv[3] == "1")
+trainer = new_trainer("Adam")
+if sys.argv[1] != "new":
+    trainer.resume(sys.argv[1])
+fit(trainer, epochs=int(sys.argv[4]))
+checkpoint.save(sys.argv[2], trainer.model, trainer.optimizer, trainer)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not nnx.GPU, reason="needs CuPy (NNX_GPU=1)")
+@pytest.mark.parametrize(("first", "second"), [("0", "1"), ("1", "0")])
+def test_a_training_goes_on_on_the_other_device(first, second, tmp_path):
+    begun = tmp_path / "begun.safetensors"
+
+    def train(source, target, device, epochs):
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = {**os.environ, "NNX_GPU": device, "PYTHONPATH": path}
+        command = [sys.executable, "-c", OTHER, str(source), str(target), device, str(epochs)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        with nnx.storage.opened(target) as file:
+            return {name: file.read(name) for name in file.arrays}
+
+    train("new", begun, first, 4)
+    stayed = train(begun, tmp_path / "stayed.safetensors", first, 20)  # 100 further steps
+    moved = train(begun, tmp_path / "moved.safetensors", second, 20)
+    assert len(stayed["trainer.loss_list"]) == 48
+    assert stayed.keys() == moved.keys()
+    for name, array in stayed.items():
+        numpy.testing.assert_allclose(moved[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_thousand_saves_leave_nothing_behind(tmp_path):
+    """200,000 steps of the spiral with a checkpoint every 100, in this process: memory flat, no descriptor left."""
+    x, t = nnx.spiral.load_data()
+    trainer = nnx.Trainer(nnx.TwoLayerNet(2, 10, 3, rng=1), nnx.Adam(), rng=0)
+    callback = Checkpoint(tmp_path, every_epochs=None, every_steps=100)
+
+    def used():
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))
+
+    seen = []
+    for _ in range(20):
+        trainer.fit(x, t, 1000, 30, eval_interval=None, verbose=False, callbacks=[callback])
+        seen.append(used())
+    print("MiB and descriptors after every 10,000 steps and 100 saves:", seen)
+    memory, descriptors = zip(*seen, strict=True)
+    assert max(memory[1:]) <= 1.01 * memory[0]
+    assert set(descriptors) == {descriptors[0]}
+    assert trainer.current_epoch == 20_000
+    assert len(list(tmp_path.iterdir())) == 3
