@@ -340,8 +340,8 @@ def test_a_training_survives_kills_at_any_moment(seed, tmp_path):
     pytest.importorskip("safetensors")
     rng, n = numpy.random.default_rng(seed), 2
     whole = ranks.long(nnx.distributed.init(), "", "")
-    for _ in range(50):
-        done = run(n, "long", tmp_path, f"{rng.integers(n)} {rng.uniform(0, 0.6)}")
+    for kills in range(50):
+        done = run(n, "long", tmp_path, f"{rng.integers(n)} {rng.uniform(0, 0.2) if kills else 0.03}")
         if done.returncode == 0:
             break
         n = n % 4 + 1
