@@ -29,6 +29,7 @@ from nnx import SGD, TwoLayerNet, np, synchronize
 ROOT = Path(__file__).parents[1]
 SIZES = 784, 512, 10
 BATCHES = [128, 256, 512, 1024, 2048]
+LAUNCHES = 4
 THREADS = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
 NETWORKS = {"10 Gb/s": (25e-6, 10e9 / 8), "100 Gb/s": (5e-6, 100e9 / 8)}  # latency assumed, bytes a second
 BYTES = 4 * ((SIZES[0] + 1) * SIZES[1] + (SIZES[1] + 1) * SIZES[2])  # of all gradients
@@ -149,6 +150,12 @@ def ratios(over, under, *less):
     return statistics.quantiles([(a - c) / b for a, b, c in zip(over, under, less, strict=True)], method="inclusive")
 
 
+def by_launch(seconds):
+    """Return the median of each launch of the processes."""
+    blocks = max(1, len(seconds) // LAUNCHES)
+    return [statistics.median(seconds[i : i + blocks]) for i in range(0, len(seconds), blocks)]
+
+
 def ratio(quartiles):
     return "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles)
 
@@ -168,8 +175,7 @@ def tables(ranks, batches, one, several, capped):
     rows = []
     for n in batches:
         alone, together = one[f"apart/{n}"], several[f"trainer/{n}"]
-        times = statistics.median(alone) / statistics.median(together)
-        rows.append([str(n), median(alone), median(together), f"{times:.2f}"])
+        rows.append([str(n), median(alone), median(together), ratio(ratios(by_launch(alone), by_launch(together)))])
     yield from report.table(["rows", "one process", f"{ranks} ranks", "speed-up"], rows)
 
     yield from ["", f"## What joins the ranks, in times of an Allreduce alone: {BYTES:,} bytes in {median(allreduce)}"]
@@ -236,7 +242,7 @@ def main(ranks, quick, out):
     free = {name: value for name, value in os.environ.items() if name not in THREADS}
     batches = BATCHES[:1] if quick else BATCHES
     one, several, capped = runs = {}, {}, {}
-    for _ in range(1 if quick else 4):  # where the system puts a process and its memory is felt
+    for _ in range(1 if quick else LAUNCHES):  # where the system puts a process and its memory is felt
         for seconds, settings in zip(
             runs, [(1, free), (ranks, free), (ranks, free | {"OMP_NUM_THREADS": "1"})], strict=True
         ):
