@@ -5,6 +5,7 @@ Rank 0 prints what all ranks return, as a line of JSON.
 
 import copy
 import json
+import math
 import os
 import signal
 import sys
@@ -118,6 +119,8 @@ def mixed(comm):
     arrays += [np.asarray(rng.standard_normal((6, 5)), "float32").T, np.asarray(rng.standard_normal((6, 8)))[:, ::2]]
     grads = [a.copy() for a in arrays]
     share = [0.0, 0.25, 0.75][comm.rank + 3 - comm.size] if comm.size > 1 else 1.0
+    for g in grads if share == 0 else []:
+        g[...] = math.nan  # what a rank without rows has there is not looked at
     views, sums = comm.reduce(grads, share, np.asarray(comm.rank + 0.5), 1)
     reduced = [to_cpu(a).ravel().tolist() for a in views]
     comm.average(grads, share)
@@ -216,6 +219,14 @@ def saved(comm, folder, kind):
     begun = [trainer.current_epoch, trainer.iteration]
     trainer.fit(*data(), 4, 50, eval_interval=1, verbose=False, callbacks=callbacks)
     return {"begun": begun, "state": state(trainer.model), "losses": trainer.loss_list}
+
+
+@job
+def folders(comm, folder):
+    """Let every rank name a folder of its own for checkpoints, and return what rank 0 finds."""
+    new_trainer(comm).fit(*data(), 1, 50, verbose=False, callbacks=[Checkpoint(f"{folder}/{comm.rank}")])
+    comm.barrier()
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
 
 
 @job
