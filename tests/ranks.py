@@ -114,7 +114,7 @@ def threads(comm):
 def mixed(comm):
     """Average and broadcast arrays of all kinds of dtype and layout, unlike on each rank."""
     rng = numpy.random.default_rng(comm.rank)
-    kinds = [("float32", (40, 30)), ("float16", (7,)), ("float64", (3, 4)), ("float32", ()), ("float64", (0, 2))]
+    kinds = [("float32", (40, 30)), ("float16", (200,)), ("float64", (3, 4)), ("float32", ()), ("float64", (0, 2))]
     arrays = [np.asarray(rng.standard_normal(shape), dtype) for dtype, shape in kinds]
     arrays += [np.asarray(rng.standard_normal((6, 5)), "float32").T, np.asarray(rng.standard_normal((6, 8)))[:, ::2]]
     grads = [a.copy() for a in arrays]
@@ -224,6 +224,7 @@ def saved(comm, folder, kind):
 @job
 def folders(comm, folder):
     """Let every rank name a folder of its own for checkpoints, and return what rank 0 finds."""
+    Path(f"{folder}/{comm.rank}").mkdir()
     new_trainer(comm).fit(*data(), 1, 50, verbose=False, callbacks=[Checkpoint(f"{folder}/{comm.rank}")])
     comm.barrier()
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
