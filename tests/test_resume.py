@@ -86,13 +86,20 @@ def test_a_dropped_last_batch_stays_dropped(tmp_path):
     check_resumed(tmp_path, drop_last=True)
 
 
-def test_callbacks_keep_what_they_have_seen_in_any_order(tmp_path):
+def test_patience_goes_on_where_it_was(tmp_path):
     def others():
-        return [EarlyStopping(2), BestWeights(), LearningRate(step_decay(3.0, 2))]
+        return [Checkpoint(tmp_path, every_steps=1, keep=99), EarlyStopping(3), LearningRate(step_decay(3.0, 2))]
 
-    checkpoint_first = [Checkpoint(tmp_path), *others()]
-    fit(new_trainer("SGD"), *checkpoint_first, epochs=4)
-    check_resumed(tmp_path, "SGD", others=others, epochs=30)
+    trainer = new_trainer("SGD")
+    stopping = others()
+    fit(trainer, *stopping, epochs=30)
+    assert trainer.current_epoch < 30
+    for since in (1, 2):
+        path = tmp_path / f"epoch-{trainer.current_epoch - since:04d}-step-000002.safetensors"
+        other = new_trainer("SGD", seed=2)
+        other.resume(path)
+        fit(other, *others()[1:], epochs=30)
+        assert everything(other) == everything(trainer)
 
 
 def test_best_weights_seen_before_the_stop_are_put_back(tmp_path):
@@ -169,6 +176,25 @@ def test_an_epoch_in_its_middle_is_finished_as_it_began(tmp_path):
         Checkpoint(tmp_path).on_begin(new_trainer())
     fit(trainer, *callbacks())
     assert trainer.current_epoch == 3
+
+
+def test_what_was_resumed_is_for_one_fit_and_one_that_cannot_begin_is_none(tmp_path):
+    start(new_trainer(), tmp_path / "run", 7)
+    trainer, other = new_trainer(), new_trainer()
+    for t in (trainer, other):
+        t.resume(tmp_path / "run")
+    fit(new_trainer(), Checkpoint(tmp_path / "taken"))
+    with pytest.raises(ValueError, match="choose another folder"):
+        fit(trainer, Checkpoint(tmp_path / "taken"))
+    for t in (trainer, other):
+        fit(t, epochs=2)
+    assert everything(trainer) == everything(other)
+    trainer.resume(tmp_path / "run")
+    with pytest.raises(Stop):
+        fit(trainer, At(1, stop))
+    assert (trainer.current_epoch, trainer.iteration) == (1, 3)
+    fit(trainer, epochs=1, batch_size=10)
+    assert trainer.current_epoch == 2
 
 
 def test_the_bar_begins_where_the_training_does(tmp_path, capsys, monkeypatch):
@@ -274,6 +300,25 @@ def test_a_full_disk_is_a_warning_and_the_training_goes_on(tmp_path):
     assert everything(trainer) == everything(expected)
     assert [p.name for p in tmp_path.iterdir()] == ["epoch-0001-step-000000.safetensors"]
     check_resumed(tmp_path)
+
+
+def test_the_best_epoch_is_one_that_could_be_saved(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def full(path, model, optimizer, trainer):
+        if trainer.current_epoch == 2:
+            raise OSError("full")
+        save(path, model, optimizer, trainer)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    trainer, callback, losses = new_trainer(), Checkpoint(tmp_path), iter([0, 5, 3, 4])
+    trainer.model.evaluate = lambda x, t: (next(losses), None)
+    with pytest.warns(RuntimeWarning, match="full; the training goes on"):
+        fit(trainer, callback)
+    assert callback.lowest == 4
+    other = new_trainer()
+    other.resume(tmp_path / "best.safetensors")
+    assert other.val_list == [(5, None), (3, None), (4, None)]
 
 
 def run(optimizer, folder, how="run"):
