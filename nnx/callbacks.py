@@ -202,7 +202,6 @@ class Checkpoint:
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         storage.require()
-        self.path = None
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{storage.PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -231,9 +230,9 @@ class Checkpoint:
             self.on_interrupt(trainer)
 
     def on_interrupt(self, trainer: Any) -> None:
-        """Save, unless that is done, and remove what is no longer to be kept."""
+        """Save, and remove what is no longer to be kept."""
         path = self.folder / f"epoch-{trainer.current_epoch:04d}-step-{trainer.iteration:06d}.safetensors"
-        if path != self.path and self._save(trainer, path):
+        if self._save(trainer, path):
             self.path = path
             for old in checkpoint.numbered(self.folder)[: -self.keep]:
                 old.unlink(missing_ok=True)

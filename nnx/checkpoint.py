@@ -160,10 +160,10 @@ def remembered(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]
     for path, layer in _walk(model, "", set()):
         names = getattr(layer, "param_names", ())
         for i, p in enumerate(layer.params):
-            where = set(places(p)) if p.size else {id(p)}
-            if not where & known:
+            place, flipped = places(p) if p.size else (id(p), None)
+            if place not in known:
                 arrays[path + (names[i] if i < len(names) else f"params.{i}")] = p
-            known |= where
+            known |= {place, flipped}
         for name in getattr(layer, "state_names", ()):
             if isinstance(getattr(layer, name), Array):
                 arrays[path + name] = getattr(layer, name)

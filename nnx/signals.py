@@ -66,8 +66,6 @@ def postponed(*signals: int) -> Iterator[Stop]:
         for signum in stop.previous:
             signal.signal(signum, postpone)
         yield stop
-        if stop.pending:
-            stop.leave()
     finally:
         for signum, previous in stop.previous.items():
             signal.signal(signum, previous)
