@@ -13,6 +13,9 @@ your own:
         comm.average(model.grads, len(x[part]) / len(x))
         optimizer.update(model.params, model.grads)
 
+Started with `mpiexec -n 4 python -m mpi4py train.py`: without `-m mpi4py` nobody notices a rank that leaves
+by sys.exit while the others wait in calls of their own on `comm.mpi`; all else ends the job either way.
+
 Only gradients are summed. Each rank keeps its own statistics in BatchNorm, which sees the rank's rows
 alone, and its own dropout masks: layers made with the same seed draw the same masks on every rank.
 """
@@ -293,6 +296,8 @@ class Comm:
         Such a rank has begun more collective calls than this one ever will. It is enough to look at the
         next rank: one of those that are gone is followed by one that is not.
         """
+        if self._MPI.Is_finalized():
+            return
         done, theirs, begin = self._ending.Ibarrier(), numpy.empty(1, numpy.int64), time.monotonic()
         while not done.Test():
             neighbour = (self.rank + 1) % self.size

@@ -124,7 +124,7 @@ class Trainer:
         KeyboardInterrupt
             Ctrl-C is raised when the step at work is done, so that no parameter is half updated; a
             second Ctrl-C is raised at once. Where a callback has on_interrupt, as `callbacks.Checkpoint`,
-            SIGTERM waits as well, and then ends the process as it would have.
+            or there are several ranks, SIGTERM waits as well, and then ends the process as it would have.
         """
         x, t = self._check_data("Trainer.fit", x, t)
         _check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
