@@ -249,15 +249,16 @@ def _described(optimizer: Any) -> dict[str, Any]:
     return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and is_plain(v)}
 
 
-def _compare_optimizer(optimizer: Any, name: Any, settings: dict[str, Any]) -> list[str]:
+def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> list[str]:
     if name != type(optimizer).__name__:
         return [f"optimizer: {type(optimizer).__name__} here, {name} in the file"]
-    shapes = [p.shape for p in settings.get("params") or []]
-    return compare("optimizer", _described(optimizer), settings) + [
-        f"optimizer.{state}: not of the shapes of its parameters"
-        for state in getattr(optimizer, "_state", ())
-        if state in settings and [getattr(a, "shape", None) for a in settings[state]] != shapes
-    ]
+    lines = compare("optimizer", _described(optimizer), settings)
+    if not lines:  # so that lists are lists
+        shapes = {n: [getattr(a, "shape", None) for a in v] for n, v in settings.items() if isinstance(v, list)}
+        for state in getattr(optimizer, "_state", ()):
+            if shapes.get(state) != shapes.get("params", []):
+                lines.append(f"optimizer.{state}: not of the shapes of its parameters")
+    return lines
 
 
 def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collection[str]) -> list[str]:
@@ -334,7 +335,10 @@ class _Unpacker:
             return value
         name, index = value.get("tensor"), value.get("param")
         if value.keys() == {"tensor"} and isinstance(name, str) and name in self.file.arrays:
-            return convert(self.file.read(name))
+            try:
+                return convert(self.file.read(name))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self.path}: {name} is no array to be remembered ({error})") from error
         if value.keys() == {"param"} and isinstance(index, int) and 0 <= index < len(self.model.params):
             return self.model.params[index]
         if value.keys() in ({"tensor"}, {"param"}):

@@ -55,6 +55,8 @@ def postponed(*signals: int) -> Iterator[Stop]:
         if not stop.pending:
             stop.pending = signum
             return
+        if stop.pending == signum:  # which is served now
+            stop.pending = 0
         previous = stop.previous[signum]
         if callable(previous):
             previous(signum, frame)

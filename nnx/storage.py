@@ -89,6 +89,8 @@ def opened(path: Path) -> Iterator[Reader]:
             yield Reader(file)
         except _Damaged as error:
             raise ValueError(f"{path}: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}: its metadata are lists in lists without end") from error
 
 
 class _Damaged(Exception):

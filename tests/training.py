@@ -3,6 +3,7 @@
 python tests/training.py OPTIMIZER FOLDER [HOW]
 """
 
+import json
 import os
 import signal
 import sys
@@ -88,6 +89,34 @@ def everything(trainer):
 
 def _bytes(arrays):
     return [(a.dtype, a.shape, to_cpu(a).tobytes()) for a in arrays]
+
+
+class Stop(Exception):
+    """Ends a fit in a way of which Trainer knows nothing, as a kill does."""
+
+
+def stop():
+    raise Stop
+
+
+def check_resumed(folder, optimizer="Adam", generator="PCG64", others=callbacks, **options):
+    """Go on in a new trainer with other weights, and compare with one that was never stopped."""
+    expected = new_trainer(optimizer, generator)
+    fit(expected, *others(), **options)
+    expected = everything(expected)
+    trainer = new_trainer(optimizer, generator, seed=2)
+    trainer.resume(folder)
+    fit(trainer, *others(), **options)
+    assert everything(trainer) == expected
+
+
+def values(model):
+    return [to_cpu(p).copy() for p in model.params]
+
+
+def with_header(words, data=b""):
+    text = words if isinstance(words, bytes) else json.dumps(words).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 class At:
