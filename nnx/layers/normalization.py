@@ -57,7 +57,7 @@ class _Norm:
     def _dxn(self, dout: Any) -> Array:
         """Write the gradients of gamma and beta; return that of xn."""
         gamma, xn = self.params[0], self.xn
-        dout = asgrad(dout, xn.shape, gamma.dtype, type(self).__name__)
+        dout = asgrad(self, dout, xn.shape, gamma.dtype)
         for grad, terms in zip(self.grads, (dout * xn, dout), strict=True):
             bias_grad(terms.reshape(-1, terms.shape[-1]), grad)
         return dout * gamma
