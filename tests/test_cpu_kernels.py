@@ -21,8 +21,8 @@ from nnx.kernels import cpu, portable
 @pytest.mark.parametrize("name", cpu.__all__)
 def test_is_the_portable_kernel(monkeypatch, name, dtype, layout, limit):
     if limit:  # arrays are large from here on: blocks, the last of them not full, and BLAS
-        monkeypatch.setattr(cpu, "_BLOCK", limit)
-        monkeypatch.setattr(cpu, "_SMALL", limit)
+        for name_of_limit in ("_BLOCK", "_SMALL", "_FEW"):
+            monkeypatch.setattr(cpu, name_of_limit, limit)
     for shape in CASES[name][0]:
         if name == "softmax_loss" and 0 in shape:
             continue  # no mean; the loss layer refuses an empty batch

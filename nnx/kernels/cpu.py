@@ -39,6 +39,7 @@ __all__ = [
 
 _BLOCK = 65536  # elements: a block of each operand fits in the second-level cache
 _SMALL = 32768  # elements, up to which two calls of NumPy are faster than one of BLAS through ctypes
+_FEW = 2048  # elements that np.add.at has added before they would be sorted
 _FEW_CLASSES = 16  # so few that products with square matrices of them are faster than broadcasting
 _MODERATE = 40  # scores up to here have exponentials whose sums and quotients are ordinary numbers
 
@@ -53,11 +54,13 @@ def bias_grad(dout: Array, out: Array) -> None:
 
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i."""
+    if dout.size <= _FEW:
+        portable.embedding_grad(idx, dout, out)
+        return
     out[...] = 0
-    if idx.size:
-        order = idx.argsort(kind="stable")
-        rows, starts = numpy.unique(idx[order], return_index=True)
-        out[rows] = numpy.add.reduceat(dout[order], starts, axis=0)
+    order = idx.argsort(kind="stable")
+    rows, starts = numpy.unique(idx[order], return_index=True)
+    out[rows] = numpy.add.reduceat(dout[order], starts, axis=0)
 
 
 def sigmoid(x: Array) -> Array:
@@ -143,7 +146,11 @@ def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
 
     @functools.wraps(formula)
     def update(*arguments: Any) -> None:
-        settings = [float(value) for value in arguments[lists:]]  # a float64 scalar would make float64 temporaries
+        # a float64 scalar would make float64 temporaries
+        params, settings = arguments[0], [float(value) for value in arguments[lists:]]
+        if all(p.size <= _BLOCK for p in params):
+            formula(*arguments[:lists], *settings)
+            return
         for arrays in zip(*arguments[:lists], strict=True):
             _elementwise(lambda *blocks: formula(*([b] for b in blocks), *settings), *arrays)
 
