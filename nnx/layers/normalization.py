@@ -40,7 +40,7 @@ class _Norm:
         return x
 
     def _normalize(self, x: Array, mean: Array, var: Array) -> Array:
-        self.std = np.sqrt(var + self.eps)
+        self.std = np.sqrt(var + self.eps).astype(x.dtype, copy=False)
         self.xn = x - mean
         self.xn /= self.std
         y = self.xn * self.params[0]
@@ -51,7 +51,8 @@ class _Norm:
         """Return x normalized by its own mean and variance, times gamma, plus beta."""
         x = self._input(x)
         axes = self._axes(x.ndim)
-        self.mean, self.var = x.mean(axis=axes, keepdims=True), x.var(axis=axes, keepdims=True)
+        self.mean = x.mean(axis=axes, keepdims=True)
+        self.var = x.var(axis=axes, keepdims=True, dtype=_wide(x.dtype))
         return self._normalize(x, self.mean, self.var)
 
     def _dxn(self, dout: Any) -> Array:
@@ -107,7 +108,8 @@ class BatchNorm(_Norm):
     Attributes
     ----------
     running_mean, running_var : (D,)
-        0 and 1 at first; the variance is the unbiased one, as in the paper.
+        0 and 1 at first; the variance is the unbiased one, as in the paper, and float32 for float16
+        weights, whose range it may leave.
 
     Shapes
     ------
@@ -122,7 +124,7 @@ class BatchNorm(_Norm):
         super().__init__(gamma, beta)
         self.momentum = momentum
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
-        self.running_var = np.ones(gamma.shape, gamma.dtype)
+        self.running_var = np.ones(gamma.shape, _wide(gamma.dtype))
 
     def _axes(self, ndim: int) -> Any:
         return tuple(range(ndim - 1))
@@ -146,3 +148,8 @@ class BatchNorm(_Norm):
     def backward(self, dout: Any) -> Array:
         """Write the gradients; return that of x, for the statistics of the last forward."""
         return super().backward(dout) if self.train_flg else self._dxn(dout) / self.std
+
+
+def _wide(dtype: Any) -> Any:
+    """Return the dtype of a variance: that of float16 numbers may be beyond float16."""
+    return np.result_type(dtype, np.float32)
