@@ -1,14 +1,15 @@
 """Classify the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships.
 
-A net of 64-128-10 with ReLU and dropout, trained by Adam with a cosine learning rate on a stratified
-three quarters of the digits; the rest is held out. One training for each of five seeds, in a few
-seconds; their median held-out accuracy is at least 0.96. The picture shows the curves of the last
-seed and its confusion matrix. With NNX_GPU=1 it runs on the GPU.
+A net of 64-128-10 with ReLU and dropout, trained by Adam with a cosine learning rate on a stratified three quarters of
+the digits; the rest is held out. One training for each of five seeds, in a few seconds; their median held-out accuracy
+is at least 0.96. The picture shows the curves of the last seed and its confusion matrix. With NNX_GPU=1 it runs on the
+GPU. With --checkpoint a run that was ended goes on under --resume, to the same numbers.
 """
 
 import argparse
 import math
 import statistics
+from pathlib import Path
 
 import numpy
 from sklearn.datasets import load_digits
@@ -16,7 +17,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from sklearn.model_selection import train_test_split
 
 from nnx import Adam, Affine, Dropout, ReLU, Sequential, SoftmaxWithLoss, Trainer, initializers, np, to_cpu
-from nnx.callbacks import BestWeights, LearningRate
+from nnx.callbacks import BestWeights, Checkpoint, LearningRate
 from nnx.optimizer import cosine_decay
 
 
@@ -40,7 +41,7 @@ def new_model(rng):
     )
 
 
-def train(seed, epochs, data):
+def train(seed, epochs, data, folder, resume):
     """Train one net; return its trainer and its held-out accuracy."""
     x, x_test, t, t_test = data
     # the best weights are chosen by a part of the training digits: the held-out ones judge, and choose nothing
@@ -48,9 +49,11 @@ def train(seed, epochs, data):
     rng = numpy.random.default_rng(seed)
     trainer = Trainer(new_model(rng), Adam(), rng=rng)
     rate = LearningRate(cosine_decay(0.003, steps=epochs * math.ceil(len(x) / 64)))
-    trainer.fit(x, t, epochs, 64, validation=validation, verbose=False, callbacks=[rate, BestWeights()])
-    _, accuracy = trainer.model.evaluate(x_test, t_test)
-    return trainer, accuracy
+    callbacks = [rate, BestWeights(), *([Checkpoint(folder)] if folder else [])]
+    if resume and any(Path(folder).glob("epoch-*")):
+        print(f"goes on from {trainer.resume(folder)}")
+    trainer.fit(x, t, epochs, 64, validation=validation, verbose=False, callbacks=callbacks)
+    return trainer, trainer.model.evaluate(x_test, t_test)[1]
 
 
 def draw(trainer, accuracy, x_test, t_test, path):
@@ -70,11 +73,13 @@ def draw(trainer, accuracy, x_test, t_test, path):
     print(f"picture: {path}")
 
 
-def main(epochs=40, seeds=5, picture="digits.png"):
+def main(epochs=40, seeds=5, picture="digits.png", checkpoint=None, resume=False):
     """Return the median held-out accuracy."""
+    if resume and not checkpoint:
+        raise SystemExit("--resume needs --checkpoint DIR")
     data, accuracies = load(), []
     for seed in range(seeds):
-        trainer, accuracy = train(seed, epochs, data)
+        trainer, accuracy = train(seed, epochs, data, checkpoint and f"{checkpoint}/seed-{seed}", resume)
         accuracies.append(accuracy)
         print(f"seed {seed}: held-out accuracy {accuracy:.3f}")
     if picture:
@@ -89,4 +94,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--picture", default="digits.png", help="where to save the picture; '' draws none")
+    parser.add_argument("--checkpoint", metavar="DIR", help="save after every epoch into this folder")
+    parser.add_argument("--resume", action="store_true", help="go on from what is saved in --checkpoint")
     main(**vars(parser.parse_args()))

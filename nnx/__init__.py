@@ -2,6 +2,7 @@
 
 from nnx import (
     callbacks,
+    checkpoint,
     config,
     dataset,
     functions,
@@ -71,6 +72,7 @@ __all__ = [
     "TwoLayerNet",
     "asarray",
     "callbacks",
+    "checkpoint",
     "clip_grads",
     "config",
     "dataset",

@@ -1,22 +1,29 @@
-"""What `Trainer.fit` calls on its way: progress, learning rates, early stopping, the best weights.
+"""What `Trainer.fit` calls on its way: progress, learning rates, early stopping, best weights, checkpoints.
 
-A callback is an object with some of the methods `on_begin`, `on_step`, `on_evaluate`, `on_epoch` and
-`on_end`, each called with the trainer; `on_end` also after an error. `trainer.stop()` ends the training.
+A callback is an object with some of the methods `on_begin`, `on_step`, `on_evaluate`, `on_epoch`,
+`on_interrupt` and `on_end`, each called with the trainer; `on_interrupt` at the end of the step in which
+a signal came, `on_end` also after an error. `trainer.stop()` ends the training. Attributes that are to go
+into checkpoints are named in `state_names`, a class attribute: numbers, strings, arrays, lists of these.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import operator
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+from nnx import checkpoint, storage
 from nnx.np import Array
 
-__all__ = ["Bar", "BestWeights", "EarlyStopping", "LearningRate", "Lines", "running"]
+__all__ = ["Bar", "BestWeights", "Checkpoint", "EarlyStopping", "LearningRate", "Lines", "restore_states", "running"]
 
-_EVENTS = ("on_begin", "on_step", "on_evaluate", "on_epoch", "on_end")
+_EVENTS = ("on_begin", "on_step", "on_evaluate", "on_epoch", "on_interrupt", "on_end")
 
 
 class Lines:
@@ -41,7 +48,8 @@ class Bar:
         """Open the bar."""
         from tqdm import tqdm  # noqa: PLC0415 - importing nnx imports nothing that only a terminal needs
 
-        self.bar = tqdm(total=(trainer.max_epoch - trainer.current_epoch) * trainer.max_iter, unit="step")
+        steps = (trainer.max_epoch - trainer.current_epoch) * trainer.max_iter
+        self.bar = tqdm(total=steps, initial=trainer.iteration, unit="step")
 
     def on_step(self, trainer: Any) -> None:
         """Count a step."""
@@ -65,6 +73,8 @@ class LearningRate:
     schedule : function of an int
         See `optimizer.step_decay`, `cosine_decay` and `warm_up`.
     """
+
+    state_names = ("steps",)
 
     def __init__(self, schedule: Callable[[int], float]) -> None:
         self.schedule = schedule
@@ -90,6 +100,7 @@ class EarlyStopping:
     """
 
     needs_validation = True
+    state_names = ("lowest", "since")
 
     def __init__(self, patience: int = 5) -> None:
         if patience < 1:
@@ -121,6 +132,7 @@ class BestWeights:
     """
 
     needs_validation = True
+    state_names = ("lowest", "epoch", "weights")
 
     def __init__(self) -> None:
         self.lowest = math.inf
@@ -140,10 +152,107 @@ class BestWeights:
             a[...] = best
 
 
+class Checkpoint:
+    """Saves the training into numbered files of a folder, from which `Trainer.resume` goes on as if never stopped.
+
+    A file is saved at the end of fit too, and when Ctrl-C or SIGTERM ends it. One that cannot be written,
+    for example to a full disk, is a warning, and the training goes on.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made if need be. It holds one training: one that begins anew needs another folder.
+    every_epochs, every_steps : int or None
+        How often to save; None never by this measure.
+    keep : int
+        How many of the numbered files to keep, the newest.
+    best : bool
+        With validation, save the epoch of the lowest loss as `best.safetensors` too.
+
+    Attributes
+    ----------
+    path : Path or None
+        The numbered file saved last.
+    lowest : float
+        The validation loss of `best.safetensors`.
+    """
+
+    last = True  # called after the others, whose state it saves
+    state_names = ("lowest",)
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every_epochs: int | None = 1,
+        every_steps: int | None = None,
+        keep: int = 3,
+        best: bool = True,
+    ) -> None:
+        for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps), ("keep", keep)):
+            if (value is not None or name == "keep") and operator.index(value) < 1:  # type: ignore[arg-type]
+                raise ValueError(f"Checkpoint: {name} must be at least 1, got {value}")
+        self.folder = Path(folder)
+        self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
+        self.lowest = math.inf
+        self.path: Path | None = None
+
+    def on_begin(self, trainer: Any) -> None:
+        """Make the folder, see that it holds no other training, and remove what a killed save left."""
+        storage.require()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"{storage.PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        there = checkpoint.numbered(self.folder)
+        if there and checkpoint.position(there[-1]) > (trainer.current_epoch, trainer.iteration):
+            raise ValueError(
+                f"Checkpoint: {there[-1]} is later than epoch {trainer.current_epoch}, step {trainer.iteration}, where "
+                "this training begins; go on from it with Trainer.resume, or choose another folder"
+            )
+
+    def on_step(self, trainer: Any) -> None:
+        """Save after every `every_steps` steps."""
+        steps = trainer.current_epoch * trainer.max_iter + trainer.iteration
+        if self.every_steps is not None and steps % self.every_steps == 0:
+            self.on_interrupt(trainer)
+
+    def on_epoch(self, trainer: Any) -> None:
+        """Save after every `every_epochs` epochs and after the last one, and the best one."""
+        before, loss = self.lowest, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
+        if self.best and loss < before:
+            self.lowest = loss  # first, as it is saved too
+            if not self._save(trainer, self.folder / "best.safetensors"):
+                self.lowest = before
+        due = self.every_epochs is not None and trainer.current_epoch % self.every_epochs == 0
+        if due or trainer.is_last_epoch:
+            self.on_interrupt(trainer)
+
+    def on_interrupt(self, trainer: Any) -> None:
+        """Save, and remove what is no longer to be kept."""
+        path = self.folder / f"epoch-{trainer.current_epoch:04d}-step-{trainer.iteration:06d}.safetensors"
+        if self._save(trainer, path):
+            self.path = path
+            for old in checkpoint.numbered(self.folder)[: -self.keep]:
+                old.unlink(missing_ok=True)
+
+    def _save(self, trainer: Any, path: Path) -> bool:
+        try:
+            checkpoint.save(path, trainer.model, trainer.optimizer, trainer)
+        except OSError as error:
+            warnings.warn(f"Checkpoint: {error}; the training goes on", RuntimeWarning, stacklevel=2)
+            return False
+        return True
+
+
+def _learned(model: Any) -> list[Array]:
+    """Return the arrays of `model` that training changes: its parameters, each once, and running statistics."""
+    return list(checkpoint.remembered(model)[0].values())
+
+
 @contextlib.contextmanager
 def running(trainer: Any, callbacks: Iterable[Any]) -> Iterator[Callable[[str], None]]:
     """Begin the callbacks, yield what calls those that have a method for an event, and end those that began."""
-    callbacks = list(callbacks)
+    callbacks = sorted(callbacks, key=lambda c: getattr(c, "last", False))
     for callback in callbacks:
         if not any(hasattr(callback, event) for event in _EVENTS):
             raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
@@ -165,11 +274,24 @@ def running(trainer: Any, callbacks: Iterable[Any]) -> Iterator[Callable[[str], 
         yield call
 
 
-def _learned(model: Any) -> list[Array]:
-    """Return the parameters, and the running statistics of the layers, nested ones too."""
-    return [*model.params, *_statistics(model)]
+def restore_states(callbacks: list[Any], saved: Any) -> None:
+    """Let `callbacks` go on from what was saved of them: each takes the next state of its class.
 
-
-def _statistics(layer: Any) -> list[Array]:
-    own = [getattr(layer, name) for name in ("running_mean", "running_var") if hasattr(layer, name)]
-    return own + [a for inner in getattr(layer, "layers", ()) for a in _statistics(inner)]
+    Raises
+    ------
+    ValueError
+        For a state that is none of that class, before any is taken.
+    """
+    left = list(saved)
+    plan = []
+    for callback in callbacks:
+        name = type(callback).__name__
+        state = next((s for s in left if s[0] == name), None)
+        if state is not None and hasattr(callback, "state_names"):
+            left.remove(state)
+            mine = {n: getattr(callback, n) for n in callback.state_names}
+            if lines := checkpoint.compare(name, mine, state[1]):
+                raise ValueError("\n  ".join(["Trainer.fit: what was saved of the callbacks does not fit:", *lines]))
+            plan += [(callback, n, value) for n, value in state[1].items()]
+    for callback, name, value in plan:
+        setattr(callback, name, value)

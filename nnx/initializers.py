@@ -5,6 +5,7 @@ Numbers are drawn in float64 and then cast and moved. D inputs (fan-in), H outpu
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy
 from nnx.device import asarray
 from nnx.np import Array
 
-__all__ = ["generator", "he", "normal", "xavier"]
+__all__ = ["check_state", "generator", "get_state", "he", "normal", "set_state", "xavier"]
 
 
 def generator(rng: Any = None) -> Any:
@@ -26,6 +27,34 @@ def generator(rng: Any = None) -> Any:
         return numpy.random.default_rng(rng)
     except (TypeError, ValueError) as error:
         raise type(error)(f"rng must be a seed, a numpy.random.Generator or None, got {rng!r} ({error})") from error
+
+
+def get_state(rng: Any) -> dict[str, Any]:
+    """Return what `set_state` brings `generator(rng)` back with: numbers and arrays under the name of its kind."""
+    state = rng.bit_generator.state if isinstance(rng, numpy.random.Generator) else rng.get_state(legacy=False)
+    kind = "numpy.random" if rng is numpy.random else type(rng).__name__
+    return {f"{kind} {state['bit_generator']}": state}
+
+
+def set_state(rng: Any, state: dict[str, Any]) -> None:
+    """Make `rng` draw as the generator of `get_state` did from there on."""
+    (inner,) = state.values()
+    if isinstance(rng, numpy.random.Generator):
+        rng.bit_generator.state = inner
+    else:
+        rng.set_state(inner)
+
+
+def check_state(rng: Any, state: dict[str, Any]) -> None:
+    """Raise a ValueError unless `state` is one for `rng`, such as NumPy itself would not always find."""
+    (inner,) = state.values()
+    pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy reads from there without a look
+    try:
+        set_state(numpy.random.RandomState() if rng is numpy.random else copy.deepcopy(rng), state)
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError) as error:
+        raise ValueError(f"no state of a generator ({error})") from error
+    if not (0 <= pos[0] <= 624 and 0 <= pos[1] <= 4):
+        raise ValueError(f"no state of a generator: its position is {max(pos)}")
 
 
 def normal(shape: tuple[int, ...], std: float = 0.01, dtype: Any = numpy.float32, rng: Any = None) -> Array:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
 
-from nnx.callbacks import Bar, Lines, running
-from nnx.device import address, asarray, check_rows, fits, gather_bytes, to_cpu
-from nnx.initializers import generator
+from nnx import checkpoint
+from nnx.batches import MeanLoss, batches
+from nnx.callbacks import Bar, Lines, restore_states, running
+from nnx.device import asarray, check_rows, fits, to_cpu
+from nnx.initializers import check_state, generator, get_state, set_state
 from nnx.np import Array, np
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_loss
+from nnx.shared import Shared
+from nnx.signals import postponed
 
 __all__ = ["Trainer", "remove_duplicate"]
+
+_COUNTS = ("epoch", "iteration", "begun", "stop", "rows", "batch_size", "max_iter")
 
 
 class Trainer:
@@ -56,6 +61,12 @@ class Trainer:
         self.validation: tuple[Any, Any] | None = None
         self.current_epoch = self.iteration = self.max_iter = self.max_epoch = 0
         self._stop = False
+        self._losses = MeanLoss()
+        self._begun: int | None = None  # the epochs finished when the fit began that is not yet at its end
+        self._plan: Any = (0, 0, 0)  # rows, rows of a batch and steps of an epoch
+        self._order = numpy.zeros(0, numpy.int64)  # the rows of this epoch, or what is left of them
+        self._callbacks: list[Any] = []
+        self._resumed: list[Any] | None = None  # what callbacks remembered, for the next fit
 
     def fit(
         self,
@@ -92,7 +103,8 @@ class Trainer:
         verbose : bool or None
             None shows a progress bar on a terminal and lines of text elsewhere; True lines, False nothing.
         callbacks : iterable of objects
-            See `nnx.callbacks`; one of yours has any of on_begin, on_step, on_evaluate, on_epoch, on_end.
+            See `nnx.callbacks`; one of yours has any of on_begin, on_step, on_evaluate, on_epoch, on_interrupt
+            and on_end.
 
         Raises
         ------
@@ -102,46 +114,134 @@ class Trainer:
             At the evaluation that finds the loss or a parameter infinite or NaN.
         KeyboardInterrupt
             Ctrl-C is raised when the step at work is done, so that no parameter is half updated; a
-            second Ctrl-C is raised at once.
+            second Ctrl-C is raised at once. Where a callback has on_interrupt, as `callbacks.Checkpoint`,
+            SIGTERM waits as well, and then ends the process as it would have.
         """
         x, t = self._check_data("Trainer.fit", x, t)
         _check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
         if validation is not None:
             self._check_data("Trainer.fit: validation", *validation)
             self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
-        self.max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
-        self.max_epoch = self.current_epoch + max_epoch
+        max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
+        callbacks = list(callbacks)
+        self._begin(callbacks, max_epoch, (len(x), batch_size, max_iter))
         self.eval_interval, self.validation = eval_interval, validation
-        self._stop = False
         if verbose is not False:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
         x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
-        shared, losses = _Shared(self.model.params), _MeanLoss()
-        with _finish_step() as interrupt, running(self, callbacks) as call:
+        shared, losses = Shared(self.model.params), self._losses
+        saving = any(hasattr(c, "on_interrupt") for c in callbacks)
+        with postponed(signal.SIGINT, *[signal.SIGTERM] * saving) as stop, running(self, callbacks) as call:
+
+            def boundary(event: str) -> None:
+                call(event)
+                if stop.pending:
+                    call("on_interrupt")
+                    stop.leave()
+
+            self._resumed = None  # only now: where a callback cannot begin, fit may be tried again
             try:
-                while self.current_epoch < self.max_epoch and not self._stop:
-                    order = generator(self.rng).permutation(len(x))[: self.max_iter * batch_size]
-                    for self.iteration, batch in enumerate(_batches(x, t, order, batch_size), 1):
+                while self.current_epoch < self.max_epoch and (self.iteration or not self._stop):
+                    if not self.iteration:  # else what a checkpoint in the middle of the epoch left
+                        self._order = generator(self.rng).permutation(len(x))[: max_iter * batch_size]
+                    steps = enumerate(batches(x, t, self._order, batch_size), self.iteration + 1)
+                    for self.iteration, batch in steps:
                         losses.add(self._step(*batch, shared, max_grad), len(batch[0]))
                         if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
                             self._record(losses)
                             call("on_evaluate")
-                        call("on_step")
-                        interrupt()
+                        boundary("on_step")
                     self.current_epoch, self.iteration = self.current_epoch + 1, 0
                     if validation is not None:
                         self.val_list.append(self.model.evaluate(*validation))
-                    call("on_epoch")
-                    interrupt()
+                    boundary("on_epoch")
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(
                     f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
                     f"of {self.max_iter} iterations; fit again to go on from these weights"
                 ) from error
+            self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
             if losses.totals and not _all_finite(self.model.params):
                 raise FloatingPointError(
                     "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
                 )
+
+    def resume(self, path: Any) -> Path:
+        """Go back to where a training was saved: model, optimizer, generator, counters, `loss_list` and `val_list`.
+
+        The next `fit`, with the data and the arguments of the one that was saved, does what that one
+        had left to do, to the very same numbers: a second half of its epoch, or nothing. Callbacks of
+        the same classes go on as well, each class in its order.
+
+        Parameters
+        ----------
+        path : str or Path
+            A file, or the folder of a `callbacks.Checkpoint`: its newest one. Damaged ones are set aside
+            with a warning.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        OSError, ValueError
+            As `checkpoint.load`, before anything is changed; FileNotFoundError for a folder without any.
+        """
+        path = Path(path)
+        path = checkpoint.newest(path) if path.is_dir() else path
+        checkpoint.load(path, self.model, self.optimizer, self)
+        return path
+
+    @property
+    def is_last_epoch(self) -> bool:
+        """Whether `fit` ends when the epoch's callbacks have been called."""
+        return self._stop or self.current_epoch >= self.max_epoch
+
+    def state(self) -> dict[str, Any]:
+        """Return all that another trainer needs to go on alike: numbers, arrays and lists."""
+        begun = self.current_epoch if self._begun is None else self._begun
+        counts = (self.current_epoch, self.iteration, begun, int(self._stop), *self._plan)
+        return {
+            **dict(zip(_COUNTS, counts, strict=True)),
+            "loss_list": numpy.array(self.loss_list, numpy.float64),
+            "val_list": numpy.array(self.val_list, numpy.float64).reshape(-1, 2),  # None, no accuracy, is NaN
+            "losses": self._losses.state(),
+            "order": self._order[len(self._order) - _left(self.iteration, *self._plan) :],
+            "rng": get_state(generator(self.rng)),
+            "callbacks": [
+                [type(c).__name__, {n: getattr(c, n) for n in c.state_names}]
+                for c in self._callbacks
+                if hasattr(c, "state_names")
+            ],
+        }
+
+    def restoring(self, path: Path, state: dict[str, Any]) -> Callable[[], None]:
+        """Return what makes this trainer go on from `state`, which has been looked at and came from the file `path`."""
+        counts = [state[name] for name in _COUNTS]
+        order, plan = state["order"], counts[4:]
+        try:
+            check_state(generator(self.rng), state["rng"])
+            if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts) or state["iteration"] > state["max_iter"]:
+                raise ValueError("its counters are no such thing")
+            if len(order) != _left(state["iteration"], *plan) or not ((order >= 0) & (order < state["rows"])).all():
+                raise ValueError("its order is not one of the rows that are left in the epoch")
+            if not all(isinstance(c, list) and list(map(type, c)) == [str, dict] for c in state["callbacks"]):
+                raise ValueError("its callbacks are no such thing")
+            losses = MeanLoss(state["losses"])
+            pairs = [(loss, None if math.isnan(hits) else hits) for loss, hits in state["val_list"].tolist()]
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: no state of a trainer: {error}") from error
+
+        def restore() -> None:
+            self.current_epoch, self.iteration, self._begun, stop, *_, self.max_iter = counts
+            self._stop, self._plan, self._losses = bool(stop), tuple(plan), losses
+            self.loss_list, self.val_list = state["loss_list"].tolist(), pairs
+            set_state(generator(self.rng), state["rng"])
+            self._order, self._resumed = order, state["callbacks"]
+
+        return restore
 
     def stop(self) -> None:
         """End `fit` after the epoch at work; for callbacks."""
@@ -160,7 +260,21 @@ class Trainer:
                 pyplot.show()
         return axes
 
-    def _step(self, x: Array, t: Array, shared: _Shared, max_grad: float | None) -> Any:
+    def _begin(self, callbacks: list[Any], max_epoch: int, plan: tuple[int, int, int]) -> None:
+        """Take the settings of a fit, which goes on with one that was saved or starts another."""
+        if self._resumed is None or self._begun is None:
+            self._begun, self.iteration, self._losses, self._stop = self.current_epoch, 0, MeanLoss(), False
+        elif self.iteration and plan != self._plan:
+            raise ValueError(
+                f"Trainer.fit: the epoch that was saved has {self._plan[0]} rows in {self._plan[2]} batches of "
+                f"{self._plan[1]}, got {plan[0]} rows in {plan[2]} batches of {plan[1]}; finish it as it began"
+            )
+        else:
+            restore_states(callbacks, self._resumed)
+        self._callbacks, self._plan = callbacks, plan
+        self.max_iter, self.max_epoch = plan[2], self._begun + max_epoch
+
+    def _step(self, x: Array, t: Array, shared: Shared, max_grad: float | None) -> Any:
         loss = self.model.forward(x, t)
         self.model.backward()
         params, grads = shared.merge(self.model.params, self.model.grads)
@@ -180,7 +294,7 @@ class Trainer:
             t = targets(to_cpu(t), (len(x), *self.model.predict(asarray(x[:1])).shape[1:]))
         return x, t
 
-    def _record(self, losses: _MeanLoss) -> None:
+    def _record(self, losses: MeanLoss) -> None:
         """Append the mean loss to `loss_list`, and raise if it or a parameter is no number."""
         loss = losses.take()
         self.loss_list.append(loss)
@@ -198,74 +312,13 @@ def remove_duplicate(params: Sequence[Array], grads: Sequence[Array]) -> tuple[l
     Shared means the same memory, also transposed. (The source compares values, and merges two
     different matrices that happen to be equal.)
     """
-    params, grads = _Shared(params).merge(list(params), list(grads))
+    params, grads = Shared(params).merge(list(params), list(grads))
     return params, grads
 
 
-class _Shared:
-    """Which of `params` are one array in memory, found once, and their summed gradients."""
-
-    def __init__(self, params: Sequence[Array]) -> None:
-        groups: dict[Any, list[tuple[int, bool]]] = {}
-        for i, p in enumerate(params):
-            place, flipped = (address(p), p.shape, p.strides), (address(p), p.shape[::-1], p.strides[::-1])
-            transposed = place not in groups and flipped in groups
-            groups.setdefault(flipped if transposed else place, []).append((i, transposed))
-        self.groups = list(groups.values())
-        self.sums = [
-            np.empty(params[g[0][0]].shape, params[g[0][0]].dtype) if len(g) > 1 else None for g in self.groups
-        ]
-
-    def merge(self, params: list[Array], grads: list[Array]) -> tuple[list[Array], list[Array]]:
-        if len(self.groups) == len(params):
-            return params, grads
-        merged = []
-        for group, total in zip(self.groups, self.sums, strict=True):
-            first = grads[group[0][0]]
-            for i, transposed in group[1:]:
-                first = np.add(first, grads[i].T if transposed else grads[i], out=total)
-            merged.append(first)
-        return [params[group[0][0]] for group in self.groups], merged
-
-
-class _MeanLoss:
-    """The mean of losses, weighted by their rows, kept on the device until it is asked for.
-
-    Losses of equally many rows are added up by themselves, so that a step costs one addition.
-    """
-
-    def __init__(self) -> None:
-        self.totals: dict[int, Array] = {}
-        self.counts: dict[int, int] = {}
-
-    def add(self, loss: Any, rows: int) -> None:
-        if rows in self.totals:
-            np.add(self.totals[rows], loss, out=self.totals[rows])
-            self.counts[rows] += 1
-        else:
-            self.totals[rows] = np.array(loss, np.float64)
-            self.counts[rows] = 1
-
-    def take(self) -> float:
-        total = sum(rows * float(total) for rows, total in self.totals.items())
-        weight = sum(rows * count for rows, count in self.counts.items())
-        self.totals, self.counts = {}, {}
-        return total / weight
-
-
-def _batches(x: Array, t: Array, order: numpy.ndarray, batch_size: int) -> Iterator[tuple[Array, Array]]:
-    """Yield the rows of `x` and `t` in `order`, `batch_size` at a time.
-
-    As many whole batches as `gather_bytes` allows are gathered at once and handed out as slices.
-    """
-    batch_bytes = (x.nbytes + t.nbytes) // len(x) * batch_size
-    chunk = max(1, gather_bytes() // max(1, batch_bytes)) * batch_size
-    rows = order if isinstance(x, numpy.ndarray) else asarray(order)
-    for start in range(0, len(order), chunk):
-        part = rows[start : start + chunk]
-        xs, ts = asarray(x.take(part, axis=0)), asarray(t.take(part, axis=0))
-        for i in range(0, len(xs), batch_size):
-            yield xs[i : i + batch_size], ts[i : i + batch_size]
+def _left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:
+    """Return how many rows of an epoch no step has had, of one that is begun."""
+    return max(0, min(rows, max_iter * batch_size) - iteration * batch_size) if iteration else 0
 
 
 def _check_settings(
@@ -300,32 +353,3 @@ def _check_finite(name: str, data: Array, dtype: Any) -> Array:
 def _all_finite(params: Sequence[Array]) -> bool:
     """Return whether all parameters are numbers, asking the device once."""
     return not params or bool(np.stack([np.isfinite(p).all() for p in params]).all())
-
-
-@contextlib.contextmanager
-def _finish_step() -> Iterator[Callable[[], None]]:
-    """Let Ctrl-C wait for the yielded function to be called; a second Ctrl-C does not wait.
-
-    Only the main thread gets signals, and a handler other than a function of Python's is left alone.
-    """
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield lambda: None
-        return
-    pending: list[Any] = []
-
-    def postpone(signum: int, frame: Any) -> None:
-        if pending:
-            previous(signum, frame)
-        pending.append(frame)
-
-    def interrupt() -> None:
-        if pending:
-            previous(signal.SIGINT, pending.pop())
-
-    signal.signal(signal.SIGINT, postpone)
-    try:
-        yield interrupt
-        interrupt()  # one that came after the last step
-    finally:
-        signal.signal(signal.SIGINT, previous)

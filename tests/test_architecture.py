@@ -9,11 +9,12 @@ import nnx
 
 ROOT = Path(nnx.__file__).parent
 ORDER = [
-    *("config", "np", "device", "kernels.portable", "kernels.cpu", "kernels.cuda", "kernels"),
+    *("config", "np", "device", "shared", "kernels.portable", "kernels.cpu", "kernels.cuda", "kernels"),
     *("functions", "initializers"),
     *("layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers"),
-    *("optimizer", "dataset.spiral", "dataset", "models", "plotting", "callbacks", "trainer", "util", "testing"),
+    *("optimizer", "dataset.spiral", "dataset", "models", "plotting"),
+    *("storage", "checkpoint", "callbacks", "batches", "signals", "trainer", "util", "testing"),
 ]
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.rglob("*.py")}
 INSIDE = {name: path for name, path in FILES.items() if name not in ("__init__", "__main__")}

@@ -69,6 +69,16 @@ def test_train_digits(tmp_path):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_train_digits_goes_on_from_its_checkpoints(tmp_path):
+    pytest.importorskip("safetensors")
+    options = "--epochs", "2", "--picture", "", "--checkpoint", str(tmp_path)
+    first = run("train_digits", *options, "--seeds", "1")
+    again = run("train_digits", *options, "--seeds", "2", "--resume").splitlines()
+    assert again[0].endswith("epoch-0002-step-000000.safetensors")
+    assert again[1] == first.splitlines()[0]
+    assert again[-1].endswith("of 2 seeds, on 450 digits")
+
+
 @pytest.mark.skipif(nnx.GPU, reason="one full training is enough")
 def test_train_digits_reaches_what_it_promises():
     median = float(run("train_digits", "--picture", "").splitlines()[-1].split("accuracy ")[1].split()[0])
@@ -129,11 +139,13 @@ def test_examples_are_short_and_explain_themselves(path):
     assert run(path.stem, "--help").startswith("usage:")
 
 
-def test_the_code_of_the_readme_runs(tmp_path):
+def test_the_code_of_the_readme_runs_and_prints_what_it_says(tmp_path):
+    pytest.importorskip("safetensors")
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     data = "import numpy\nimport nnx\nx = x_test = numpy.random.randn(256, 784)\nt = t_test = numpy.arange(256) % 10\n"
     script = tmp_path / "readme.py"
     script.write_text(data + "\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)), encoding="utf-8")
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert re.search(r"^prints\n\n```\n(.*?)```", readme, re.DOTALL | re.MULTILINE)[1] in result.stdout
     assert "| epoch 10 |  iter 1 / 2 |" in result.stdout

@@ -47,7 +47,7 @@ def test_a_name_that_the_library_lacks_is_named():
 def test_off_is_numpy_and_imports_nothing_more(value):
     code = (
         "import sys, numpy, nnx; assert nnx.np is numpy and nnx.GPU is False; "
-        "print([m for m in ('cupy', 'matplotlib', 'tqdm', 'sklearn', 'scipy') if m in sys.modules])"
+        "print([m for m in ('cupy', 'matplotlib', 'tqdm', 'safetensors', 'sklearn', 'scipy') if m in sys.modules])"
     )
     result = run(code, NNX_GPU=value)
     assert (result.stdout, result.stderr) == ("[]\n", "")

@@ -36,6 +36,8 @@ class Dropout:
     Srivastava et al., "Dropout: A simple way to prevent neural networks from overfitting", 2014.
     """
 
+    state_names = ("seed", "calls")
+
     def __init__(self, dropout_ratio: float = 0.5, *, rng: Any = None) -> None:
         if not 0 <= dropout_ratio < 1:
             raise ValueError(f"Dropout: dropout_ratio must be in [0, 1), got {dropout_ratio}")

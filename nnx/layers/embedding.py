@@ -31,6 +31,7 @@ class Embedding:
         not looked at, which would stop it: there one outside gives a row of NaN.
     """
 
+    param_names = ("W",)
     idx: Array
 
     def __init__(self, W: Array) -> None:

@@ -35,6 +35,7 @@ class MatMul:
         If the shapes of W, x or dout do not fit.
     """
 
+    param_names = ("W", "b")
     x: Array  # of the last forward
     shape: tuple[int, ...]  # of its result
 

@@ -14,6 +14,7 @@ __all__ = ["BatchNorm", "LayerNorm"]
 class _Norm:
     """y = gamma * (x - mean) / sqrt(var + eps) + beta, with mean and var over the axes that `_axes` names."""
 
+    param_names = ("gamma", "beta")
     xn: Array  # (x - mean) / std of the last forward
     std: Array
     eps = 1e-5
@@ -119,6 +120,8 @@ class BatchNorm(_Norm):
     ----------
     Ioffe and Szegedy, "Batch normalization", 2015, algorithms 1 and 2.
     """
+
+    state_names = ("running_mean", "running_var")
 
     def __init__(self, gamma: Array, beta: Array, momentum: float = 0.9) -> None:
         super().__init__(gamma, beta)

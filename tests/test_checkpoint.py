@@ -1,0 +1,369 @@
+"""What a file holds, into what it loads, and what a failed save leaves."""
+
+import json
+import stat
+import sys
+
+import numpy
+import pytest
+from training import everything, fit, new_model, new_trainer, values, with_header
+
+import nnx
+from nnx import Affine, Dropout, Embedding, MatMul, ReLU, Sequential, TwoLayerNet, checkpoint, np, to_cpu
+from nnx.callbacks import Checkpoint
+from nnx.device import asarray
+
+safetensors = pytest.importorskip("safetensors.numpy")
+
+
+def header(path):
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def assert_equal(model, other):
+    for p, q in zip(model.params, other.params, strict=True):
+        assert p.dtype == q.dtype
+        numpy.testing.assert_array_equal(to_cpu(p), to_cpu(q))
+
+
+# What is in a file
+
+
+def test_a_person_can_read_what_a_file_holds(tmp_path):
+    path = tmp_path / "net.safetensors"
+    trainer = new_trainer()
+    fit(trainer)
+    checkpoint.save(path, trainer.model, trainer.optimizer)
+    entries = header(path)
+    words = {name: json.loads(text) for name, text in entries.pop("__metadata__").items() if name != "nnx.digest"}
+    assert sorted(n for n in entries if n.startswith("layers")) == [
+        "layers.0.W",
+        "layers.0.b",
+        "layers.1.layers.0.beta",
+        "layers.1.layers.0.gamma",
+        "layers.1.layers.0.running_mean",
+        "layers.1.layers.0.running_var",
+        "layers.2.W",
+        "layers.6.W",
+        "layers.6.b",
+    ]
+    assert entries["layers.0.W"]["dtype"] == "F32"
+    assert words["nnx.optimizer"]["class"] == "Adam"
+    assert words["nnx.optimizer"]["settings"]["beta2"] == 0.999
+    assert words["nnx.model"]["settings"]["layers.3"]["dropout_ratio"] == 0.2
+    assert words["nnx.model"]["state"] == {
+        "layers.3.seed": trainer.model.layers[3].seed,
+        "layers.3.calls": trainer.model.layers[3].calls,
+    }
+    assert words["nnx.versions"]["nnx"] == nnx.__version__
+    assert words["nnx.versions"][np.__name__] == np.__version__
+
+
+def test_the_library_reads_our_files_and_we_its(tmp_path):
+    path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3, rng=1)
+    checkpoint.save(path, model)
+    arrays = safetensors.load_file(path)
+    numpy.testing.assert_array_equal(arrays["layers.2.W"], to_cpu(model.layers[2].params[0]))
+    safetensors.save_file(arrays, path)
+    other = TwoLayerNet(2, 10, 3, rng=2)
+    checkpoint.load(path, other)
+    assert_equal(other, model)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_model_comes_back_into_the_arrays_that_it_has(dtype, tmp_path):
+    path = tmp_path / "net.safetensors"
+    trainer = new_trainer("SGD", dtype=dtype)
+    fit(trainer)
+    checkpoint.save(path, trainer.model)
+    other = new_trainer("SGD", dtype=dtype, seed=2)
+    arrays = list(other.model.params)
+    checkpoint.load(path, other.model)
+    assert all(p is q for p, q in zip(other.model.params, arrays, strict=True))
+    assert everything(other)["params"] == everything(trainer)["params"]
+    assert everything(other)["statistics"] == everything(trainer)["statistics"]
+    assert everything(other)["dropout"] == everything(trainer)["dropout"]
+
+
+class OwnNet:
+    """A reader's net: weights of its own, a layer in an attribute, a loss with a weight."""
+
+    def __init__(self, seed):
+        rng = numpy.random.default_rng(seed)
+        self.embed = Embedding(asarray(rng.standard_normal((4, 2))))
+        self.loss = OwnLoss(seed)
+        self.params = [*self.embed.params, asarray(rng.standard_normal(3)), asarray(rng.standard_normal((2, 0)))]
+        self.grads = [np.zeros_like(p) for p in self.params]
+
+
+class OwnLoss:
+    def __init__(self, seed):
+        self.params, self.grads = [asarray([float(seed)])], [np.zeros(1)]
+
+    def forward(self, x, t):
+        return x
+
+
+def test_a_readers_own_model_needs_no_names(tmp_path):
+    path, net, other = tmp_path / "net.safetensors", OwnNet(1), OwnNet(2)
+    checkpoint.save(path, net)
+    assert sorted(n for n in header(path) if n[0] != "_") == ["embed.W", "loss.params.0", "params.1", "params.2"]
+    checkpoint.load(path, other)
+    assert_equal(other, net)
+    assert_equal(other.loss, net.loss)
+
+
+class OwnOptimizer:
+    """A reader's optimizer: what it remembers are attributes; some cannot be saved, and stay."""
+
+    def __init__(self):
+        self.rate, self.h, self.schedule, self.note = 0.5, None, abs, "mine"
+
+    def update(self, params, grads):
+        self.h = self.h or [np.zeros_like(p) for p in params]
+        for p, g, h in zip(params, grads, self.h, strict=True):
+            h += g
+            p -= self.rate * h
+        self.rate *= 0.9
+
+
+def test_a_readers_own_optimizer_goes_on(tmp_path):
+    x, t = nnx.spiral.load_data()
+    path = tmp_path / "net.safetensors"
+    model, optimizer = TwoLayerNet(2, 10, 3, rng=1), OwnOptimizer()
+    other, second = TwoLayerNet(2, 10, 3, rng=2), OwnOptimizer()
+    nnx.Trainer(model, optimizer, rng=0).fit(x, t, 1, verbose=False)
+    checkpoint.save(path, model, optimizer)
+    checkpoint.load(path, other, second)
+    for net, opt in ((model, optimizer), (other, second)):
+        nnx.Trainer(net, opt, rng=1).fit(x, t, 1, verbose=False)
+    assert_equal(other, model)
+    assert second.rate == optimizer.rate
+
+
+def test_shared_weights_are_saved_once_and_stay_shared(tmp_path):
+    path, model, other = tmp_path / "net.safetensors", new_model(seed=1), new_model(seed=2)
+    checkpoint.save(path, model)
+    assert "layers.4.W" not in header(path)
+    checkpoint.load(path, other)
+    assert_equal(other, model)
+    other.layers[2].params[0][0, 1] = 7
+    assert float(other.layers[4].params[0][1, 0]) == float(other.layers[5].params[0][0, 1]) == 7
+    untied = Sequential([MatMul(np.zeros((6, 6), "float32")), MatMul(np.zeros((6, 6), "float32"))])
+    tied = Sequential([MatMul(untied.params[0]), MatMul(untied.params[0].T)])
+    checkpoint.save(path, tied)
+    with pytest.raises(ValueError, match=r"layers\.1\.W: in the model, but not in the file"):
+        checkpoint.load(path, untied)
+
+
+def test_weights_of_any_layout_and_no_numbers_are_weights(tmp_path):
+    path = tmp_path / "net.safetensors"
+    W = asarray([[numpy.nan, numpy.inf, -0.0], [1, 2, 3]])
+    model, other = Sequential([MatMul(W.T)]), Sequential([MatMul(np.zeros((3, 2)))])
+    checkpoint.save(path, model)
+    checkpoint.load(path, other)
+    assert to_cpu(other.params[0]).tobytes() == to_cpu(W.T).tobytes("C")
+
+
+def test_a_file_has_the_rights_of_any_new_one(tmp_path):
+    path, plain = tmp_path / "net.safetensors", tmp_path / "plain"
+    checkpoint.save(path, TwoLayerNet(2, 10, 3))
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+# PyTorch
+
+
+def linear_file(path):
+    """Write what torch saves of Sequential(Linear(4, 5), ReLU(), Linear(5, 3)), by hand; return its arrays."""
+    rng = numpy.random.default_rng(0)
+    shapes = {"0.weight": (5, 4), "0.bias": (5,), "2.weight": (3, 5), "2.bias": (3,)}
+    arrays = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    entries, data = {}, b""
+    for name, a in arrays.items():
+        entries[name] = {"dtype": "F32", "shape": list(a.shape), "data_offsets": [len(data), len(data) + a.nbytes]}
+        data += a.tobytes()
+    path.write_bytes(with_header({"__metadata__": {"format": "pt", "model": "a linear one"}, **entries}, data))
+    return arrays
+
+
+KEYS = {
+    "0.weight": "layers.0.W",
+    "0.bias": "layers.0.b",
+    "2.weight": "layers.2.W",
+    "2.bias": "layers.2.b",
+}
+TURNED = ["0.weight", "2.weight"]
+
+
+def linear_net():
+    shapes = ((4, 5), 5), ((5, 3), 3)
+    (W1, b1), (W2, b2) = [(np.zeros(a, "float32"), np.zeros(b, "float32")) for a, b in shapes]
+    return Sequential([Affine(W1, b1), ReLU(), Affine(W2, b2)])
+
+
+def test_weights_of_torchs_layout_load_and_are_saved_back(tmp_path):
+    path, back, net = tmp_path / "torch.safetensors", tmp_path / "back.safetensors", linear_net()
+    arrays = linear_file(path)
+    checkpoint.load(path, net, keys=KEYS, transpose=TURNED)
+    x = numpy.random.default_rng(1).standard_normal((7, 4)).astype("float32")
+    hidden = numpy.maximum(x @ arrays["0.weight"].T + arrays["0.bias"], 0)
+    numpy.testing.assert_allclose(to_cpu(net.predict(x)), hidden @ arrays["2.weight"].T + arrays["2.bias"], rtol=1e-5)
+    checkpoint.save(back, net, keys=KEYS, transpose=TURNED)
+    for name, array in safetensors.load_file(back).items():
+        numpy.testing.assert_array_equal(array, arrays[name])
+    checkpoint.load(back, net, keys=KEYS, transpose=TURNED)
+
+
+def test_weights_go_to_torch_and_back(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    path, net = tmp_path / "torch.safetensors", linear_net()
+    theirs = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    save_file(theirs.state_dict(), path)
+    checkpoint.load(path, net, keys=KEYS, transpose=TURNED)
+    x = numpy.random.default_rng(1).standard_normal((7, 4)).astype("float32")
+    with torch.no_grad():
+        numpy.testing.assert_allclose(to_cpu(net.predict(x)), theirs(torch.tensor(x)).numpy(), rtol=1e-5, atol=1e-6)
+    net.params[0] *= 2
+    checkpoint.save(path, net, keys=KEYS, transpose=TURNED)
+    theirs.load_state_dict(load_file(path))
+    with torch.no_grad():
+        numpy.testing.assert_allclose(to_cpu(net.predict(x)), theirs(torch.tensor(x)).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_keys_can_leave_arrays_of_a_file_out(tmp_path):
+    path, first = tmp_path / "torch.safetensors", Sequential(linear_net().layers[:1])
+    arrays = linear_file(path)
+    some = {name: own for name, own in KEYS.items() if name[0] == "0"}
+    with pytest.raises(ValueError, match=r"2\.bias: in the file, but not in the model"):
+        checkpoint.load(path, first, keys=some, transpose=TURNED[:1])
+    checkpoint.load(path, first, keys={**some, "2.weight": None, "2.bias": None}, transpose=TURNED[:1])
+    numpy.testing.assert_array_equal(to_cpu(first.params[0]), arrays["0.weight"].T)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keys": {"a": "layers.7.W"}}, r"keys names layers\.7\.W, and the model has layers\.0\.W, layers\.0\.b, lay"),
+        ({"keys": {"x": "layers.0.W", "layers.0.b": "layers.2.b"}}, "several arrays of the model one name"),
+        ({"transpose": ["layers.0.w"]}, r"transpose names layers\.0\.w, and the file has layers\.0\.W"),
+    ],
+)
+def test_keys_that_name_nothing_are_refused_both_ways(options, words, tmp_path):
+    path, net = tmp_path / "net.safetensors", linear_net()
+    with pytest.raises(ValueError, match=words):
+        checkpoint.save(path, net, **options)
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(path, net)
+    with pytest.raises(ValueError, match=words):
+        checkpoint.load(path, net, **options)
+
+
+# What does not fit
+
+
+def test_one_error_lists_every_difference_and_nothing_is_loaded(tmp_path):
+    path = tmp_path / "net.safetensors"
+    checkpoint.save(
+        path,
+        Sequential(
+            [
+                Affine(np.ones((2, 3), "float32"), np.ones(3, "float32")),
+                MatMul(np.ones((3, 3))),
+                Dropout(0.5),
+                MatMul(np.ones((3, 3), "float32")),
+            ]
+        ),
+        nnx.Adam(),
+    )
+    model = Sequential(
+        [
+            Affine(np.zeros((2, 4), "float32"), np.zeros(4, "float32")),
+            MatMul(np.zeros((3, 3), "float32")),
+            MatMul(np.zeros((3, 3), "float32")),
+        ]
+    )
+    before = values(model)
+    with pytest.raises(ValueError, match="does not fit, and nothing was loaded") as error:
+        checkpoint.load(path, model, nnx.Momentum())
+    assert str(error.value).splitlines() == [
+        f"{path} does not fit, and nothing was loaded:",
+        "  layers.3.W: in the file, but not in the model",
+        "  layers.0.W: float32 (2, 4) in the model, float32 (2, 3) in the file",
+        "  layers.0.b: float32 (4,) in the model, float32 (3,) in the file",
+        "  layers.1.W: float32 (3, 3) in the model, float64 (3, 3) in the file",
+        "  layers.2.W: in the model, but not in the file",
+        "  layers.2.seed: in the file, but not here",
+        "  layers.2.calls: in the file, but not here",
+        "  optimizer: Momentum here, Adam in the file",
+    ]
+    for p, q in zip(values(model), before, strict=True):
+        numpy.testing.assert_array_equal(p, q)
+
+
+def test_settings_of_an_optimizer_must_be_there_and_of_their_kind(tmp_path):
+    path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
+    optimizer = nnx.SGD(0.5)
+    optimizer.clip, optimizer.lr = 3.0, "fast"
+    checkpoint.save(path, model, optimizer)
+    mine = nnx.SGD(0.1)
+    mine.other = 1
+    with pytest.raises(ValueError, match=r"optimizer\.clip: in the file") as error:
+        checkpoint.load(path, model, mine)
+    assert "optimizer.other: here, but not in the file" in str(error.value)
+    assert "optimizer.lr: a number here, a string in the file" in str(error.value)
+    assert mine.lr == 0.1
+
+
+def test_state_that_is_not_of_the_parameters_shapes_is_refused(tmp_path):
+    path, trainer = tmp_path / "net.safetensors", new_trainer("Momentum")
+    fit(trainer)
+    trainer.optimizer.v[0] = np.zeros((3, 3), "float32")
+    checkpoint.save(path, trainer.model, trainer.optimizer)
+    with pytest.raises(ValueError, match=r"optimizer\.v: not of the shapes of its parameters"):
+        checkpoint.load(path, trainer.model, nnx.Momentum())
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    path = tmp_path / "net.safetensors"
+    model = Sequential([Dropout(0.5)])
+    model.layers[0].seed = {"a": object()}
+    with pytest.raises(TypeError, match=r"state\.layers\.0\.seed\.a cannot be saved: expected a number, a string"):
+        checkpoint.save(path, model)
+    with pytest.raises(TypeError, match=r"params\.0 is (longdouble|float128)"):
+        nnx.storage.write(path, {"params.0": numpy.zeros(3, numpy.longdouble)}, {})
+    assert not path.exists()
+
+
+# What a failed save leaves
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
+    checkpoint.save(path, model)
+    before = path.read_bytes()
+    for function in ("save_file", "_flush"):
+        with monkeypatch.context() as patch:
+            target = safetensors if function == "save_file" else nnx.storage
+            patch.setattr(target, function, lambda *args: (_ for _ in ()).throw(OSError("the disk is gone")))
+            with pytest.raises(OSError, match=r"net\.safetensors: not saved: the disk is gone"):
+                checkpoint.save(path, model)
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        assert path.read_bytes() == before
+    with pytest.raises(OSError, match=r"nowhere/net\.safetensors: not saved: "):
+        checkpoint.save(tmp_path / "nowhere" / path.name, model)
+
+
+def test_safetensors_is_wanted_only_where_something_is_saved(tmp_path, monkeypatch):
+    path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
+    checkpoint.save(path, model)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    checkpoint.load(path, model)
+    with pytest.raises(ImportError, match=r"nnx saves with safetensors: pip install 'nnx-array\[checkpoint\]'"):
+        checkpoint.save(path, model)
+    with pytest.raises(ImportError, match="pip install"):  # at once, not after an epoch
+        fit(new_trainer(), Checkpoint(tmp_path / "folder"))

@@ -1,0 +1,294 @@
+"""A training that stops anywhere goes on from its last checkpoint to the very same numbers."""
+
+import resource
+from pathlib import Path
+
+import pytest
+from training import GENERATORS, At, Stop, callbacks, check_resumed, everything, fit, new_trainer, stop
+
+import nnx
+from nnx import checkpoint
+from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRate
+from nnx.optimizer import step_decay
+
+pytest.importorskip("safetensors")
+ROOT = Path(__file__).parent.parent
+OPTIMIZERS = ["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]
+
+
+def start(trainer, folder, steps, *others, **options):
+    """Train `steps` steps, with a checkpoint after each, and leave."""
+    with pytest.raises(Stop):
+        fit(trainer, Checkpoint(folder, every_steps=1), *others, At(steps, stop), **options)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [1, 4, 5, 6, 14])
+def test_a_resumed_training_is_one_that_never_stopped(optimizer, steps, tmp_path):
+    start(new_trainer(optimizer), tmp_path, steps, *callbacks())
+    check_resumed(tmp_path, optimizer)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_every_generator_goes_on(generator, tmp_path):
+    start(new_trainer(generator=generator), tmp_path, 8, *callbacks())
+    check_resumed(tmp_path, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_every_dtype_goes_on(dtype, tmp_path):
+    expected, first, second = (new_trainer("Momentum", dtype=dtype) for _ in range(3))
+    fit(expected)
+    start(first, tmp_path, 8)
+    second.resume(tmp_path)
+    fit(second)
+    assert everything(second) == everything(expected)
+
+
+def test_a_resumed_training_can_be_stopped_and_resumed_again(tmp_path):
+    start(new_trainer(), tmp_path, 3, *callbacks())
+    for _ in range(5):
+        trainer = new_trainer(seed=2)
+        trainer.resume(tmp_path)
+        start(trainer, tmp_path, 2, *callbacks())
+    check_resumed(tmp_path)
+
+
+def test_a_dropped_last_batch_stays_dropped(tmp_path):
+    start(new_trainer(), tmp_path, 7, *callbacks(), drop_last=True)
+    check_resumed(tmp_path, drop_last=True)
+
+
+def test_patience_goes_on_where_it_was(tmp_path):
+    def others():
+        return [Checkpoint(tmp_path, every_steps=1, keep=99), EarlyStopping(3), LearningRate(step_decay(3.0, 2))]
+
+    trainer = new_trainer("SGD")
+    stopping = others()
+    fit(trainer, *stopping, epochs=30)
+    assert trainer.current_epoch < 30
+    for since in (1, 2):
+        path = tmp_path / f"epoch-{trainer.current_epoch - since:04d}-step-000002.safetensors"
+        other = new_trainer("SGD", seed=2)
+        other.resume(path)
+        fit(other, *others()[1:], epochs=30)
+        assert everything(other) == everything(trainer)
+
+
+def test_best_weights_seen_before_the_stop_are_put_back(tmp_path):
+    def others():
+        return [LearningRate(lambda step: 0.5 if step < 5 else 30.0), BestWeights()]
+
+    best = others()
+    start(new_trainer("SGD"), tmp_path, 12, *best)
+    check_resumed(tmp_path, "SGD", others=others)
+    assert best[1].epoch == 1
+
+
+def test_nothing_is_left_to_do_in_a_training_that_was_done(tmp_path):
+    fit(new_trainer(), Checkpoint(tmp_path), *callbacks())
+    check_resumed(tmp_path)
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    fit(trainer, Checkpoint(tmp_path))
+    fit(trainer, Checkpoint(tmp_path))
+    assert trainer.current_epoch == 6  # the second call of fit is a new one
+
+
+def test_an_early_stop_stays_one(tmp_path):
+    trainer = new_trainer()
+    fit(trainer, Checkpoint(tmp_path, every_epochs=10), At(7, trainer.stop), epochs=20)
+    assert trainer.current_epoch == 2
+    other = new_trainer()
+    other.resume(tmp_path)
+    fit(other, epochs=20)
+    assert other.current_epoch == 2
+
+
+def test_a_stop_asked_for_in_the_middle_comes_after_the_epoch(tmp_path):
+    trainer = new_trainer()
+    start(trainer, tmp_path, 8, At(7, trainer.stop), epochs=20)
+    other = new_trainer()
+    other.resume(tmp_path)
+    fit(other, epochs=20)
+    assert (other.current_epoch, other.iteration) == (2, 0)
+
+
+def test_a_trainer_saved_by_hand_in_the_middle_goes_on(tmp_path):
+    trainer, path = new_trainer(), tmp_path / "mine.safetensors"
+    everyday = callbacks()
+    with pytest.raises(Stop):
+        fit(
+            trainer,
+            *everyday,
+            At(9, lambda: checkpoint.save(path, trainer.model, trainer.optimizer, trainer)),
+            At(11, stop),
+        )
+    check_resumed(path)
+
+
+def test_a_trainer_saved_between_two_fits_begins_another(tmp_path):
+    trainer, path = new_trainer(), tmp_path / "between.safetensors"
+    fit(trainer)
+    checkpoint.save(path, trainer.model, trainer.optimizer, trainer)
+    other = new_trainer(seed=2)
+    other.resume(path)
+    for t in (trainer, other):
+        fit(t)
+    assert everything(other) == everything(trainer)
+    assert other.current_epoch == 6
+
+
+def test_an_epoch_in_its_middle_is_finished_as_it_began(tmp_path):
+    start(new_trainer(), tmp_path, 7)
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    with pytest.raises(ValueError, match="has 70 rows in 5 batches of 16, got 70 rows in 7 batches of 10; finish it"):
+        fit(trainer, batch_size=10)
+    with pytest.raises(ValueError, match="later than"):  # nor does this end what was resumed
+        Checkpoint(tmp_path).on_begin(new_trainer())
+    fit(trainer, *callbacks())
+    assert trainer.current_epoch == 3
+
+
+def test_what_was_resumed_is_for_one_fit_and_one_that_cannot_begin_is_none(tmp_path):
+    start(new_trainer(), tmp_path / "run", 7)
+    trainer, other = new_trainer(), new_trainer()
+    for t in (trainer, other):
+        t.resume(tmp_path / "run")
+    fit(new_trainer(), Checkpoint(tmp_path / "taken"))
+    with pytest.raises(ValueError, match="choose another folder"):
+        fit(trainer, Checkpoint(tmp_path / "taken"))
+    for t in (trainer, other):
+        fit(t, epochs=2)
+    assert everything(trainer) == everything(other)
+    trainer.resume(tmp_path / "run")
+    with pytest.raises(Stop):
+        fit(trainer, At(1, stop))
+    assert (trainer.current_epoch, trainer.iteration) == (1, 3)
+    fit(trainer, epochs=1, batch_size=10)
+    assert trainer.current_epoch == 2
+
+
+def test_the_bar_begins_where_the_training_does(tmp_path, capsys, monkeypatch):
+    start(new_trainer(), tmp_path, 7)
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    fit(trainer, verbose=None)
+    assert "10/10" in capsys.readouterr().err
+
+
+def test_files_are_numbered_and_the_newest_kept(tmp_path):
+    trainer = new_trainer()
+    fit(trainer, Checkpoint(tmp_path, every_epochs=2, every_steps=3, keep=4), epochs=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best.safetensors",
+        "epoch-0004-step-000000.safetensors",
+        "epoch-0004-step-000001.safetensors",
+        "epoch-0004-step-000004.safetensors",
+        "epoch-0005-step-000000.safetensors",
+    ]
+
+
+def test_the_best_epoch_is_kept_beside_them(tmp_path):
+    trainer = new_trainer("SGD")
+    rates = LearningRate(lambda step: 0.5 if step < 15 else 30.0)
+    callback = Checkpoint(tmp_path, every_epochs=4)
+    fit(trainer, callback, rates, epochs=8)
+    best = min(range(8), key=lambda epoch: trainer.val_list[epoch][0])
+    other = new_trainer()
+    checkpoint.load(tmp_path / "best.safetensors", other.model)
+    x, t = nnx.spiral.load_data()
+    assert other.model.evaluate(x[1::9], t[1::9]) == trainer.val_list[best]
+    assert callback.lowest == trainer.val_list[best][0]
+    assert best < 7
+    fit(new_trainer(), Checkpoint(tmp_path / "none", best=False))
+    assert not (tmp_path / "none" / "best.safetensors").exists()
+
+
+def test_a_folder_holds_one_training(tmp_path):
+    fit(new_trainer(), Checkpoint(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"epoch-0003-step-000000\.safetensors is later than epoch 0, step 0, where"):
+        fit(new_trainer(), Checkpoint(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("setting", ["every_epochs", "every_steps", "keep"])
+def test_settings_of_a_checkpoint_are_looked_at(setting):
+    with pytest.raises(ValueError, match=f"Checkpoint: {setting} must be at least 1, got 0"):
+        Checkpoint("folder", **{setting: 0})
+
+
+def test_a_damaged_newest_file_gives_way_to_the_one_before(tmp_path):
+    start(new_trainer(), tmp_path, 8, *callbacks())
+    *_, before, newest = sorted(tmp_path.glob("epoch*"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    trainer = new_trainer()
+    with pytest.warns(RuntimeWarning, match=rf"{newest.name}.*; set aside as {newest.name}\.damaged"):
+        assert trainer.resume(tmp_path) == before
+    start(trainer, tmp_path, 3, *callbacks())
+    check_resumed(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in it that is whole"):
+        trainer.resume(tmp_path / "..")
+
+
+def test_a_file_of_another_training_changes_nothing(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    checkpoint.save(path, new_trainer().model)
+    trainer = new_trainer("SGD", "Philox", seed=2)
+    before = everything(trainer)
+    with pytest.raises(ValueError, match="optimizer: wanted, but not in the file\n  trainer: wanted, but not"):
+        trainer.resume(path)
+    start(new_trainer(), tmp_path, 7)
+    with pytest.raises(ValueError, match="optimizer: SGD here, Adam in the file") as error:
+        trainer.resume(tmp_path)
+    assert "trainer.rng.Generator PCG64: in the file, but not here" in str(error.value)
+    assert "trainer.rng.Generator Philox: here, but not in the file" in str(error.value)
+    assert everything(trainer) == before
+
+
+def test_a_full_disk_is_a_warning_and_the_training_goes_on(tmp_path):
+    expected = new_trainer()
+    fit(expected, *callbacks())
+    trainer = new_trainer()
+    size = 0
+
+    def fill():
+        nonlocal size
+        size = max(p.stat().st_size for p in tmp_path.glob("epoch*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.warns(RuntimeWarning, match=r"not saved: .*; the training goes on") as warned:
+            fit(trainer, Checkpoint(tmp_path, every_epochs=1, best=False), At(7, fill), *callbacks())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [Path(str(w.message).split(": ")[1]).name for w in warned] == [
+        "epoch-0002-step-000000.safetensors",
+        "epoch-0003-step-000000.safetensors",
+    ]
+    assert everything(trainer) == everything(expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch-0001-step-000000.safetensors"]
+    check_resumed(tmp_path)
+
+
+def test_the_best_epoch_is_one_that_could_be_saved(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def full(path, model, optimizer, trainer):
+        if trainer.current_epoch == 2:
+            raise OSError("full")
+        save(path, model, optimizer, trainer)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    trainer, callback, losses = new_trainer(), Checkpoint(tmp_path), iter([0, 5, 3, 4])
+    trainer.model.evaluate = lambda x, t: (next(losses), None)
+    with pytest.warns(RuntimeWarning, match="full; the training goes on"):
+        fit(trainer, callback)
+    assert callback.lowest == 4
+    other = new_trainer()
+    other.resume(tmp_path / "best.safetensors")
+    assert other.val_list == [(5, None), (3, None), (4, None)]
