@@ -1,6 +1,7 @@
 """Every kernel written for the active device beside its portable version, compared and then timed.
 
-A kernel stays in `nnx.kernels.cpu` or `cuda` only while its row here is the smaller one.
+A kernel stays in `nnx.kernels.cpu` or `cuda` only while its row here is the smaller one at the sizes
+it is for: the optimizers of `cpu` are for large weights, and level with `portable` at the others.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from nnx.kernels import portable
 NAME = "cuda" if GPU else "cpu"
 fast = importlib.import_module(f"nnx.kernels.{NAME}")
 
-SHAPES = ["30x10", "512x1024"]  # the spiral's hidden layer, the largest workload's scores
+SHAPES = ["30x10", "512x1024", "1024x4096"]  # the spiral's hidden layer, the largest workload's scores and weights
 
 
 def arguments(kernel, shape):

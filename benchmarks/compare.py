@@ -10,6 +10,7 @@ round. With NNX_GPU=1 all of it runs on the GPU, and the files bear its name.
 """
 
 import argparse
+import compileall
 import contextlib
 import fnmatch
 import importlib.metadata
@@ -249,6 +250,8 @@ def main(only, rounds, quick, threads, out):
     device = report.device_name() if GPU else "the CPU"
     path = Path(out).resolve() / (report.slug(device) if GPU else "cpu")
     os.chdir(ROOT)
+    for package in (Path(nnx.__file__).parent, ROOT / "benchmarks"):  # as pip does for the peers
+        compileall.compile_dir(package, quiet=2)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # the processes inherit it, and XLA obeys it
     threads = len(os.sched_getaffinity(0))
     os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))

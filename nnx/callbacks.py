@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -199,6 +198,8 @@ class Checkpoint:
 
     def on_begin(self, trainer: Any) -> None:
         """Make the folder, see that it holds no other training, and remove what a killed save left."""
+        import shutil  # noqa: PLC0415 - importing nnx imports nothing that only files need
+
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         storage.require()

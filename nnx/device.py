@@ -83,12 +83,14 @@ def asfloat(x: Any, dtype: Any, name: str) -> Array:
     return x.astype(dtype, copy=False)
 
 
-def asgrad(dout: Any, shape: tuple[int, ...], dtype: Any, name: str) -> Array:
-    """Return the gradient `dout` in `dtype`, having checked that it would not broadcast."""
+def asgrad(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return the gradient `dout` of a layer's output in `dtype`, having checked that it would not broadcast."""
     if not isinstance(dout, Array) or dout.dtype is not dtype:
-        dout = asfloat(dout, dtype, name)
+        dout = asfloat(dout, dtype, type(layer).__name__)
     if dout.shape != shape:
-        raise ValueError(f"{name}.backward: dout must have the shape of the output {shape}, got {dout.shape}")
+        raise ValueError(
+            f"{type(layer).__name__}.backward: dout must have the shape of the output {shape}, got {dout.shape}"
+        )
     return dout
 
 

@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import numpy
 
 from nnx.device import address, asarray, devices, nccl, pick, pinned, stream, synchronize, to_cpu
-from nnx.kernels.cpu import limit_threads
 from nnx.np import Array, np
 
 __all__ = ["Comm", "init"]
@@ -49,10 +48,9 @@ _PATIENCE = 5  # seconds, for which a rank that failed lets the others save what
 def init(cuda_aware: bool = False) -> Comm:
     """Join the ranks that a launcher such as mpiexec has started, and return what connects them.
 
-    Call it before the model is made: it picks the GPU by the rank on this machine, gives BLAS and
-    the kernels their share of the cores, and sees to it that a rank that fails, or ends while
-    others wait for it, ends the job. Without a launcher there is one rank, and nothing is imported.
-    Later calls return the same object.
+    Call it before the model is made: it picks the GPU by the rank on this machine, gives BLAS its share
+    of the cores, and sees to it that a rank that fails, or ends while others wait for it, ends the job.
+    Without a launcher there is one rank, and nothing is imported. Later calls return the same object.
 
     Parameters
     ----------
@@ -150,7 +148,6 @@ class Comm:
         sharers = sum(not mine.isdisjoint(cores) for cores in local.allgather(mine))
         share = max(1, len(mine) // sharers)
         threads.threadpool_limits(min([share, *(pool["num_threads"] for pool in threads.threadpool_info())]))
-        limit_threads(share)
 
         library = None if cuda_aware else nccl()
         usable = self.mpi.allreduce(library is not None and self.local_size <= devices(), MPI.LAND)

@@ -17,13 +17,6 @@ from nnx.np import Array, np
 __all__ = ["class_indices", "cross_entropy_error", "relu", "sigmoid", "softmax"]
 
 
-_UNSIGNED = {  # of the same byte order: files of labels may be big-endian
-    numpy.dtype(order + kind): numpy.dtype(f"{order}u{kind[1]}")
-    for order in "<>"
-    for kind in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
-}
-
-
 def sigmoid(x: Any) -> Array:
     """Return 1 / (1 + exp(-x)), elementwise and without overflow.
 
@@ -118,10 +111,9 @@ def check_range(idx: Any, stop: int, name: str, what: str) -> Array:
 
 def _check_range(idx: Array, stop: int, name: str, what: str) -> None:
     if isinstance(idx, numpy.ndarray):
-        # as unsigned numbers the negative ones are large: one search, by far the fastest, finds both ends
-        worst = idx.item(idx.view(_UNSIGNED[idx.dtype]).argmax())
-        if not 0 <= worst < stop:
-            raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {worst}")
+        low, high = idx.item(idx.argmin()), idx.item(idx.argmax())  # by far the fastest of NumPy's searches
+        if low < 0 or high >= stop:
+            raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {low if low < 0 else high}")
 
 
 def _is_one_hot(t: numpy.ndarray, indices: numpy.ndarray) -> bool:

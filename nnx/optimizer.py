@@ -261,7 +261,7 @@ def _check_pairs(name: str, params: Sequence[Array], grads: Sequence[Array]) -> 
     if len(params) != len(grads):
         raise ValueError(f"{name}: every parameter needs a gradient, got {len(params)} params and {len(grads)} grads")
     for p, g in zip(params, grads, strict=True):
-        if type(p) is not Array or type(g) is not Array or p.shape != g.shape or p.dtype.kind != "f":
+        if not (type(p) is type(g) is Array and p.shape == g.shape and p.dtype.kind == "f"):
             _check_arrays(name, params, grads)
 
 

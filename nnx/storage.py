@@ -7,13 +7,11 @@ nnx have a digest of all of it in the header's metadata; files of others have no
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import stat
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +50,8 @@ def write(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str
     OSError
         That names `path`, such as for a full disk; the old file is untouched, the new one removed.
     """
+    import tempfile  # noqa: PLC0415 - as in _digest
+
     library = require()
     arrays = {name: numpy.asarray(a, order="C") for name, a in arrays.items()}
     for name, a in arrays.items():
@@ -195,6 +195,8 @@ def _counts(value: Any) -> bool:
 
 def _digest(metadata: Mapping[str, str], arrays: Mapping[str, tuple[str, Sequence[int], Any]]) -> str:
     """Return the digest over metadata, names, dtypes, shapes and bytes."""
+    import hashlib  # noqa: PLC0415 - it loads OpenSSL, and importing nnx imports nothing that only files need
+
     names = sorted(arrays)
     header = [sorted(metadata.items()), [[name, *arrays[name][:2]] for name in names]]
     digest = hashlib.blake2b(json.dumps(header).encode(), digest_size=32)

@@ -107,7 +107,7 @@ def late(comm):
 def threads(comm):
     from threadpoolctl import threadpool_info
 
-    return [pool["num_threads"] for pool in threadpool_info()], nnx.kernels.cpu._threads()
+    return [pool["num_threads"] for pool in threadpool_info()]
 
 
 @job

@@ -194,3 +194,17 @@ def test_normalization_adds_many_rows_of_float16_without_saturating():
     layer.forward(numpy.zeros((5000, 2)))
     layer.backward(numpy.ones((5000, 2)))
     numpy.testing.assert_array_equal(to_cpu(layer.grads[1]), [5000, 5000])
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, LayerNorm])
+def test_normalization_of_float16_whose_variance_float16_cannot_hold(rng, layer):
+    x = (2000 * rng.standard_normal((20, 4))).astype("float16")
+    results = []
+    for dtype in ("float16", "float32"):
+        made = layer(*ones_and_zeros(4, dtype))
+        results.append([made.forward(x.astype(dtype))])
+        if layer is BatchNorm:
+            results[-1].append(made.forward(x.astype(dtype), train_flg=False))
+    for half, single in zip(*results, strict=True):
+        assert half.dtype == np.float16
+        numpy.testing.assert_allclose(to_cpu(half), to_cpu(single), rtol=4e-3, atol=2e-3)

@@ -1,25 +1,25 @@
 """The kernels that pay on NumPy; `benchmarks/bench_kernels.py` has each beside `portable`.
 
-What makes them faster: fewer calls for small arrays, where the calls are what costs; for large ones
-blocks that stay in the cache from one pass to the next, and all cores (NumPy lets go of the lock
-while it computes). N rows (all leading axes together), H outputs, C classes; arrays have at least
-one axis. Outputs are given by position: in a small step keywords are felt too.
+What makes them faster: fewer and plainer calls for small arrays, where the calls are what costs (one
+that broadcasts or reduces costs three to four that do neither), and for large ones blocks that stay
+in the cache from one pass to the next. All of it runs on one core: beside BLAS, whose threads keep
+the other cores busy waiting, a pool of threads gained nothing. N rows (all leading axes together),
+H outputs, C classes; arrays have at least one axis. Outputs are given by position: in a small step
+keywords are felt too.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import functools
 import importlib
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 
 from nnx.kernels import portable
+from nnx.kernels.portable import Arrays
 from nnx.np import Array
 
 __all__ = [
@@ -39,8 +39,9 @@ __all__ = [
 
 _BLOCK = 65536  # elements: a block of each operand fits in the second-level cache
 _SMALL = 32768  # elements, up to which two calls of NumPy are faster than one of BLAS through ctypes
-_SHARED = 1 << 18  # elements, from which a second core is worth waking
-_FEW_CLASSES = 128
+_FEW = 2048  # elements that np.add.at has added before they would be sorted
+_FEW_CLASSES = 16  # so few that products with square matrices of them are faster than broadcasting
+_MODERATE = 40  # scores up to here have exponentials whose sums and quotients are ordinary numbers
 
 
 def bias_grad(dout: Array, out: Array) -> None:
@@ -48,99 +49,96 @@ def bias_grad(dout: Array, out: Array) -> None:
     if dout.itemsize == 2:  # BLAS has no float16
         portable.bias_grad(dout, out)
     else:
-        numpy.dot(_ones(len(dout), dout.dtype), dout, out)
+        _ones(len(dout), dout.dtype).dot(dout, out)
 
 
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i."""
+    if dout.size <= _FEW:
+        portable.embedding_grad(idx, dout, out)
+        return
     out[...] = 0
-    if idx.size:
-        order = idx.argsort(kind="stable")
-        rows, starts = numpy.unique(idx[order], return_index=True)
-        out[rows] = numpy.add.reduceat(dout[order], starts, axis=0)
+    order = idx.argsort(kind="stable")
+    rows, starts = numpy.unique(idx[order], return_index=True)
+    out[rows] = numpy.add.reduceat(dout[order], starts, axis=0)
 
 
 def sigmoid(x: Array) -> Array:
-    """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose reciprocal is 0."""
+    """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose quotient is 0."""
     if x.itemsize == 2:  # float16
         return portable.sigmoid(x)
-    y = numpy.empty(x.shape, x.dtype)
     if x.size <= _BLOCK:
-        _sigmoid(x, y)
-    else:
-        _elementwise(_sigmoid, x, y)
+        return _sigmoid(x)
+    y = numpy.empty(x.shape, x.dtype)
+    _elementwise(_sigmoid, x, y)
     return y
 
 
 @numpy.errstate(over="ignore")
-def _sigmoid(x: Array, y: Array) -> None:
-    numpy.negative(x, y)
+def _sigmoid(x: Array, y: Array | None = None) -> Array:
+    one = _one(x.dtype)
+    y = numpy.negative(x, y)
     numpy.exp(y, y)
-    numpy.add(y, _ones((), y.dtype), y)
-    numpy.reciprocal(y, y)
+    y += one
+    return numpy.divide(one, y, y)  # faster than reciprocal
 
 
 def sigmoid_grad(dout: Array, y: Array) -> Array:
     """Return dout * y * (1 - y)."""
-    dx = numpy.empty(y.shape, y.dtype)
     if y.size <= _BLOCK:
-        _sigmoid_grad(dout, y, dx)
-    else:
-        _elementwise(_sigmoid_grad, dout, y, dx)
+        return _sigmoid_grad(dout, y)
+    dx = numpy.empty(y.shape, y.dtype)
+    _elementwise(_sigmoid_grad, dout, y, dx)
     return dx
 
 
-def _sigmoid_grad(dout: Array, y: Array, dx: Array) -> None:
-    numpy.subtract(_ones((), y.dtype), y, dx)
-    numpy.multiply(dx, y, dx)
-    numpy.multiply(dx, dout, dx)
+def _sigmoid_grad(dout: Array, y: Array, dx: Array | None = None) -> Array:
+    dx = numpy.subtract(_one(y.dtype), y, dx)
+    dx *= y
+    dx *= dout
+    return dx
 
 
-@numpy.errstate(invalid="ignore", over="ignore")
 def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
     """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
 
-    Few classes are worked on as columns of N numbers: NumPy is slow on short rows.
+    Moderate scores need no maximum subtracted: NumPy is slow on short rows. NaN is not moderate.
     """
     if x.ndim != 2 or x.itemsize == 2:  # float16
         return portable.softmax_loss(x, t)
-    n, classes = x.shape
-    columns = x.T
-    if classes <= _FEW_CLASSES:
-        columns = numpy.ascontiguousarray(columns)
-    y = numpy.subtract(columns, numpy.maximum.reduce(columns, axis=0))
-    rows, ones_n, ones_c = _constants(n, classes, y.dtype)
-    picked = y[t, rows]
-    numpy.exp(y, y)
-    total = numpy.dot(ones_c, y)
-    loss = numpy.dot(ones_n, numpy.log(total) - picked) / n
-    if not math.isfinite(loss):  # infinite scores: their limits are worth more passes
+    if not (x.item(x.argmax()) < _MODERATE and x.item(x.argmin()) > -_MODERATE):
         return portable.softmax_loss(x, t)
-    y /= total
-    return loss, y.T
+    starts, mean, sums, _, _ = _constants(*x.shape, x.dtype)
+    y = numpy.exp(x)
+    total = y.dot(sums)
+    y /= total if total.ndim == 2 else total[:, None]
+    return -mean.dot(numpy.log(y.take(starts + t))), y
 
 
 def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
     """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` by x."""
     if y.ndim != 2:
         return portable.softmax_loss_grad(y, t, dout)
-    scale = numpy.asarray(dout / t.size, y.dtype)
-    dx = numpy.multiply(y, scale)
-    dx[_constants(*y.shape, y.dtype)[0], t] -= scale
+    _, _, _, share, one_hot = _constants(*y.shape, y.dtype)
+    dx = y * share
+    if one_hot is None:
+        dx[numpy.arange(len(t)), t] -= share
+    else:
+        dx -= one_hot.take(t, 0)
+    if dout != 1:
+        dx *= dout
     return dx
 
 
-def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
+def sgd(params: Arrays, grads: Arrays, lr: float) -> None:
     """p -= lr * g: for large arrays BLAS does it in one pass, on all cores."""
     dtype = None
     for p, g in zip(params, grads, strict=True):
         if p.dtype is not dtype:
             dtype = p.dtype
             rate = numpy.array(lr, dtype)
-        if p.size > _SMALL and g.dtype is dtype and p.flags.c_contiguous and g.flags.c_contiguous and _axpy(dtype):
-            _axpy(dtype)(p.size, -lr, g.ctypes.data, 1, p.ctypes.data, 1)
-        else:
-            numpy.subtract(p, numpy.multiply(g, rate), p)
+        if p.size <= _SMALL or not _add(p, -lr, g):
+            p -= g * rate
 
 
 def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
@@ -148,7 +146,11 @@ def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
 
     @functools.wraps(formula)
     def update(*arguments: Any) -> None:
-        settings = [float(value) for value in arguments[lists:]]  # a float64 scalar would make float64 temporaries
+        # a float64 scalar would make float64 temporaries
+        params, settings = arguments[0], [float(value) for value in arguments[lists:]]
+        if all(p.size <= _BLOCK for p in params):
+            formula(*arguments[:lists], *settings)
+            return
         for arrays in zip(*arguments[:lists], strict=True):
             _elementwise(lambda *blocks: formula(*([b] for b in blocks), *settings), *arrays)
 
@@ -162,59 +164,24 @@ rmsprop = _in_blocks(portable.rmsprop, 3)
 adam = _in_blocks(portable.adam, 4)
 
 
-# ---- blocks, cores, BLAS ----
-
-
-def _elementwise(function: Callable[..., None], *arrays: Array) -> None:
-    """Call `function` with `arrays`, which it treats element by element: large ones in blocks, on all cores."""
+def _elementwise(function: Callable[..., Any], *arrays: Array) -> None:
+    """Call `function` with `arrays`, which it treats element by element: with large ones in blocks."""
     size = arrays[0].size
     if size <= _BLOCK or not all(a.flags.c_contiguous for a in arrays):
         function(*arrays)
         return
     flat = [a.reshape(-1) for a in arrays]
-
-    def work(start: int, stop: int) -> None:
-        for i in range(start, stop, _BLOCK):
-            function(*(a[i : min(i + _BLOCK, stop)] for a in flat))
-
-    _share(work, size)
+    for i in range(0, size, _BLOCK):
+        function(*(a[i : i + _BLOCK] for a in flat))
 
 
-def _share(work: Callable[[int, int], None], size: int) -> None:
-    """Call work(start, stop) for parts of range(size), one on each core if it is long."""
-    parts = _threads() if size >= _SHARED else 1
-    ends = [size * i // parts for i in range(parts + 1)]
-    others = [_pool().submit(work, ends[i], ends[i + 1]) for i in range(1, parts)]
-    work(0, ends[1])
-    for other in others:
-        other.result()
-
-
-_limits: list[int] = []
-
-
-@functools.cache
-def _threads() -> int:
-    """Return how many cores to use: those of the process, or fewer if BLAS or `limit_threads` is told so."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"))
-    return min([cores, *_limits, *(max(1, int(limit)) for limit in limits if limit.isdecimal())])
-
-
-def limit_threads(limit: int) -> None:
-    """Use at most `limit` cores from now on: the share of one of several processes on a machine."""
-    _limits.append(limit)
-    _threads.cache_clear()
-    _pool.cache_clear()
-
-
-@functools.cache
-def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(max(1, _threads() - 1), thread_name_prefix="nnx")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+def _add(y: Array, a: float, x: Array) -> bool:
+    """Let BLAS do y += a * x; return False where it cannot."""
+    axpy = _axpy(y.dtype)
+    if not axpy or x.dtype != y.dtype or not (x.flags.c_contiguous and y.flags.c_contiguous):
+        return False
+    axpy(y.size, a, x.ctypes.data, 1, y.ctypes.data, 1)
+    return True
 
 
 @functools.cache
@@ -234,15 +201,29 @@ def _axpy(dtype: Any) -> Any:
     return None
 
 
-# Read-only constants: NumPy takes an array without axes twice as fast as a Python number.
+# Constants: NumPy takes an array without axes twice as fast as a Python number.
+
+
+@functools.cache
+def _one(dtype: Any) -> Array:
+    return numpy.ones((), dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _ones(shape: Any, dtype: Any) -> Array:
-    return numpy.broadcast_to(numpy.ones(shape, dtype), shape)
+def _ones(n: int, dtype: Any) -> Array:
+    return numpy.ones(n, dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _constants(n: int, classes: int, dtype: Any) -> tuple[Array, Array, Array]:
-    """Return 0 to n - 1, n ones, and `classes` ones."""
-    return numpy.broadcast_to(numpy.arange(n), n), _ones(n, dtype), _ones(classes, dtype)
+def _constants(n: int, classes: int, dtype: Any) -> tuple[Array, Array, Array, Array, Array | None]:
+    """Return where n rows start in memory, what averages n numbers and sums rows, 1 / n, and rows of one-hot / n."""
+    few = classes <= _FEW_CLASSES
+    share = numpy.full((), 1 / n, dtype)
+    sums = numpy.ones((classes, classes) if few else classes, dtype)  # a square matrix: the sum in every column
+    return (
+        numpy.arange(n) * classes,
+        numpy.broadcast_to(share, n).copy(),
+        sums,
+        share,
+        numpy.eye(classes, dtype=dtype) * share if few else None,
+    )

@@ -28,7 +28,7 @@ class Sigmoid:
     def backward(self, dout: Any) -> Array:
         """Return dout * y * (1 - y)."""
         y = self.out
-        return sigmoid_grad(asgrad(dout, y.shape, y.dtype, "Sigmoid"), y)
+        return sigmoid_grad(asgrad(self, dout, y.shape, y.dtype), y)
 
 
 class ReLU:
@@ -48,7 +48,7 @@ class ReLU:
     def backward(self, dout: Any) -> Array:
         """Return dout where y > 0, else 0."""
         y = self.out
-        return relu_grad(asgrad(dout, y.shape, y.dtype, "ReLU"), y)
+        return relu_grad(asgrad(self, dout, y.shape, y.dtype), y)
 
 
 class Tanh:
@@ -68,7 +68,7 @@ class Tanh:
     def backward(self, dout: Any) -> Array:
         """Return dout * (1 - y**2)."""
         y = self.out
-        return tanh_grad(asgrad(dout, y.shape, y.dtype, "Tanh"), y)
+        return tanh_grad(asgrad(self, dout, y.shape, y.dtype), y)
 
 
 class GELU:
@@ -95,7 +95,7 @@ class GELU:
     def backward(self, dout: Any) -> Array:
         """Return dout * (1 + tanh(u) + x * (1 - tanh(u)**2) * du/dx) / 2."""
         x = self.x
-        return gelu_grad(asgrad(dout, x.shape, x.dtype, "GELU"), x)
+        return gelu_grad(asgrad(self, dout, x.shape, x.dtype), x)
 
 
 class Softmax:
@@ -115,4 +115,4 @@ class Softmax:
     def backward(self, dout: Any) -> Array:
         """Return y * (dout - sum(dout * y))."""
         y = self.out
-        return softmax_grad(asgrad(dout, y.shape, y.dtype, "Softmax"), y)
+        return softmax_grad(asgrad(self, dout, y.shape, y.dtype), y)

@@ -58,7 +58,7 @@ class Dropout:
 
     def backward(self, dout: Any) -> Array:
         """Return dout under the mask, or the scale, of the last forward."""
-        dout = asgrad(dout, self.shape, self.dtype, "Dropout")
+        dout = asgrad(self, dout, self.shape, self.dtype)
         if not self.train_flg:
             return np.multiply(dout, 1 - self.dropout_ratio, dtype=dout.dtype)
         return dropout(dout, self.dropout_ratio, self.seed, self.calls)

@@ -50,5 +50,5 @@ class Embedding:
     def backward(self, dout: Any) -> None:
         """Write the gradient of W: the sum of dout's rows for each index, in the order of the rows."""
         W = self.params[0]
-        dout = asgrad(dout, (*self.idx.shape, W.shape[1]), W.dtype, "Embedding")
+        dout = asgrad(self, dout, (*self.idx.shape, W.shape[1]), W.dtype)
         embedding_grad(self.idx.reshape(-1), dout.reshape(-1, W.shape[1]), self.grads[0])

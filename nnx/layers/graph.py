@@ -37,7 +37,7 @@ class Repeat:
 
     def backward(self, dout: Any) -> Array:
         """Return the sum of dout over axis 0, which stays with length 1."""
-        dout = asgrad(dout, (self.N, *self.x.shape[1:]), self.x.dtype, "Repeat")
+        dout = asgrad(self, dout, (self.N, *self.x.shape[1:]), self.x.dtype)
         return dout.sum(axis=0, keepdims=True)
 
 
@@ -64,4 +64,4 @@ class Sum:
     def backward(self, dout: Any) -> Array:
         """Return N copies of dout along axis 0."""
         x = self.x
-        return np.repeat(asgrad(dout, (1, *x.shape[1:]), x.dtype, "Sum"), len(x), axis=0)
+        return np.repeat(asgrad(self, dout, (1, *x.shape[1:]), x.dtype), len(x), axis=0)

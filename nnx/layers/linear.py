@@ -37,6 +37,7 @@ class MatMul:
 
     param_names = ("W", "b")
     x: Array  # of the last forward
+    shape: tuple[int, ...]  # of its result
 
     def __init__(self, W: Array, *, input_grad: bool = True) -> None:
         check_weights(type(self).__name__, W=W)
@@ -56,26 +57,28 @@ class MatMul:
                 + ("; make it one row with x[None]" if x.ndim == 1 else "")
             )
         self.x = x
-        y = np.dot(x if x.ndim == 2 else _rows(x), W)
+        y = (x if x.ndim == 2 else _rows(x)).dot(W)
         if len(self.params) > 1:
             add_bias(y, self.params[1])
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], W.shape[1])
+        if x.ndim > 2:
+            y = y.reshape(*x.shape[:-1], W.shape[1])
+        self.shape = y.shape
+        return y
 
     def backward(self, dout: Any) -> Array | None:
         """Write the gradients of W, x.T @ dout, and in `Affine` of b, the sum of dout's rows; return dout @ W.T."""
-        W, x = self.params[0], self.x
-        dout = asgrad(dout, (*x.shape[:-1], W.shape[1]), W.dtype, type(self).__name__)
+        W, x, dW = self.params[0], self.x, self.grads[0]
+        dout = asgrad(self, dout, self.shape, W.dtype)
         if x.ndim > 2:
             x, dout = _rows(x), _rows(dout)
-        dW = self.grads[0]
         if dW.shape != W.shape:  # CuPy would fill any array of this size
             raise ValueError(f"{type(self).__name__}: grads[0] must have the shape of W {W.shape}, got {dW.shape}")
-        np.dot(x.T, dout, out=dW)
+        x.T.dot(dout, dW)
         if len(self.grads) > 1:
             bias_grad(dout, self.grads[1])
         if not self.input_grad:
             return None
-        dx = np.dot(dout, W.T)
+        dx = dout.dot(W.T)
         return dx if self.x.ndim == 2 else dx.reshape(self.x.shape)
 
 

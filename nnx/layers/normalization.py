@@ -41,7 +41,7 @@ class _Norm:
         return x
 
     def _normalize(self, x: Array, mean: Array, var: Array) -> Array:
-        self.std = np.sqrt(var + self.eps)
+        self.std = np.sqrt(var + self.eps).astype(x.dtype, copy=False)
         self.xn = x - mean
         self.xn /= self.std
         y = self.xn * self.params[0]
@@ -52,13 +52,14 @@ class _Norm:
         """Return x normalized by its own mean and variance, times gamma, plus beta."""
         x = self._input(x)
         axes = self._axes(x.ndim)
-        self.mean, self.var = x.mean(axis=axes, keepdims=True), x.var(axis=axes, keepdims=True)
+        self.mean = x.mean(axis=axes, keepdims=True)
+        self.var = x.var(axis=axes, keepdims=True, dtype=_wide(x.dtype))
         return self._normalize(x, self.mean, self.var)
 
     def _dxn(self, dout: Any) -> Array:
         """Write the gradients of gamma and beta; return that of xn."""
         gamma, xn = self.params[0], self.xn
-        dout = asgrad(dout, xn.shape, gamma.dtype, type(self).__name__)
+        dout = asgrad(self, dout, xn.shape, gamma.dtype)
         for grad, terms in zip(self.grads, (dout * xn, dout), strict=True):
             bias_grad(terms.reshape(-1, terms.shape[-1]), grad)
         return dout * gamma
@@ -108,7 +109,8 @@ class BatchNorm(_Norm):
     Attributes
     ----------
     running_mean, running_var : (D,)
-        0 and 1 at first; the variance is the unbiased one, as in the paper.
+        0 and 1 at first; the variance is the unbiased one, as in the paper, and float32 for float16
+        weights, whose range it may leave.
 
     Shapes
     ------
@@ -125,7 +127,7 @@ class BatchNorm(_Norm):
         super().__init__(gamma, beta)
         self.momentum = momentum
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
-        self.running_var = np.ones(gamma.shape, gamma.dtype)
+        self.running_var = np.ones(gamma.shape, _wide(gamma.dtype))
 
     def _axes(self, ndim: int) -> Any:
         return tuple(range(ndim - 1))
@@ -149,3 +151,8 @@ class BatchNorm(_Norm):
     def backward(self, dout: Any) -> Array:
         """Write the gradients; return that of x, for the statistics of the last forward."""
         return super().backward(dout) if self.train_flg else self._dxn(dout) / self.std
+
+
+def _wide(dtype: Any) -> Any:
+    """Return the dtype of a variance: that of float16 numbers may be beyond float16."""
+    return np.result_type(dtype, np.float32)
