@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import nnx
+from benchmarks.report import duration
 
 ROOT = Path(__file__).parents[1]
 WORKLOAD = "2-10-3/30"
@@ -31,3 +32,18 @@ def test_compare(tmp_path):
     table = (tmp_path / "results" / "cpu.md").read_text(encoding="utf-8")
     for variant, peer in {"PyTorch eager": "torch", "torch.compile": "torch", "jax.jit": "jax"}.items():
         assert f"| {variant} | absent: {peer} is not installed |" in table
+
+
+def test_the_readme_quotes_the_committed_results():
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    quoted = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines)}
+    for group, rows in result["groups"].items():
+        rows = {row["variant"]: row for row in rows}
+        nnx_row = rows["nnx"]
+        step = "floor" in rows
+        cells = [duration(nnx_row["quartiles"][1])]
+        cells.append(f"{nnx_row['to floor'][1]:.2f}" if step else f"{nnx_row['bytes'] / 1e6:.0f} MB")
+        for peer in ("book float64", "PyTorch eager", *["torch.compile"] * step, "jax.jit"):
+            cells.append(f"{rows[peer]['to nnx'][1]:.2f}" if peer in rows else "-")
+        assert quoted[group] == cells, group

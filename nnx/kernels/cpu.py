@@ -209,12 +209,12 @@ def _one(dtype: Any) -> Array:
     return numpy.ones((), dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _ones(n: int, dtype: Any) -> Array:
     return numpy.ones(n, dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _constants(n: int, classes: int, dtype: Any) -> tuple[Array, Array, Array, Array, Array | None]:
     """Return where n rows start in memory, what averages n numbers and sums rows, 1 / n, and rows of one-hot / n."""
     few = classes <= _FEW_CLASSES
