@@ -21,7 +21,7 @@ class MeanLoss:
     """
 
     def __init__(self, state: Any = ()) -> None:
-        self.totals: dict[int, Array] = {int(rows): np.array(total, np.float64) for rows, total, _ in state}
+        self.totals: dict[int, Any] = {int(rows): _double(total) for rows, total, _ in state}
         self.counts: dict[int, int] = {int(rows): int(count) for rows, _, count in state}
 
     def state(self) -> numpy.ndarray:
@@ -32,10 +32,10 @@ class MeanLoss:
     def add(self, loss: Any, rows: int) -> None:
         """Add the mean loss of a batch of `rows` rows."""
         if rows in self.totals:
-            np.add(self.totals[rows], loss, out=self.totals[rows])
+            self.totals[rows] += loss
             self.counts[rows] += 1
         else:
-            self.totals[rows] = np.array(loss, np.float64)
+            self.totals[rows] = _double(loss)
             self.counts[rows] = 1
 
     def take(self) -> float:
@@ -44,6 +44,11 @@ class MeanLoss:
         weight = sum(rows * count for rows, count in self.counts.items())
         self.totals, self.counts = {}, {}
         return total / weight
+
+
+def _double(loss: Any) -> Any:
+    """Return a float64 that is added to where it lies: a NumPy scalar, faster than an array, or a CuPy array."""
+    return np.array(loss, np.float64)[()]
 
 
 def batches(x: Array, t: Array, order: numpy.ndarray, batch_size: int) -> Iterator[tuple[Array, Array, int]]:
