@@ -6,7 +6,7 @@ your own:
 
     comm = nnx.distributed.init()  # before the model
     comm.broadcast(model.params)
-    for x, t in batches:  # the same on every rank
+    for x, t in batches:  # the same on every rank, of at least as many rows as there are ranks
         part = comm.slice(len(x))
         model.forward(x[part], t[part])
         model.backward()
