@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import importlib
+import io
 import itertools
 import os
 import sys
@@ -282,10 +284,15 @@ class Comm:
             device.set(host)
 
     def _report(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Print an uncaught exception with the rank that raised it; `_end` comes after it."""
+        """Print an uncaught exception with the rank that raised it; `_end` comes after it.
+
+        In one piece, as the lines of several ranks would mix; and of Ctrl-C, which all ranks get, rank 0 prints more.
+        """
         self._failed = True
-        sys.stderr.write(f"nnx: rank {self.rank} of {self.size} ends with {kind.__name__}: {error}\n")
-        self._except(kind, error, trace)
+        with contextlib.redirect_stderr(io.StringIO()) as text:
+            if self.rank == 0 or not issubclass(kind, KeyboardInterrupt):
+                self._except(kind, error, trace)
+        sys.stderr.write(f"nnx: rank {self.rank} of {self.size} ends with {kind.__name__}: {error}\n{text.getvalue()}")
 
     def _end(self) -> None:
         """Leave when all ranks leave; end the job if another waits for this one, which is gone.

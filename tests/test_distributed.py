@@ -181,6 +181,20 @@ def test_a_fault_of_one_rank_ends_the_job(kind, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("rank", "kind", "traced"), [(1, OSError, 1), (0, KeyboardInterrupt, 1), (1, KeyboardInterrupt, 0)]
+)
+def test_a_rank_tells_its_error_in_one_piece(rank, kind, traced, monkeypatch):
+    """So that those of several ranks do not mix; and of Ctrl-C only rank 0 prints where it came."""
+    comm, pieces = nnx.distributed.Comm(), []
+    comm.rank, comm.size, comm._except = rank, 2, sys.__excepthook__
+    monkeypatch.setattr(sys.stderr, "write", pieces.append)
+    comm._report(kind, kind("why"), None)
+    (text,) = pieces
+    assert text.startswith(f"nnx: rank {rank} of 2 ends with {kind.__name__}: why\n")
+    assert text.count(f"\n{kind.__name__}: why\n") == traced
+
+
 @needs_mpi
 def test_a_killed_rank_ends_the_job():
     done = run(2, "fault", "SIGKILL", timeout=10)
