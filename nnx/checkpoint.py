@@ -11,7 +11,6 @@ import importlib
 import json
 import platform
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -221,7 +220,7 @@ def newest(folder: Any) -> Path:
                 return path
         except ValueError as error:
             path.replace(f"{path}.damaged")
-            warnings.warn(f"{error}; set aside as {path.name}.damaged", RuntimeWarning, stacklevel=3)
+            storage.warn(f"{error}; set aside as {path.name}.damaged")
     raise FileNotFoundError(f"{folder}: no checkpoint in it that is whole")
 
 
