@@ -215,6 +215,19 @@ def test_a_folder_holds_one_training(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_fewer_epochs_than_are_done_are_an_error_and_not_a_fit_of_nothing(tmp_path):
+    start(new_trainer(), tmp_path, 7, *callbacks())
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    assert (trainer.current_epoch, trainer.iteration) == (1, 2)
+    before = everything(trainer)
+    with pytest.raises(ValueError, match="saved began 2 epochs; max_epoch counts these too, got 1"):
+        fit(trainer, *callbacks(), epochs=1)
+    assert everything(trainer) == before
+    start(trainer, tmp_path, 8, *callbacks())
+    check_resumed(tmp_path)
+
+
 @pytest.mark.parametrize("setting", ["every_epochs", "every_steps", "keep"])
 def test_settings_of_a_checkpoint_are_looked_at(setting):
     with pytest.raises(ValueError, match=f"Checkpoint: {setting} must be at least 1, got 0"):
