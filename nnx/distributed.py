@@ -4,7 +4,7 @@ Each of R processes, the ranks, holds the whole model, computes the gradients of
 and takes the same step with the sum over all ranks. `Trainer(..., comm=comm)` does so; in a loop of
 your own:
 
-    comm = nnx.distributed.init()  # before the model
+    comm = nnx.distributed.init()  # first, before the data and the model
     comm.broadcast(model.params)
     for x, t in batches:  # the same on every rank, of at least as many rows as there are ranks
         part = comm.slice(len(x))
@@ -14,7 +14,8 @@ your own:
         optimizer.update(model.params, model.grads)
 
 Started with `mpiexec -n 4 python -m mpi4py train.py`: without `-m mpi4py` nobody notices a rank that leaves
-by sys.exit while the others wait in calls of their own on `comm.mpi`; all else ends the job either way.
+by sys.exit while the others wait in calls of their own on `comm.mpi` (all else ends the job either way), nor a
+launcher other than those of MPICH, Intel, Open MPI, Slurm and PyTorch.
 
 Only gradients are summed. Each rank keeps its own statistics in BatchNorm, which sees the rank's rows
 alone, and its own dropout masks: layers made with the same seed draw the same masks on every rank.
@@ -50,9 +51,10 @@ _PATIENCE = 5  # seconds, for which a rank that failed lets the others save what
 def init(cuda_aware: bool = False) -> Comm:
     """Join the ranks that a launcher such as mpiexec has started, and return what connects them.
 
-    Call it before the model is made: it picks the GPU by the rank on this machine, gives BLAS its share
-    of the cores, and sees to it that a rank that fails, or ends while others wait for it, ends the job.
-    Without a launcher there is one rank, and nothing is imported. Later calls return the same object.
+    Call it first: it picks the GPU by the rank on this machine, gives BLAS its share of the cores, and sees
+    to it that a rank that fails from here on, or ends while others wait for it, ends the job; for one that
+    failed before, MPICH lets the others wait for ever. Without a launcher there is one rank, and nothing is
+    imported. Later calls return the same object.
 
     Parameters
     ----------
@@ -78,8 +80,9 @@ _joined: list[Comm] = []
 
 def _join(cuda_aware: bool) -> Comm:
     counts = {name: os.environ.get(name, "") for name in _LAUNCHERS}
-    told = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), None)
-    if told is None and "mpi4py.MPI" not in sys.modules:  # which `python -m mpi4py` has imported
+    told = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), "nothing")
+    asked = {"mpi4py.run", "mpi4py.MPI"} & sys.modules.keys()  # by `python -m mpi4py`, or by the script
+    if told == "nothing" and not asked:
         return Comm()
     try:
         MPI: Any = importlib.import_module("mpi4py.MPI")
@@ -95,7 +98,7 @@ def _join(cuda_aware: bool) -> Comm:
             "module of your cluster, or on a machine of your own pip install mpich"
         ) from error
     if MPI.COMM_WORLD.size == 1:
-        if told is None:
+        if told == "nothing":
             return Comm()
         version = " ".join(MPI.Get_library_version().split()).partition(",")[0]
         raise RuntimeError(

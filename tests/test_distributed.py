@@ -273,11 +273,15 @@ def test_the_wrong_launcher_is_named():
 )
 def test_a_missing_piece_is_named(error, message, tmp_path):
     (tmp_path / "mpi4py").mkdir()
-    (tmp_path / "mpi4py" / "__init__.py").write_text("", encoding="utf-8")
+    for name in ("__init__", "run"):
+        (tmp_path / "mpi4py" / f"{name}.py").write_text("", encoding="utf-8")
     (tmp_path / "mpi4py" / "MPI.py").write_text(f"raise {error}\n", encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_python("import nnx; nnx.distributed.init()", PYTHONPATH=path, PMI_SIZE="4")
     assert "the launcher says 4 ranks (PMI_SIZE=4), but " + message in done.stderr
+    # of a launcher that says nothing `-m mpi4py` knows
+    done = run_python("import mpi4py.run, nnx; nnx.distributed.init()", PYTHONPATH=path)
+    assert "the launcher says nothing, but " + message in done.stderr
 
 
 # ---- Trainer ----
