@@ -75,7 +75,7 @@ def main(epochs=40, seeds=5, picture="digits.png", checkpoint=None, resume=False
     """Return the median held-out accuracy."""
     if resume and not checkpoint:
         raise SystemExit("--resume needs --checkpoint DIR")
-    comm = distributed.init()  # before the first net; one process, unless mpiexec has started more
+    comm = distributed.init()  # first of all; one process, unless mpiexec has started more
     say = print if comm.rank == 0 else lambda text: None
     data, accuracies = load(), []
     for seed in range(seeds):

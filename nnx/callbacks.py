@@ -12,7 +12,6 @@ import contextlib
 import math
 import operator
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,7 +243,7 @@ class Checkpoint:
         try:
             checkpoint.save(path, trainer.model, trainer.optimizer, trainer)
         except OSError as error:
-            warnings.warn(f"Checkpoint: {error}; the training goes on", RuntimeWarning, stacklevel=2)
+            storage.warn(f"Checkpoint: {error}; the training goes on")
             return False
         return True
 

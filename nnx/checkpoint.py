@@ -11,7 +11,6 @@ import importlib
 import json
 import platform
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def save(
     """Write the arrays of `model` to the safetensors file `path`, with what `optimizer` and `trainer` remember.
 
     The file is written beside `path`, flushed to the disk and renamed: whatever happens, `path` is the old file
-    or the new one. Settings of the layers and the versions of the libraries stand in its metadata, where
-    `python -m json.tool` or safetensors shows them, and a digest of everything.
+    or the new one. Settings of the layers, the versions of the libraries and a digest of everything stand in its
+    metadata, which `safetensors.safe_open(path, "np").metadata()` returns.
 
     Parameters
     ----------
@@ -64,7 +63,7 @@ def save(
     OSError
         If the file cannot be written, for example to a full disk.
     ValueError
-        If `keys` or `transpose` name what is not there.
+        If `keys` or `transpose` name what is not there, or two arrays of a layer have one name.
     """
     path = Path(path)
     arrays, others = remembered(model)
@@ -157,16 +156,24 @@ def remembered(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]
     arrays: dict[str, Array] = {}
     others: dict[str, tuple[Any, str]] = {}
     known: set[Any] = set()
+
+    def put(layer: Any, name: str, array: Array) -> None:
+        if name in arrays:
+            raise ValueError(
+                f"{type(layer).__name__}: two arrays are called {name}; param_names and state_names must all differ"
+            )
+        arrays[name] = array
+
     for path, layer in _walk(model, "", set()):
         names = getattr(layer, "param_names", ())
         for i, p in enumerate(layer.params):
             place, flipped = places(p) if p.size else (id(p), None)
             if place not in known:
-                arrays[path + (names[i] if i < len(names) else f"params.{i}")] = p
+                put(layer, path + (names[i] if i < len(names) else f"params.{i}"), p)
             known |= {place, flipped}
         for name in getattr(layer, "state_names", ()):
             if isinstance(getattr(layer, name), Array):
-                arrays[path + name] = getattr(layer, name)
+                put(layer, path + name, getattr(layer, name))
             else:
                 others[path + name] = layer, name
     return arrays, others
@@ -213,7 +220,7 @@ def newest(folder: Any) -> Path:
                 return path
         except ValueError as error:
             path.replace(f"{path}.damaged")
-            warnings.warn(f"{error}; set aside as {path.name}.damaged", RuntimeWarning, stacklevel=3)
+            storage.warn(f"{error}; set aside as {path.name}.damaged")
     raise FileNotFoundError(f"{folder}: no checkpoint in it that is whole")
 
 

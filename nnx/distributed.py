@@ -4,9 +4,9 @@ Each of R processes, the ranks, holds the whole model, computes the gradients of
 and takes the same step with the sum over all ranks. `Trainer(..., comm=comm)` does so; in a loop of
 your own:
 
-    comm = nnx.distributed.init()  # before the model
+    comm = nnx.distributed.init()  # first, before the data and the model
     comm.broadcast(model.params)
-    for x, t in batches:  # the same on every rank
+    for x, t in batches:  # the same on every rank, of at least as many rows as there are ranks
         part = comm.slice(len(x))
         model.forward(x[part], t[part])
         model.backward()
@@ -14,7 +14,8 @@ your own:
         optimizer.update(model.params, model.grads)
 
 Started with `mpiexec -n 4 python -m mpi4py train.py`: without `-m mpi4py` nobody notices a rank that leaves
-by sys.exit while the others wait in calls of their own on `comm.mpi`; all else ends the job either way.
+by sys.exit while the others wait in calls of their own on `comm.mpi` (all else ends the job either way), nor a
+launcher other than those of MPICH, Intel, Open MPI, Slurm and PyTorch.
 
 Only gradients are summed. Each rank keeps its own statistics in BatchNorm, which sees the rank's rows
 alone, and its own dropout masks: layers made with the same seed draw the same masks on every rank.
@@ -24,7 +25,9 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import importlib
+import io
 import itertools
 import os
 import sys
@@ -48,9 +51,10 @@ _PATIENCE = 5  # seconds, for which a rank that failed lets the others save what
 def init(cuda_aware: bool = False) -> Comm:
     """Join the ranks that a launcher such as mpiexec has started, and return what connects them.
 
-    Call it before the model is made: it picks the GPU by the rank on this machine, gives BLAS its share
-    of the cores, and sees to it that a rank that fails, or ends while others wait for it, ends the job.
-    Without a launcher there is one rank, and nothing is imported. Later calls return the same object.
+    Call it first: it picks the GPU by the rank on this machine, gives BLAS its share of the cores, and sees
+    to it that a rank that fails from here on, or ends while others wait for it, ends the job; for one that
+    failed before, MPICH lets the others wait for ever. Without a launcher there is one rank, and nothing is
+    imported. Later calls return the same object.
 
     Parameters
     ----------
@@ -76,8 +80,9 @@ _joined: list[Comm] = []
 
 def _join(cuda_aware: bool) -> Comm:
     counts = {name: os.environ.get(name, "") for name in _LAUNCHERS}
-    told = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), None)
-    if told is None and "mpi4py.MPI" not in sys.modules:  # which `python -m mpi4py` has imported
+    told = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), "nothing")
+    asked = {"mpi4py.run", "mpi4py.MPI"} & sys.modules.keys()  # by `python -m mpi4py`, or by the script
+    if told == "nothing" and not asked:
         return Comm()
     try:
         MPI: Any = importlib.import_module("mpi4py.MPI")
@@ -93,7 +98,7 @@ def _join(cuda_aware: bool) -> Comm:
             "module of your cluster, or on a machine of your own pip install mpich"
         ) from error
     if MPI.COMM_WORLD.size == 1:
-        if told is None:
+        if told == "nothing":
             return Comm()
         version = " ".join(MPI.Get_library_version().split()).partition(",")[0]
         raise RuntimeError(
@@ -282,10 +287,15 @@ class Comm:
             device.set(host)
 
     def _report(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Print an uncaught exception with the rank that raised it; `_end` comes after it."""
+        """Print an uncaught exception with the rank that raised it; `_end` comes after it.
+
+        In one piece, as the lines of several ranks would mix; and of Ctrl-C, which all ranks get, rank 0 prints more.
+        """
         self._failed = True
-        sys.stderr.write(f"nnx: rank {self.rank} of {self.size} ends with {kind.__name__}: {error}\n")
-        self._except(kind, error, trace)
+        with contextlib.redirect_stderr(io.StringIO()) as text:
+            if self.rank == 0 or not issubclass(kind, KeyboardInterrupt):
+                self._except(kind, error, trace)
+        sys.stderr.write(f"nnx: rank {self.rank} of {self.size} ends with {kind.__name__}: {error}\n{text.getvalue()}")
 
     def _end(self) -> None:
         """Leave when all ranks leave; end the job if another waits for this one, which is gone.

@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy
 
-__all__ = ["PREFIX", "Reader", "opened", "require", "write"]
+__all__ = ["PREFIX", "Reader", "opened", "require", "warn", "write"]
 
 PREFIX = ".saving-"  # of the folders that a save works in, beside its target
 _DIGEST = "nnx.digest"
@@ -40,6 +41,14 @@ def require() -> Any:
     except ImportError as error:
         raise ImportError("nnx saves with safetensors: pip install 'nnx-array[checkpoint]'") from error
     return format
+
+
+def warn(message: str) -> None:
+    """Give a RuntimeWarning at the line that called nnx, however deep inside we are."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnx."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def write(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> None:

@@ -177,7 +177,7 @@ class Trainer:
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(
                     f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
-                    f"of {self.max_iter} iterations; fit again to go on from these weights"
+                    f"of {self.max_iter} iterations; fit again to go on from these weights, or resume a checkpoint"
                 ) from error
             self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
             if losses.totals and not _all_finite(self.model.params):
@@ -190,18 +190,13 @@ class Trainer:
 
         The next `fit`, with the data and the arguments of the one that was saved, does what that one
         had left to do, to the very same numbers: a second half of its epoch, or nothing. Callbacks of
-        the same classes go on as well, each class in its order.
+        the same classes go on as well, each class in its order. Returns the file.
 
         Parameters
         ----------
         path : str or Path
             A file, or the folder of a `callbacks.Checkpoint`: its newest one. Damaged ones are set aside
             with a warning.
-
-        Returns
-        -------
-        Path
-            The file.
 
         Raises
         ------
@@ -288,6 +283,10 @@ class Trainer:
             raise ValueError(
                 f"Trainer.fit: the epoch that was saved has {self._plan[0]} rows in {self._plan[2]} batches of "
                 f"{self._plan[1]}, got {plan[0]} rows in {plan[2]} batches of {plan[1]}; finish it as it began"
+            )
+        elif (done := self.current_epoch + (self.iteration > 0) - self._begun) > max_epoch:
+            raise ValueError(
+                f"Trainer.fit: the fit that was saved began {done} epochs; max_epoch counts these too, got {max_epoch}"
             )
         else:
             restore_states(callbacks, self._resumed)

@@ -142,10 +142,16 @@ def test_examples_are_short_and_explain_themselves(path):
 def test_the_code_of_the_readme_runs_and_prints_what_it_says(tmp_path):
     pytest.importorskip("safetensors")
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    data = "import numpy\nimport nnx\nx = x_test = numpy.random.randn(256, 784)\nt = t_test = numpy.arange(256) % 10\n"
-    script = tmp_path / "readme.py"
-    script.write_text(data + "\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)), encoding="utf-8")
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"^prints\n\n```\n(.*?)```", readme, re.DOTALL | re.MULTILINE)[1] in result.stdout
-    assert "| epoch 10 |  iter 1 / 2 |" in result.stdout
+    first, own_layer, checkpoints, ranks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    data = "from numpy import arange, random\nx = x_test = random.randn(256, 784)\nt = t_test = arange(256) % 10\n"
+    assert "| epoch 10 |  iter 1 / 2 |" in output_of(tmp_path, data + own_layer + first + ranks)
+    expected = re.search(r"^prints\n\n```\n(.*?)```", readme, re.DOTALL | re.MULTILINE)[1]
+    assert output_of(tmp_path, checkpoints) == expected
+
+
+def output_of(folder, code):
+    """Run `code` as a script of its own, as a reader would who copies it."""
+    (folder / "script.py").write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

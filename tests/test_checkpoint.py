@@ -114,6 +114,15 @@ def test_a_readers_own_model_needs_no_names(tmp_path):
     assert_equal(other.loss, net.loss)
 
 
+def test_two_arrays_of_one_name_are_an_error_and_not_one_array(tmp_path):
+    net = OwnNet(1)
+    for names in ({"param_names": ("", "w", "w")}, {"param_names": ("", "w"), "state_names": ("w",), "w": np.ones(3)}):
+        vars(net).update(names)
+        with pytest.raises(ValueError, match="OwnNet: two arrays are called w; param_names and state_names must all"):
+            checkpoint.save(tmp_path / "net.safetensors", net)
+    assert not list(tmp_path.iterdir())
+
+
 class OwnOptimizer:
     """A reader's optimizer: what it remembers are attributes; some cannot be saved, and stay."""
 

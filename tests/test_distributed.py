@@ -181,6 +181,20 @@ def test_a_fault_of_one_rank_ends_the_job(kind, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("rank", "kind", "traced"), [(1, OSError, 1), (0, KeyboardInterrupt, 1), (1, KeyboardInterrupt, 0)]
+)
+def test_a_rank_tells_its_error_in_one_piece(rank, kind, traced, monkeypatch):
+    """So that those of several ranks do not mix; and of Ctrl-C only rank 0 prints where it came."""
+    comm, pieces = nnx.distributed.Comm(), []
+    comm.rank, comm.size, comm._except = rank, 2, sys.__excepthook__
+    monkeypatch.setattr(sys.stderr, "write", pieces.append)
+    comm._report(kind, kind("why"), None)
+    (text,) = pieces
+    assert text.startswith(f"nnx: rank {rank} of 2 ends with {kind.__name__}: why\n")
+    assert text.count(f"\n{kind.__name__}: why\n") == traced
+
+
 @needs_mpi
 def test_a_killed_rank_ends_the_job():
     done = run(2, "fault", "SIGKILL", timeout=10)
@@ -259,11 +273,15 @@ def test_the_wrong_launcher_is_named():
 )
 def test_a_missing_piece_is_named(error, message, tmp_path):
     (tmp_path / "mpi4py").mkdir()
-    (tmp_path / "mpi4py" / "__init__.py").write_text("", encoding="utf-8")
+    for name in ("__init__", "run"):
+        (tmp_path / "mpi4py" / f"{name}.py").write_text("", encoding="utf-8")
     (tmp_path / "mpi4py" / "MPI.py").write_text(f"raise {error}\n", encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_python("import nnx; nnx.distributed.init()", PYTHONPATH=path, PMI_SIZE="4")
     assert "the launcher says 4 ranks (PMI_SIZE=4), but " + message in done.stderr
+    # of a launcher that says nothing `-m mpi4py` knows
+    done = run_python("import mpi4py.run, nnx; nnx.distributed.init()", PYTHONPATH=path)
+    assert "the launcher says nothing, but " + message in done.stderr
 
 
 # ---- Trainer ----

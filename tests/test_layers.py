@@ -25,6 +25,12 @@ def test_every_public_layer_has_a_case():
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_every_weight_has_a_name_for_checkpoints(name):
+    layer = CASES[name][0][0]("float32")
+    assert len(getattr(layer, "param_names", ())) >= len(layer.params)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_float16_stays_float16(name):
     make, inputs = CASES[name][0]
     layer = make("float16")

@@ -215,6 +215,19 @@ def test_a_folder_holds_one_training(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_fewer_epochs_than_are_done_are_an_error_and_not_a_fit_of_nothing(tmp_path):
+    start(new_trainer(), tmp_path, 7, *callbacks())
+    trainer = new_trainer()
+    trainer.resume(tmp_path)
+    assert (trainer.current_epoch, trainer.iteration) == (1, 2)
+    before = everything(trainer)
+    with pytest.raises(ValueError, match="saved began 2 epochs; max_epoch counts these too, got 1"):
+        fit(trainer, *callbacks(), epochs=1)
+    assert everything(trainer) == before
+    start(trainer, tmp_path, 8, *callbacks())
+    check_resumed(tmp_path)
+
+
 @pytest.mark.parametrize("setting", ["every_epochs", "every_steps", "keep"])
 def test_settings_of_a_checkpoint_are_looked_at(setting):
     with pytest.raises(ValueError, match=f"Checkpoint: {setting} must be at least 1, got 0"):
@@ -226,8 +239,9 @@ def test_a_damaged_newest_file_gives_way_to_the_one_before(tmp_path):
     *_, before, newest = sorted(tmp_path.glob("epoch*"))
     newest.write_bytes(newest.read_bytes()[:-1])
     trainer = new_trainer()
-    with pytest.warns(RuntimeWarning, match=rf"{newest.name}.*; set aside as {newest.name}\.damaged"):
+    with pytest.warns(RuntimeWarning, match=rf"{newest.name}.*; set aside as {newest.name}\.damaged") as warned:
         assert trainer.resume(tmp_path) == before
+    assert warned[0].filename == __file__  # the line that a user knows
     start(trainer, tmp_path, 3, *callbacks())
     check_resumed(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint in it that is whole"):
@@ -270,6 +284,7 @@ def test_a_full_disk_is_a_warning_and_the_training_goes_on(tmp_path):
         "epoch-0002-step-000000.safetensors",
         "epoch-0003-step-000000.safetensors",
     ]
+    assert {Path(w.filename).name for w in warned} == {"training.py"}  # the line that calls trainer.fit
     assert everything(trainer) == everything(expected)
     assert [p.name for p in tmp_path.iterdir()] == ["epoch-0001-step-000000.safetensors"]
     check_resumed(tmp_path)
