@@ -49,6 +49,7 @@ def main(epochs=300, points=400, seed=0, picture="regression.png"):
         ax.scatter(x, t, s=8, color="0.7", label="points with noise")
         ax.plot(grid, curve(grid), "--", label="the curve")
         ax.plot(grid, fit, label="the fit")
+        ax.set(xlabel="x", ylabel="t")
         ax.legend()
         ax.figure.savefig(picture)
         print(f"picture: {picture}")
