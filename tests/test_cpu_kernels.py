@@ -55,3 +55,32 @@ def test_names_and_arguments_are_those_of_the_reference():
     for name in cpu.__all__:
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(portable, name))
         assert getattr(nnx.kernels, name) is getattr(cpu, name)
+
+
+@pytest.mark.parametrize("size", [8, 40_000])
+def test_sgd_leaves_read_only_parameters_alone(size):
+    p = numpy.ones(size, "float32")
+    p.flags.writeable = False  # as those of numpy.load(..., mmap_mode="r"), where BLAS would end the process
+    with pytest.raises(ValueError, match="read-only"):
+        cpu.sgd([p], [numpy.ones_like(p)], 0.5)
+    assert (p == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f4", ">f8", "<f8"])
+def test_sgd_takes_numbers_of_any_byte_order(dtype):
+    p = numpy.ones(40_000, dtype)
+    cpu.sgd([p], [numpy.full_like(p, 0.5)], 0.5)
+    assert (p == 0.75).all()
+
+
+def test_the_float16_gradient_of_a_scaled_loss_keeps_its_digits():
+    y = numpy.full((512, 2), [0.001, 0.999], "float16")
+    t = numpy.ones(512, int)
+    scaled = cpu.softmax_loss_grad(y, t, 1024.0)
+    numpy.testing.assert_allclose(scaled[:, 0], 2 * y[:, 0], rtol=1e-3)
+
+
+def test_a_loss_of_nothing_is_not_negative():
+    loss, _ = cpu.softmax_loss(numpy.array([[30.0, -30.0]] * 3), numpy.zeros(3, int))
+    assert loss == 0
+    assert not numpy.signbit(loss)
