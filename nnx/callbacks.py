@@ -191,7 +191,7 @@ class Checkpoint:
         for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps), ("keep", keep)):
             if (value is not None or name == "keep") and operator.index(value) < 1:  # type: ignore[arg-type]
                 raise ValueError(f"Checkpoint: {name} must be at least 1, got {value}")
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever a callback goes
         self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
         self.lowest = math.inf
         self.path: Path | None = None
