@@ -392,6 +392,11 @@ def test_a_copy_of_a_trainer_has_the_same_ranks():
     assert results(2, "copies") == [[True, 1], [True, 1]]
 
 
+@needs_mpi
+def test_a_search_over_sizes_keeps_few_buffers():
+    assert results(2, "many") == [nnx.distributed._MODELS] * 2
+
+
 # ---- the benchmark ----
 
 
