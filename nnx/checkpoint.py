@@ -276,6 +276,8 @@ def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collec
             lines.append(f"{name}: in the model, but not in the file")
         elif entry != mine:
             lines.append(f"{name}: {mine[0]} {mine[1]} in the model, {entry[0]} {entry[1]} in the file")
+        elif not getattr(array.flags, "writeable", True):  # which CuPy's arrays all are
+            lines.append(f"{name}: read-only in the model")
     return lines
 
 

@@ -353,6 +353,18 @@ def test_one_error_lists_every_difference_and_nothing_is_loaded(tmp_path):
         numpy.testing.assert_array_equal(p, q)
 
 
+@pytest.mark.skipif(nnx.GPU, reason="CuPy's arrays can all be written to")
+def test_arrays_that_cannot_be_written_to_are_seen_before_any_is(tmp_path):
+    path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3, rng=1)
+    checkpoint.save(path, TwoLayerNet(2, 10, 3, rng=2))
+    model.params[2].flags.writeable = False
+    before = values(model)
+    with pytest.raises(ValueError, match=r"nothing was loaded:\n  layers\.2\.W: read-only in the model"):
+        checkpoint.load(path, model)
+    for p, q in zip(values(model), before, strict=True):
+        numpy.testing.assert_array_equal(p, q)
+
+
 def test_settings_of_an_optimizer_must_be_there_and_of_their_kind(tmp_path):
     path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
     optimizer = nnx.SGD(0.5)
