@@ -44,6 +44,15 @@ def test_the_loss_of_scores_of_any_size(dtype, scale, classes):
     assert (loss.dtype, y.dtype) == (x.dtype, x.dtype)
 
 
+@pytest.mark.parametrize("score", [39, 41, 80, 1e30])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_loss_of_a_sure_mistake(dtype, score):
+    x = numpy.array([[-score, score, 0], [0, score, -score]], dtype)
+    loss, y = cpu.softmax_loss(x, numpy.array([0, 2]))
+    numpy.testing.assert_allclose(loss, 2 * score, rtol=1e-6)
+    numpy.testing.assert_allclose(y[:, 1], 1)
+
+
 @pytest.mark.parametrize("classes", [3, 200])
 @pytest.mark.parametrize("dout", [1, 0.5, numpy.float64(-2), numpy.array(3.0, "float32")])
 def test_the_gradient_of_the_loss_is_scaled(dout, classes):
