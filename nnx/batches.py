@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -11,7 +11,7 @@ import numpy
 from nnx.device import asarray, gather_bytes, to_cpu
 from nnx.np import Array, np
 
-__all__ = ["MeanLoss", "batches", "check_finite", "shares", "sketch"]
+__all__ = ["MeanLoss", "all_finite", "batches", "check_finite", "shares", "sketch"]
 
 
 class MeanLoss:
@@ -90,6 +90,11 @@ def check_finite(name: str, data: Array, dtype: Any) -> Array:
             f"{name} holds NaN or infinity in {data.dtype}, first in row {row}; clean or leave out such rows"
         )
     return data
+
+
+def all_finite(params: Sequence[Array]) -> bool:
+    """Return whether `params` hold neither NaN nor infinity, asking the device once."""
+    return not params or bool(np.stack([np.isfinite(p).all() for p in params]).all())
 
 
 def sketch(data: Array) -> str:

@@ -1,9 +1,10 @@
 """What `Trainer.fit` calls on its way: progress, learning rates, early stopping, best weights, checkpoints.
 
-A callback is an object with some of the methods `on_begin`, `on_step`, `on_evaluate`, `on_epoch`,
-`on_interrupt` and `on_end`, each called with the trainer; `on_interrupt` at the end of the step in which
-a signal came, `on_end` also after an error. `trainer.stop()` ends the training. Attributes that are to go
-into checkpoints are named in `state_names`, a class attribute: numbers, strings, arrays, lists of these.
+A callback is an object with some of the methods `on_begin`, `on_evaluate`, `on_step`, `on_epoch`, `on_save`,
+`on_interrupt` and `on_end`, each called with the trainer; `on_save` after the `on_step` and `on_epoch` of all
+callbacks, when all ranks have heard of a stop, `on_interrupt` next, where a signal has come, `on_end` also
+after an error. `trainer.stop()` ends the training. Attributes that are to go into checkpoints are named in
+`state_names`, a class attribute: numbers, strings, arrays, lists of these.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nnx.np import Array
 
 __all__ = ["Bar", "BestWeights", "Checkpoint", "EarlyStopping", "LearningRate", "Lines", "restore_states", "running"]
 
-_EVENTS = ("on_begin", "on_step", "on_evaluate", "on_epoch", "on_interrupt", "on_end")
+_EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_save", "on_interrupt", "on_end")
 
 
 class Lines:
@@ -175,7 +176,6 @@ class Checkpoint:
         The validation loss of `best.safetensors`.
     """
 
-    last = True  # called after the others, whose state it saves
     state_names = ("lowest",)
 
     def __init__(
@@ -190,7 +190,7 @@ class Checkpoint:
         for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps), ("keep", keep)):
             if (value is not None or name == "keep") and operator.index(value) < 1:  # type: ignore[arg-type]
                 raise ValueError(f"Checkpoint: {name} must be at least 1, got {value}")
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever a callback goes
         self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
         self.lowest = math.inf
         self.path: Path | None = None
@@ -212,21 +212,14 @@ class Checkpoint:
                 "this training begins; go on from it with Trainer.resume, or choose another folder"
             )
 
-    def on_step(self, trainer: Any) -> None:
-        """Save after every `every_steps` steps."""
-        steps = trainer.current_epoch * trainer.max_iter + trainer.iteration
-        if self.every_steps is not None and steps % self.every_steps == 0:
-            self.on_interrupt(trainer)
-
-    def on_epoch(self, trainer: Any) -> None:
-        """Save after every `every_epochs` epochs and after the last one, and the best one."""
-        before, loss = self.lowest, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
-        if self.best and loss < before:
-            self.lowest = loss  # first, as it is saved too
-            if not self._save(trainer, self.folder / "best.safetensors"):
-                self.lowest = before
-        due = self.every_epochs is not None and trainer.current_epoch % self.every_epochs == 0
-        if due or trainer.is_last_epoch:
+    def on_save(self, trainer: Any) -> None:
+        """Save after every `every_steps` steps, every `every_epochs` epochs and the last one; and the best one."""
+        if trainer.iteration:
+            count, every, last = trainer.current_epoch * trainer.max_iter + trainer.iteration, self.every_steps, False
+        else:
+            self._save_best(trainer)
+            count, every, last = trainer.current_epoch, self.every_epochs, trainer.is_last_epoch
+        if last or (every is not None and count % every == 0):
             self.on_interrupt(trainer)
 
     def on_interrupt(self, trainer: Any) -> None:
@@ -236,6 +229,13 @@ class Checkpoint:
             self.path = path
             for old in checkpoint.numbered(self.folder)[: -self.keep]:
                 old.unlink(missing_ok=True)
+
+    def _save_best(self, trainer: Any) -> None:
+        before, loss = self.lowest, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
+        if self.best and loss < before:
+            self.lowest = loss  # first, as it is saved too
+            if not self._save(trainer, self.folder / "best.safetensors"):
+                self.lowest = before
 
     def _save(self, trainer: Any, path: Path) -> bool:
         if trainer.comm.rank > 0:
@@ -254,9 +254,8 @@ def _learned(model: Any) -> list[Array]:
 
 
 @contextlib.contextmanager
-def running(trainer: Any, callbacks: Iterable[Any]) -> Iterator[Callable[[str], None]]:
+def running(trainer: Any, callbacks: list[Any]) -> Iterator[Callable[[str], None]]:
     """Begin the callbacks, yield what calls those that have a method for an event, and end those that began."""
-    callbacks = sorted(callbacks, key=lambda c: getattr(c, "last", False))
     for callback in callbacks:
         if not any(hasattr(callback, event) for event in _EVENTS):
             raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")

@@ -44,8 +44,9 @@ def save(
     """Write the arrays of `model` to the safetensors file `path`, with what `optimizer` and `trainer` remember.
 
     The file is written beside `path`, flushed to the disk and renamed: whatever happens, `path` is the old file
-    or the new one. Settings of the layers, the versions of the libraries and a digest of everything stand in its
-    metadata, which `safetensors.safe_open(path, "np").metadata()` returns.
+    or the new one. It keeps the rights of the old one, and a link stays one. Settings of the layers, the versions
+    of the libraries and a digest of everything stand in its metadata, which
+    `safetensors.safe_open(path, "np").metadata()` returns.
 
     Parameters
     ----------
@@ -141,7 +142,7 @@ def load(
             differences += compare("trainer", trainer.state(), progress)
         if differences:
             raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
-        values = {name: asarray(file.read(name)) for name in targets}
+        values = {name: np.asarray(file.read(name)) for name in targets}
     restore = trainer.restoring(path, progress) if trainer is not None else None
     for name, array in targets.items():
         array[...] = values[name]
@@ -231,15 +232,17 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | numpy.generic | numpy.ndarray | Array)
 
 
-def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yield with their paths the layers that attributes of `layer` hold, alone or in lists, and then itself."""
-    seen.add(id(layer))
-    for name, value in getattr(layer, "__dict__", {}).items():
-        several = isinstance(value, list | tuple)
-        for i, inner in enumerate(value if several else [value]):
-            if hasattr(inner, "forward") and hasattr(inner, "params") and id(inner) not in seen:
-                yield from _walk(inner, f"{path}{name}.{i}." if several else f"{path}{name}.", seen)
-    yield path, layer
+def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield with their paths the layers that attributes of one hold, alone or in lists and dicts, and then itself."""
+    several = isinstance(value, dict | list | tuple)
+    if id(value) in seen or not (several or not path or (hasattr(value, "forward") and hasattr(value, "params"))):
+        return
+    seen.add(id(value))
+    inside = value if isinstance(value, dict) else dict(enumerate(value)) if several else getattr(value, "__dict__", {})
+    for name, inner in inside.items():
+        yield from _walk(inner, f"{path}{name}.", seen)
+    if not several:
+        yield path, value
 
 
 def _settings(model: Any) -> dict[str, Any]:
@@ -280,6 +283,8 @@ def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collec
             lines.append(f"{name}: in the model, but not in the file")
         elif entry != mine:
             lines.append(f"{name}: {mine[0]} {mine[1]} in the model, {entry[0]} {entry[1]} in the file")
+        elif not getattr(array.flags, "writeable", True):  # which CuPy's arrays all are
+            lines.append(f"{name}: read-only in the model")
     return lines
 
 
@@ -304,6 +309,8 @@ def _listed(names: Collection[str]) -> str:
 
 def _kind(value: Any) -> str:
     """Say what `value` is, as far as another value must be alike."""
+    if isinstance(value, numpy.generic):
+        value = value.item()  # as `_pack` saves it
     if isinstance(value, Array | numpy.ndarray):
         return f"an array of {value.dtype.name} with {value.ndim} axes"
     kinds = {str: "a string", list: "a list", tuple: "a list", dict: "a dict", int: "a number", float: "a number"}

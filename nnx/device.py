@@ -101,7 +101,7 @@ def check_weights(name: str, **weights: Any) -> None:
     and integer weights would swallow their gradients.
     """
     for argument, weight in weights.items():
-        if not isinstance(weight, Array) or weight.dtype.kind != "f":
+        if not isinstance(weight, Array) or weight.dtype.kind != "f" or not weight.dtype.isnative:
             raise TypeError(
                 f"{name}: {argument} must be a {np.__name__} array of a floating dtype, got {_kind(weight)}; "
                 f"make it with nnx.asarray({argument}, dtype='float32')"

@@ -45,6 +45,7 @@ __all__ = ["Comm", "init"]
 
 # What the launchers tell a process about the number of ranks: MPICH and Intel, Open MPI, srun, torchrun.
 _LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
+_MODELS = 4  # that are trained in turns, for each of which a buffer is kept
 _PATIENCE = 5  # seconds, for which a rank that failed lets the others save what they have
 
 
@@ -210,6 +211,8 @@ class Comm:
             return list(grads), [float(s) for s in scalars]
         layout = (tuple((g.shape, g.dtype) for g in grads), len(scalars))
         if layout not in self._plans:
+            if len(self._plans) == _MODELS:
+                del self._plans[next(iter(self._plans))]
             self._plans[layout] = _plan(grads, len(scalars), pin=not self.cuda_aware and self._nccl is None)
         views, flats = self._plans[layout]
         for g, view in zip(grads, views, strict=True):

@@ -61,22 +61,22 @@ def write(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str
     """
     import tempfile  # noqa: PLC0415 - as in _digest
 
-    library = require()
+    library, target = require(), path.resolve()  # not the link that `path` may be
     arrays = {name: numpy.asarray(a, order="C") for name, a in arrays.items()}
     for name, a in arrays.items():
         if a.dtype.name not in _DTYPES.values():
             raise TypeError(f"{path}: {name} is {a.dtype}, which safetensors files cannot hold")
     digest = _digest(metadata, {n: (a.dtype.name, a.shape, [_little(a)]) for n, a in arrays.items()})
     try:
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=target.parent) as folder:
             file = Path(folder, path.name)
-            file.touch()
-            mode = stat.S_IMODE(file.stat().st_mode)  # that of any new file, where the library's would be private
+            file.touch()  # as any new file, where the library's would be private
+            mode = stat.S_IMODE((target if target.exists() else file).stat().st_mode)
             library.save_file(arrays, file, {**metadata, _DIGEST: digest})
             file.chmod(mode)
             _flush(file)
-            file.replace(path)
-        _flush(path.parent)
+            file.replace(target)
+        _flush(target.parent)
     except Exception as error:  # the library's own hold the system's words, but not its class
         raise OSError(f"{path}: not saved: {error}") from error
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy
 
 from nnx import checkpoint
-from nnx.batches import MeanLoss, batches, check_finite, shares, sketch
+from nnx.batches import MeanLoss, all_finite, batches, check_finite, shares, sketch
 from nnx.callbacks import Bar, Lines, restore_states, running
 from nnx.device import asarray, check_rows, fits, to_cpu
 from nnx.distributed import Comm
 from nnx.initializers import check_state, generator, get_state, set_state
-from nnx.np import Array, np
+from nnx.np import Array
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_loss
 from nnx.shared import Shared
@@ -27,7 +27,6 @@ from nnx.signals import Stop, postponed
 __all__ = ["Trainer", "remove_duplicate"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 _COUNTS = ("epoch", "iteration", "begun", "stop", "rows", "batch_size", "max_iter")
 
 
@@ -68,8 +67,7 @@ class Trainer:
         self.validation: tuple[Any, Any] | None = None
         self.current_epoch = self.iteration = self.max_iter = self.max_epoch = 0
         self.comm = comm or Comm()  # one rank
-        self._stop = False
-        self._asked = 0  # the signal that the ranks have told each other of
+        self._stop, self._asked = False, 0  # and the signal that the ranks have told each other of
         self._losses = MeanLoss()
         self._begun: int | None = None  # the epochs finished when the fit began that is not yet at its end
         self._plan: Any = (0, 0, 0)  # rows, rows of a batch and steps of an epoch
@@ -112,8 +110,8 @@ class Trainer:
         verbose : bool or None
             None shows a progress bar on a terminal and lines of text elsewhere; True lines, False nothing.
         callbacks : iterable of objects
-            See `nnx.callbacks`; one of yours has any of on_begin, on_step, on_evaluate, on_epoch, on_interrupt
-            and on_end.
+            See `nnx.callbacks`; one of yours has any of on_begin, on_evaluate, on_step, on_epoch, on_save,
+            on_interrupt and on_end.
 
         Raises
         ------
@@ -128,12 +126,13 @@ class Trainer:
         """
         x, t = self._check_data("Trainer.fit", x, t)
         _check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
+        checked = () if validation is None else self._check_data("Trainer.fit: validation", *validation)
         if validation is not None:
-            self._check_data("Trainer.fit: validation", *validation)
             self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         callbacks, comm = list(callbacks), self.comm
-        self._join(x, t, max_epoch, batch_size, max_grad, eval_interval, validation is not None, drop_last)
+        numbers = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
+        self._join((x, t), checked, **numbers, eval_interval=eval_interval, drop_last=drop_last)
         self._begin(callbacks, max_epoch, (len(x), batch_size, max_iter))
         self.eval_interval, self.validation = eval_interval, validation
         if verbose is not False and comm.rank == 0:
@@ -145,18 +144,18 @@ class Trainer:
 
             def boundary(event: str) -> None:
                 call(event)
-                if comm.size > 1:
-                    if event == "on_epoch":
-                        self._hear(comm.sum(*self._wishes(stop)))
-                    if not self._asked:
-                        return
-                    stop.pending = self._asked
-                if stop.pending:
+                if event == "on_epoch":
+                    self._compare()
+                    self._hear(comm.sum(*self._wishes(stop)))
+                call("on_save")
+                if pending := self._asked if comm.size > 1 else stop.pending:
+                    stop.pending = pending
                     call("on_interrupt")
                     comm.barrier()  # until rank 0 has saved
                     stop.leave()
 
             self._resumed = None  # only now: where a callback cannot begin, fit may be tried again
+            self._hear(comm.sum(*self._wishes(stop)))  # also what callbacks that began wish for
             try:
                 while self.current_epoch < self.max_epoch and (self.iteration or not self._stop):
                     if not self.iteration:  # else what a checkpoint in the middle of the epoch left
@@ -180,7 +179,7 @@ class Trainer:
                     f"of {self.max_iter} iterations; fit again to go on from these weights, or resume a checkpoint"
                 ) from error
             self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
-            if losses.totals and not _all_finite(self.model.params):
+            if losses.totals and not all_finite(self.model.params):
                 raise FloatingPointError(
                     "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
                 )
@@ -213,6 +212,9 @@ class Trainer:
     def is_last_epoch(self) -> bool:
         """Whether `fit` ends when the epoch's callbacks have been called."""
         return self._stop or self.current_epoch >= self.max_epoch
+
+    def __getstate__(self) -> dict[str, Any]:  # the callbacks of a fit at work may be no data
+        return {**vars(self), "_callbacks": []}
 
     def state(self) -> dict[str, Any]:
         """Return all that another trainer needs to go on alike: numbers, arrays and lists."""
@@ -293,21 +295,26 @@ class Trainer:
         self._callbacks, self._plan = callbacks, plan
         self.max_iter, self.max_epoch = plan[2], self._begun + max_epoch
 
-    def _join(self, x: Array, t: Array, *settings: Any) -> None:
+    def _join(self, data: Sequence[Array], validation: Sequence[Array], **settings: Any) -> None:
         """See that all ranks are about to do the same, and give them the weights of rank 0."""
         if self.comm.size == 1:
             return
-        names = ("max_epoch", "batch_size", "max_grad", "eval_interval", "validation", "drop_last")
-        numbers = {n: value for n, value in vars(self.optimizer).items() if isinstance(value, int | float)}
+        numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
         self.comm.agree(
             "Trainer.fit",
-            x=sketch(x),
-            t=sketch(t),
-            **dict(zip(names, settings, strict=True)),
+            **dict(zip("xt", map(sketch, data), strict=True)),
+            validation=" and ".join(map(sketch, validation)) or None,
+            **settings,
             optimizer=f"{type(self.optimizer).__name__} {numbers}",
             begin=f"epoch {self.current_epoch}, step {self.iteration}",
         )
         self.comm.broadcast(self.model.params)
+
+    def _compare(self) -> None:
+        """See that all ranks have the same weights, which a callback or an optimizer unlike the others' would part."""
+        if self.comm.size > 1:
+            sketches = {f"params[{i}]": sketch(p.reshape(-1)) for i, p in enumerate(self.model.params)}
+            self.comm.agree(f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **sketches)
 
     def _step(self, x: Array, t: Array, rows: int, shared: Shared, max_grad: float | None, stop: Stop) -> Any:
         loss: Any = 0.0
@@ -356,7 +363,7 @@ class Trainer:
         """Append the mean loss to `loss_list`, and raise if it or a parameter is no number."""
         loss = losses.take()
         self.loss_list.append(loss)
-        if not (math.isfinite(loss) and _all_finite(self.model.params)):
+        if not (math.isfinite(loss) and all_finite(self.model.params)):
             first = max(1, self.iteration - (self.eval_interval or 1) + 1)
             raise FloatingPointError(
                 f"Trainer: the loss is {loss} or a parameter is infinite or NaN in epoch {self.current_epoch + 1}, "
@@ -379,19 +386,12 @@ def _left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:
     return max(0, min(rows, max_iter * batch_size) - iteration * batch_size) if iteration else 0
 
 
-def _check_settings(
-    rows: int, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: int | None
-) -> None:
+def _check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float | None, interval: int | None) -> None:
     if operator.index(max_epoch) < 0:
         raise ValueError(f"Trainer.fit: max_epoch must be at least 0, got {max_epoch}")
     if not 1 <= operator.index(batch_size) <= rows:
         raise ValueError(f"Trainer.fit: batch_size must be 1 to {rows}, the number of rows, got {batch_size}")
     if max_grad is not None and not max_grad > 0:
         raise ValueError(f"Trainer.fit: max_grad must be positive, or None, got {max_grad}")
-    if eval_interval is not None and operator.index(eval_interval) < 1:
-        raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
-
-
-def _all_finite(params: Sequence[Array]) -> bool:
-    """Return whether all parameters are numbers, asking the device once."""
-    return not params or bool(np.stack([np.isfinite(p).all() for p in params]).all())
+    if interval is not None and operator.index(interval) < 1:
+        raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {interval}")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy
@@ -200,6 +201,22 @@ def stopped(comm, how):
 
 
 @job
+def wish(comm, event, folder):
+    """Let rank 1 alone call stop at an event, and return where each rank has stopped and what is saved."""
+
+    class Wish:
+        def __getattr__(self, name):
+            if name != event:
+                raise AttributeError(name)
+            return lambda trainer: trainer.stop() if comm.rank == 1 else None
+
+    trainer = new_trainer(comm)
+    trainer.fit(*data(), 3, 50, verbose=False, callbacks=[Checkpoint(folder, every_epochs=2), Wish()])
+    comm.barrier()
+    return [trainer.current_epoch, sorted(path.name for path in Path(folder).iterdir())]
+
+
+@job
 def saved(comm, folder, kind):
     """Train with checkpoints, from the newest one if there is any; at step 8 the last rank may fail."""
 
@@ -246,6 +263,18 @@ def long(comm, folder, kill):
 
 
 @job
+def many(comm):
+    """Train models of many sizes, and return how many of their buffers are still there."""
+    buffers = []
+    for hidden in range(10, 20):
+        grads = net(0, hidden).grads
+        view = comm.reduce(grads, 1 / comm.size)[0][0]
+        buffers.append(weakref.ref(view.base if view.base is not None else view))
+    del view
+    return sum(buffer() is not None for buffer in buffers)
+
+
+@job
 def copies(comm):
     together, alone = new_trainer(comm), Trainer(net(0), SGD())
     return copy.deepcopy(together).comm is comm, copy.deepcopy(alone).comm.size
@@ -258,8 +287,11 @@ def unlike(comm, what):
     x, t = data(299 if what == "rows" and last else 300)
     if what == "numbers" and last:
         x = x[::-1]
-    trainer = new_trainer(comm, lr=0.2 if what == "lr" and last else 0.1)
-    trainer.fit(x, t, 1, 49 if what == "batch size" and last else 50, verbose=False)
+    trainer = new_trainer(comm, lr=numpy.float32(0.2) if what == "lr" and last else numpy.float32(0.1))
+    validation = [a[1:] if what == "validation" and last else a for a in (x, t)]
+    callbacks = [AtStep(comm, comm.size - 1, 2, lambda: setattr(trainer.optimizer, "lr", 0.2))] if what == "way" else []
+    batch_size = 49 if what == "batch size" and last else 50
+    trainer.fit(x, t, 1, batch_size, validation=validation, verbose=False, callbacks=callbacks)
 
 
 class FakeNccl:

@@ -9,7 +9,7 @@ import pytest
 from training import everything, fit, new_model, new_trainer, values, with_header
 
 import nnx
-from nnx import Affine, Dropout, Embedding, MatMul, ReLU, Sequential, TwoLayerNet, checkpoint, np, to_cpu
+from nnx import Affine, BatchNorm, Dropout, Embedding, MatMul, ReLU, Sequential, TwoLayerNet, checkpoint, np, to_cpu
 from nnx.callbacks import Checkpoint
 from nnx.device import asarray
 
@@ -123,6 +123,39 @@ def test_two_arrays_of_one_name_are_an_error_and_not_one_array(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Branches:
+    """A reader's net with its layers in a dict, and lists in it."""
+
+    def __init__(self, seed):
+        norms = [BatchNorm(np.ones(2), np.zeros(2)) for _ in range(2)]
+        self.layers = {"first": norms[0], "blocks": [[ReLU()], [norms[1], Dropout(0.5, rng=seed)]]}
+        self.layers["again"] = self.layers  # is not walked round and round
+        self.params, self.grads = [p for n in norms for p in n.params], [g for n in norms for g in n.grads]
+
+
+def test_layers_in_dicts_and_lists_of_lists_keep_their_state(tmp_path):
+    path, net, other = tmp_path / "net.safetensors", Branches(1), Branches(2)
+    norm, dropout = net.layers["blocks"][1]
+    norm.forward(np.asarray([[1.0, 2.0], [3.0, 5.0]]))
+    checkpoint.save(path, net)
+    assert "layers.blocks.1.0.running_var" in header(path)
+    checkpoint.load(path, other)
+    loaded, second = other.layers["blocks"][1]
+    assert to_cpu(loaded.running_mean).tolist() == to_cpu(norm.running_mean).tolist() != [0, 0]
+    assert second.seed == dropout.seed
+
+
+def test_what_is_saved_loads_complex_weights_and_numpys_numbers_too(tmp_path):
+    path, net, other = tmp_path / "net.safetensors", OwnNet(1), OwnNet(2)
+    for model, value in ((net, 1j), (other, 0)):
+        model.params.append(np.full(3, value, "complex64"))
+    optimizer, second = nnx.SGD(numpy.float32(0.5)), nnx.SGD(numpy.float32(0.1))
+    checkpoint.save(path, net, optimizer)
+    checkpoint.load(path, other, second)
+    assert_equal(other, net)
+    assert second.lr == 0.5
+
+
 class OwnOptimizer:
     """A reader's optimizer: what it remembers are attributes; some cannot be saved, and stay."""
 
@@ -180,6 +213,21 @@ def test_a_file_has_the_rights_of_any_new_one(tmp_path):
     checkpoint.save(path, TwoLayerNet(2, 10, 3))
     plain.touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights and links of Unix")
+def test_a_file_keeps_its_rights_and_a_link_its_target(tmp_path):
+    (tmp_path / "there").mkdir()
+    path, link = tmp_path / "there" / "net.safetensors", tmp_path / "link.safetensors"
+    checkpoint.save(path, TwoLayerNet(2, 10, 3, rng=1))
+    path.chmod(0o600)
+    link.symlink_to(path)
+    model, other = TwoLayerNet(2, 10, 3, rng=2), TwoLayerNet(2, 10, 3, rng=3)
+    checkpoint.save(link, model)
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    checkpoint.load(path, other)
+    assert_equal(other, model)
 
 
 # PyTorch
@@ -310,6 +358,18 @@ def test_one_error_lists_every_difference_and_nothing_is_loaded(tmp_path):
         "  layers.2.calls: in the file, but not here",
         "  optimizer: Momentum here, Adam in the file",
     ]
+    for p, q in zip(values(model), before, strict=True):
+        numpy.testing.assert_array_equal(p, q)
+
+
+@pytest.mark.skipif(nnx.GPU, reason="CuPy's arrays can all be written to")
+def test_arrays_that_cannot_be_written_to_are_seen_before_any_is(tmp_path):
+    path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3, rng=1)
+    checkpoint.save(path, TwoLayerNet(2, 10, 3, rng=2))
+    model.params[2].flags.writeable = False
+    before = values(model)
+    with pytest.raises(ValueError, match=r"nothing was loaded:\n  layers\.2\.W: read-only in the model"):
+        checkpoint.load(path, model)
     for p, q in zip(values(model), before, strict=True):
         numpy.testing.assert_array_equal(p, q)
 

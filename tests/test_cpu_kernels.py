@@ -44,6 +44,15 @@ def test_the_loss_of_scores_of_any_size(dtype, scale, classes):
     assert (loss.dtype, y.dtype) == (x.dtype, x.dtype)
 
 
+@pytest.mark.parametrize("score", [39, 41, 80, 1e30])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_loss_of_a_sure_mistake(dtype, score):
+    x = numpy.array([[-score, score, 0], [0, score, -score]], dtype)
+    loss, y = cpu.softmax_loss(x, numpy.array([0, 2]))
+    numpy.testing.assert_allclose(loss, 2 * score, rtol=1e-6)
+    numpy.testing.assert_allclose(y[:, 1], 1)
+
+
 @pytest.mark.parametrize("classes", [3, 200])
 @pytest.mark.parametrize("dout", [1, 0.5, numpy.float64(-2), numpy.array(3.0, "float32")])
 def test_the_gradient_of_the_loss_is_scaled(dout, classes):
@@ -55,3 +64,32 @@ def test_names_and_arguments_are_those_of_the_reference():
     for name in cpu.__all__:
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(portable, name))
         assert getattr(nnx.kernels, name) is getattr(cpu, name)
+
+
+@pytest.mark.parametrize("size", [8, 40_000])
+def test_sgd_leaves_read_only_parameters_alone(size):
+    p = numpy.ones(size, "float32")
+    p.flags.writeable = False  # as those of numpy.load(..., mmap_mode="r"), where BLAS would end the process
+    with pytest.raises(ValueError, match="read-only"):
+        cpu.sgd([p], [numpy.ones_like(p)], 0.5)
+    assert (p == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f4", ">f8", "<f8"])
+def test_sgd_takes_numbers_of_any_byte_order(dtype):
+    p = numpy.ones(40_000, dtype)
+    cpu.sgd([p], [numpy.full_like(p, 0.5)], 0.5)
+    assert (p == 0.75).all()
+
+
+def test_the_float16_gradient_of_a_scaled_loss_keeps_its_digits():
+    y = numpy.full((512, 2), [0.001, 0.999], "float16")
+    t = numpy.ones(512, int)
+    scaled = cpu.softmax_loss_grad(y, t, 1024.0)
+    numpy.testing.assert_allclose(scaled[:, 0], 2 * y[:, 0], rtol=1e-3)
+
+
+def test_a_loss_of_nothing_is_not_negative():
+    loss, _ = cpu.softmax_loss(numpy.array([[30.0, -30.0]] * 3), numpy.zeros(3, int))
+    assert loss == 0
+    assert not numpy.signbit(loss)

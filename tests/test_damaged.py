@@ -186,7 +186,10 @@ FORGED = {
     "fewer rows than are left": lambda told, arrays: arrays.update({"trainer.order": numpy.arange(3)}),
     "a step that is none": lambda told, arrays: told["trainer"].update(iteration=-1),
     "half a step": lambda told, arrays: told["trainer"].update(iteration=2.5),
-    "a step after the last": lambda told, arrays: told["trainer"].update(iteration=99),
+    "a step after the last": lambda told, arrays: (
+        told["trainer"].update(iteration=99),
+        arrays.update({"trainer.order": numpy.zeros(0, int)}),
+    ),
     "callbacks that are none": lambda told, arrays: told["trainer"].update(callbacks=[3]),
     "losses of another shape": lambda told, arrays: arrays.update({"trainer.val_list": numpy.zeros((3, 3))}),
     "mean losses of another shape": lambda told, arrays: arrays.update({"trainer.losses": numpy.zeros((3, 2))}),
@@ -225,6 +228,17 @@ def test_a_file_with_a_right_digest_is_not_trusted_either(what, tmp_path):
     with pytest.raises(ValueError, match=r"net\.safetensors"):
         trainer.resume(path)
     assert everything(trainer) == before
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"F64"', b'"I64"'), (b"[2,3]", b"[3,2]"), (b"numbers", b"letters")])
+def test_the_digest_is_of_dtypes_shapes_and_metadata_too(old, new, tmp_path):
+    path = tmp_path / "net.safetensors"
+    nnx.storage.write(path, {"a": numpy.ones((2, 3))}, {"what": "numbers"})
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(ValueError, match="its digest is not that"), nnx.storage.opened(path):
+        pass
 
 
 class Evil:

@@ -340,6 +340,14 @@ def test_all_ranks_stop_together(how, place, ending):
 
 
 @needs_mpi
+@pytest.mark.parametrize(("event", "epochs"), [("on_begin", 0), ("on_evaluate", 1), ("on_step", 1), ("on_epoch", 1)])
+def test_a_stop_on_one_rank_is_every_ranks_and_saved(event, epochs, tmp_path):
+    pytest.importorskip("safetensors")
+    files = [f"epoch-{epochs:04d}-step-000000.safetensors"] if epochs else []
+    assert results(2, "wish", event, tmp_path) == [[epochs, files]] * 2
+
+
+@needs_mpi
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT", "exception", "sys.exit"])
 def test_a_checkpoint_outlives_its_ranks_and_goes_on_with_another_number(kind, tmp_path):
     pytest.importorskip("safetensors")
@@ -386,7 +394,9 @@ def test_a_training_survives_kills_at_any_moment(seed, tmp_path):
         ("rows", "Trainer.fit: x must be the same on all ranks, but is (300, 20) float32 of checksum"),
         ("numbers", "Trainer.fit: x must be the same on all ranks, but is (300, 20) float32 of checksum"),
         ("batch size", "Trainer.fit: batch_size must be the same on all ranks, but is 50 on rank 0 and 49 on rank 1"),
-        ("lr", "Trainer.fit: optimizer must be the same on all ranks, but is Momentum {'lr': 0.1"),
+        ("lr", "Trainer.fit: optimizer must be the same on all ranks, but is Momentum {'lr': np.float32(0.1)"),
+        ("validation", "Trainer.fit: validation must be the same on all ranks, but is (300, 20) float32 of checksum"),
+        ("way", "Trainer.fit, in epoch 1 the ranks went apart: params[0] must be the same on all ranks, but is (600,)"),
     ],
 )
 def test_a_trainer_wants_the_same_of_all_ranks(what, message):
@@ -398,6 +408,11 @@ def test_a_trainer_wants_the_same_of_all_ranks(what, message):
 @needs_mpi
 def test_a_copy_of_a_trainer_has_the_same_ranks():
     assert results(2, "copies") == [[True, 1], [True, 1]]
+
+
+@needs_mpi
+def test_a_search_over_sizes_keeps_few_buffers():
+    assert results(2, "many") == [nnx.distributed._MODELS] * 2
 
 
 # ---- the benchmark ----

@@ -164,6 +164,12 @@ def test_affine_refuses_weights(W, b, error, words):
         Affine(W, b)
 
 
+@pytest.mark.skipif(nnx.GPU, reason="CuPy has no other byte order")
+def test_weights_of_a_foreign_byte_order_are_refused_at_once():
+    with pytest.raises(TypeError, match=r"Affine: W must be .* got numpy.ndarray of >f4; make it with nnx.asarray"):
+        Affine(np.ones((2, 3), ">f4"), np.zeros(3, ">f4"))  # BLAS would not write their gradients
+
+
 @pytest.mark.skipif(not nnx.GPU, reason="without NNX_GPU=1 host arrays are the arrays of the active module")
 def test_host_weights_are_refused_on_the_gpu():
     with pytest.raises(

@@ -153,7 +153,7 @@ def steps_by_hand(name, p, gradients):
     return p
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 4), (300, 300)])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 4), (300, 300)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_by_hand(name, shape, rng):
     gradients = rng.standard_normal((4, *shape))

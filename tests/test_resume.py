@@ -228,6 +228,13 @@ def test_fewer_epochs_than_are_done_are_an_error_and_not_a_fit_of_nothing(tmp_pa
     check_resumed(tmp_path)
 
 
+def test_a_folder_stays_where_it_was_when_a_callback_goes_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fit(new_trainer(), At(2, lambda: monkeypatch.chdir("elsewhere")), Checkpoint("folder"), epochs=1)
+    assert [p.name for p in tmp_path.glob("folder/epoch*")] == ["epoch-0001-step-000000.safetensors"]
+
+
 @pytest.mark.parametrize("setting", ["every_epochs", "every_steps", "keep"])
 def test_settings_of_a_checkpoint_are_looked_at(setting):
     with pytest.raises(ValueError, match=f"Checkpoint: {setting} must be at least 1, got 0"):

@@ -117,7 +117,7 @@ def test_callbacks_are_told_everything_in_order():
     trainer.fit(*spiral(), 2, 150, eval_interval=2, verbose=False, callbacks=[recorder])
     first, second = trainer.loss_list
     assert recorder.events == ["begin", first, (0, 1), (0, 2), "epoch", second, (1, 1), (1, 2), "epoch", "end"]
-    with pytest.raises(TypeError, match="a callback needs one of on_begin, on_step"):
+    with pytest.raises(TypeError, match="a callback needs one of on_begin, on_evaluate"):
         trainer.fit(*spiral(), callbacks=[print])
 
 
@@ -391,6 +391,16 @@ def test_a_copy_of_a_trainer_goes_on_alike(rng):
     assert trainer.current_epoch == 0
 
 
+def test_a_trainer_can_be_copied_from_a_callback_whose_neighbours_cannot():
+    copies = []
+    trainer = new_trainer()
+    once = Once(3, lambda: copies.extend([copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))]))
+    trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[LearningRate(lambda step: 0.1), once])
+    for other in copies:
+        other.fit(*spiral(), 1, 30, verbose=False)
+        assert other.current_epoch == 1
+
+
 def tied():
     """A net whose last layer is the first one transposed, and its twin with the gradient by hand."""
     W = np.asarray(numpy.random.default_rng(0).standard_normal((3, 3)) * 0.5)
@@ -532,7 +542,7 @@ def test_a_second_ctrl_c_does_not_wait(ctrl_c):
         ctrl_c()
         raise AssertionError("the second one did not interrupt")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 1 of"):  # and no third is sent
         trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[Once(1, twice)])
 
 

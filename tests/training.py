@@ -120,16 +120,14 @@ def with_header(words, data=b""):
 
 
 class At:
-    """Calls a function at the end of one step, after the other callbacks."""
-
-    last = True
+    """Calls a function at the end of one step, after the callbacks before it have saved."""
 
     def __init__(self, step, function):
         self.step, self.function = step, function
 
-    def on_step(self, trainer):
-        self.step -= 1
-        if self.step == 0:
+    def on_save(self, trainer):
+        self.step -= trainer.iteration > 0
+        if self.step == 0 and trainer.iteration:
             self.function()
 
 

@@ -108,16 +108,16 @@ def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
         return portable.softmax_loss(x, t)
     if not (x.item(x.argmax()) < _MODERATE and x.item(x.argmin()) > -_MODERATE):
         return portable.softmax_loss(x, t)
-    starts, mean, sums, _, _ = _constants(*x.shape, x.dtype)
+    starts, minus_mean, sums, _, _ = _constants(*x.shape, x.dtype)
     y = numpy.exp(x)
     total = y.dot(sums)
     y /= total if total.ndim == 2 else total[:, None]
-    return -mean.dot(numpy.log(y.take(starts + t))), y
+    return minus_mean.dot(numpy.log(y.take(starts + t))), y
 
 
 def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
     """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` by x."""
-    if y.ndim != 2:
+    if y.ndim != 2 or y.itemsize == 2:  # float16, in which y / N may vanish before a large dout scales it
         return portable.softmax_loss_grad(y, t, dout)
     _, _, _, share, one_hot = _constants(*y.shape, y.dtype)
     dx = y * share
@@ -178,8 +178,8 @@ def _elementwise(function: Callable[..., Any], *arrays: Array) -> None:
 def _add(y: Array, a: float, x: Array) -> bool:
     """Let BLAS do y += a * x; return False where it cannot."""
     axpy = _axpy(y.dtype)
-    if not axpy or x.dtype != y.dtype or not (x.flags.c_contiguous and y.flags.c_contiguous):
-        return False
+    if not axpy or x.dtype != y.dtype or not (x.flags.c_contiguous and y.flags.carray):
+        return False  # carray: writeable as well, which BLAS would not ask
     axpy(y.size, a, x.ctypes.data, 1, y.ctypes.data, 1)
     return True
 
@@ -187,7 +187,8 @@ def _add(y: Array, a: float, x: Array) -> bool:
 @functools.cache
 def _axpy(dtype: Any) -> Any:
     """Return y += a * x from the BLAS that NumPy has loaded, or None if it shows no such function."""
-    letter, real = {"f": ("s", ctypes.c_float), "d": ("d", ctypes.c_double)}.get(dtype.char, (None, None))
+    types = {numpy.dtype("f"): ("s", ctypes.c_float), numpy.dtype("d"): ("d", ctypes.c_double)}
+    letter, real = types.get(dtype, (None, None))  # None for the other byte order too
     try:
         library = ctypes.CDLL(importlib.import_module("numpy._core._multiarray_umath").__file__)
     except (ImportError, OSError, TypeError):
@@ -216,13 +217,13 @@ def _ones(n: int, dtype: Any) -> Array:
 
 @functools.lru_cache(maxsize=16)
 def _constants(n: int, classes: int, dtype: Any) -> tuple[Array, Array, Array, Array, Array | None]:
-    """Return where n rows start in memory, what averages n numbers and sums rows, 1 / n, and rows of one-hot / n."""
+    """Return where n rows start in memory, what makes -mean and the sums of rows, 1 / n, and rows of one-hot / n."""
     few = classes <= _FEW_CLASSES
     share = numpy.full((), 1 / n, dtype)
     sums = numpy.ones((classes, classes) if few else classes, dtype)  # a square matrix: the sum in every column
     return (
         numpy.arange(n) * classes,
-        numpy.broadcast_to(share, n).copy(),
+        numpy.full(n, -share),
         sums,
         share,
         numpy.eye(classes, dtype=dtype) * share if few else None,

@@ -201,8 +201,7 @@ def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: flo
         step = lr * g
         v *= momentum
         v -= step
-        np.subtract(momentum * v, step, out=step)
-        np.add(p, step, out=p)
+        np.add(p, momentum * v - step, out=p)
 
 
 def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float) -> None:
