@@ -41,6 +41,7 @@ GROUPS = {
     **dict.fromkeys(("import", *JOBS), WHOLE),  # the book imports NumPy, and nothing else
 }
 BASES = ["nnx", "floor"]
+PAUSE = 0.15  # seconds: OpenBLAS's threads spin for a tenth of a second after their last call, on the next one's cores
 HEAD = ["", "median (quartiles)", "times nnx", "times the floor", "peak memory"]
 CUDA = ["cupy-cuda12x", "cupy-cuda13x", "cuda-toolkit[cublas,cudart,curand,nvrtc]"] if GPU else []
 INSTALLED = {  # what each asks of an empty environment
@@ -84,7 +85,7 @@ def turns(rows, rounds, measure):
     rows = [row for row in rows if "note" not in row]
     for _ in range(rounds):
         for row in rows:
-            time.sleep(0.02)  # until the threads of the one before have stopped spinning
+            time.sleep(PAUSE)
             row["seconds"].append(measure(row))
         rows.reverse()
 
