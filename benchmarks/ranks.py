@@ -5,8 +5,8 @@
 Steps of the net 784-512-10 in float32 on batches of N rows: by one process with all cores, and by R
 ranks with a slice each. A ratio is the median of the blocks' own ratios; the variants of a block are
 timed one after the other in the same processes, and the slowest rank's time counts; the processes are
-started four times. Beside what was
-measured stands what a ring all-reduce of S bytes should cost on paper.
+started four times. Beside what was measured stands what a ring all-reduce of S bytes should cost on
+paper.
 """
 
 import argparse
