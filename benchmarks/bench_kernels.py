@@ -41,6 +41,9 @@ def arguments(kernel, shape):
         "eps": 1e-7,
         "shrink": 1.0,
         "max_norm": 1.0,
+        "ratio": 0.5,
+        "seed": 1,
+        "call": 1,
     }
     return [known[letter] for letter in inspect.signature(getattr(portable, kernel)).parameters]
 
