@@ -320,6 +320,7 @@ class Comm:
                 sys.stderr.write(f"nnx: rank {self.rank} of {self.size} {why}: the job is aborted\n")
                 sys.stdout.flush()
                 sys.stderr.flush()
+                time.sleep(1)  # an aborting launcher drops what it has not read yet, and may be busy
                 self.mpi.Abort(1)
             time.sleep(min(0.05, 0.001 + late / 10))
         self._window.Free()
