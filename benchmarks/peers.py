@@ -254,12 +254,12 @@ def steps(make, dtype, workload, trainer):
         answer(seconds=time.perf_counter() - begin)
 
 
-def job(make, dtype, name, data):
-    """Train on a file of data; answer the loss over all of it, for every variant by the book's formulas."""
+def job(make, dtype, name, *files):
+    """Train on the files of x and t; answer the loss over all of it, for every variant by the book's formulas."""
     workload, epochs, lr = JOBS[name]
     _, N, params = problem(workload, numpy.random.default_rng(0))
-    with numpy.load(data) as arrays:
-        x, t = arrays["x"].astype(dtype), arrays["t"]
+    x, t = map(numpy.load, files)
+    x = x.astype(dtype)
     net = make([p.astype(dtype) for p in params], lr)
     (net.fit or functools.partial(loop, net))(x, t, epochs, N)
     chapter1.np = numpy  # from now on, the GPU's too

@@ -144,7 +144,7 @@ class Trainer:
 
             def boundary(event: str) -> None:
                 call(event)
-                if event == "on_epoch":
+                if event == "on_epoch" and comm.size > 1:
                     self._compare()
                     self._hear(comm.sum(*self._wishes(stop)))
                 call("on_save")
@@ -312,9 +312,8 @@ class Trainer:
 
     def _compare(self) -> None:
         """See that all ranks have the same weights, which a callback or an optimizer unlike the others' would part."""
-        if self.comm.size > 1:
-            sketches = {f"params[{i}]": sketch(p.reshape(-1)) for i, p in enumerate(self.model.params)}
-            self.comm.agree(f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **sketches)
+        sketches = {f"params[{i}]": sketch(p.reshape(-1)) for i, p in enumerate(self.model.params)}
+        self.comm.agree(f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **sketches)
 
     def _step(self, x: Array, t: Array, rows: int, shared: Shared, max_grad: float | None, stop: Stop) -> Any:
         loss: Any = 0.0

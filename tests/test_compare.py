@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import nnx
+from benchmarks.parts import take_apart
 from benchmarks.report import duration
 
 ROOT = Path(__file__).parents[1]
@@ -47,3 +48,15 @@ def test_the_readme_quotes_the_committed_results():
         for peer in ("book float64", "PyTorch eager", *["torch.compile"] * step, "jax.jit"):
             cells.append(f"{rows[peer]['to nnx'][1]:.2f}" if peer in rows else "-")
         assert quoted[group] == cells, group
+
+
+def test_a_step_is_taken_apart_in_its_order():
+    parts = take_apart("6-5-4-3/20", seconds=0.05)
+    assert [name for name, _, _ in parts] == [
+        *("Affine 1 forward", "Sigmoid 1 forward", "Affine 2 forward", "Sigmoid 2 forward", "Affine 3 forward"),
+        *("SoftmaxWithLoss forward", "SoftmaxWithLoss backward"),
+        *("Affine 3 backward", "Sigmoid 2 backward", "Affine 2 backward", "Sigmoid 1 backward", "Affine 1 backward"),
+        "SGD update",
+    ]
+    assert all(seconds > 0 for _, seconds, _ in parts)
+    assert [products != 0 for name, _, products in parts] == ["Affine" in name for name, _, _ in parts]

@@ -1,0 +1,100 @@
+"""Where the time of nnx's training steps goes: layer by layer, each beside its matrix products alone.
+
+    python -m benchmarks.parts [WORKLOAD ...] > benchmarks/results/parts.md    # in the root
+
+Every step of a workload D-H-C/N is timed part by part, then its products as `floor` of `peers.py` takes
+them, in turns. Medians; what the clock itself takes is subtracted.
+"""
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+
+import numpy
+
+from benchmarks import report
+from benchmarks.compare import GROUPS
+from benchmarks.peers import problem
+from nnx import SGD, Affine, Sequential, Sigmoid, SoftmaxWithLoss, asarray, np, synchronize
+
+SECONDS = 3  # to measure a workload
+HEAD = ["", "time", "products", "the rest", "of the step"]
+
+
+class Clock:
+    """Calls functions and keeps what each call took, by name."""
+
+    def __init__(self):
+        self.seconds = defaultdict(list)
+
+    def __call__(self, name, function, *args):
+        begin = time.perf_counter()
+        result = function(*args)
+        synchronize()
+        self.seconds[name].append(time.perf_counter() - begin)
+        return result
+
+    def median(self, name):
+        return statistics.median(self.seconds[name]) - statistics.median(self.seconds["clock"])
+
+
+def take_apart(workload, seconds=SECONDS):
+    """Return (part, seconds, seconds of its products) in the order of a step."""
+    rng = numpy.random.default_rng(0)
+    sizes, N, params = problem(workload, rng)
+    x, t = asarray(rng.standard_normal((N, sizes[0])), "float32"), asarray(rng.integers(sizes[-1], size=N))
+    params = [asarray(p, "float32") for p in params]
+    layers = {}
+    for i, (W, b) in enumerate(zip(params[::2], params[1::2], strict=True), 1):
+        layers |= {f"Affine {i}": Affine(W, b, input_grad=i > 1), f"Sigmoid {i}": Sigmoid()}
+    layers.popitem()
+    model, sgd, clock = Sequential(layers.values(), SoftmaxWithLoss()), SGD(1e-4), Clock()
+    scratch = {}  # the outputs of products, by the part that they belong to
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        y, products = x, []
+        for name, layer in layers.items():
+            if isinstance(layer, Affine):
+                products.append((f"{name} forward", y, layer.params[0]))
+            y = clock(f"{name} forward", layer.forward, y)
+        clock("SoftmaxWithLoss forward", model.loss_layer.forward, y, t)
+        dout = clock("SoftmaxWithLoss backward", model.loss_layer.backward)
+        for name, layer in reversed(layers.items()):
+            if isinstance(layer, Affine):
+                products.append((f"{name} backward, W", layer.x.T, dout))
+                if layer.input_grad:
+                    products.append((f"{name} backward, x", dout, layer.params[0].T))
+            dout = clock(f"{name} backward", layer.backward, dout)
+        clock("SGD update", sgd.update, model.params, model.grads)
+        clock("clock", lambda: None)
+        for name, a, b in products:
+            if name not in scratch:
+                scratch[name] = a.dot(b)
+            clock(f"product: {name}", np.dot, a, b, scratch[name])
+    return [
+        (part, clock.median(part), sum(clock.median(f"product: {name}") for name in scratch if name.startswith(part)))
+        for part in clock.seconds
+        if part != "clock" and not part.startswith("product")
+    ]
+
+
+def cells(name, seconds, products, whole):
+    """Return a row under HEAD; what is lost in the clock's noise is left out."""
+    rest = seconds - products
+    times = [report.duration(s) if s > 0 else "" for s in (seconds, products, rest)]
+    return [name, *times, f"{max(rest, 0) / whole:.0%}"]
+
+
+def main(workloads):
+    lines = ["# What a step of nnx is made of", *report.table(["", ""], report.configuration().items())]
+    for workload in workloads:
+        parts = take_apart(workload)
+        _, seconds, products = zip(*parts, strict=True)
+        rows = [cells(*part, sum(seconds)) for part in [*parts, ("all", sum(seconds), sum(products))]]
+        lines += ["", f"## {workload}", *report.table(HEAD, rows)]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [group for group in GROUPS if "/" in group])
