@@ -15,6 +15,7 @@ from nnx.device import asarray, check_rows
 from nnx.initializers import generator, normal
 from nnx.layers import Affine, Sigmoid, SoftmaxWithLoss
 from nnx.np import Array, np
+from nnx.shared import Shared
 
 __all__ = ["Sequential", "TwoLayerNet"]
 
@@ -33,6 +34,11 @@ class Sequential:
     ----------
     params, grads : lists of arrays
         Those of the layers, in their order. An array that two layers share stands there twice.
+
+    Notes
+    -----
+    Layers that share a weight share it in a `copy.deepcopy` too. A pickle keeps that where both have the
+    array itself, and parts W from W.T; `checkpoint.save` and `load` part nothing.
     """
 
     def __init__(self, layers: Iterable[Any], loss_layer: Any = None) -> None:
@@ -99,6 +105,16 @@ class Sequential:
             if hasattr(layer, "accuracy"):
                 hits += layer.accuracy() * len(part)
         return float(loss) / len(x), float(hits) / len(x) if hasattr(self.loss_layer, "accuracy") else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sequential:
+        for (first, _), *others in Shared(self.params).groups:
+            kept = copy.deepcopy(self.params[first], memo)
+            for i, transposed in others:  # views, which would become arrays of their own
+                memo.setdefault(id(self.params[i]), kept.T if transposed else kept)
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def __repr__(self) -> str:
         layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers

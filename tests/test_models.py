@@ -128,6 +128,25 @@ def test_copies_are_independent_and_whole(rng):
         assert (to_cpu(other.params[0]) != before).any()
 
 
+def test_a_deep_copy_shares_weights_as_its_model_does(rng):
+    """The weight itself, a view of it, and its transpose inside of an inner model."""
+    W = np.asarray(before := rng.standard_normal((3, 3)))
+    inner = Sequential([nnx.MatMul(W.T), Sigmoid(), nnx.MatMul(W)])
+    net = Sequential([nnx.MatMul(W), Sigmoid(), inner, nnx.MatMul(W[:])], SoftmaxWithLoss())
+    optimizer = nnx.Momentum()
+    optimizer.update(*nnx.trainer.remove_duplicate(net.params, net.grads))
+    twin, same = copy.deepcopy((net, optimizer))
+    assert len(nnx.trainer.remove_duplicate(twin.params, twin.grads)[0]) == 1
+    assert same.params[0] is twin.params[0]
+    numpy.testing.assert_array_equal(to_cpu(twin.params[0]), before)
+    twin.params[0][...] = new = np.arange(9.0).reshape(3, 3)
+    layers = [twin.layers[0], *twin.layers[2].layers[::2], twin.layers[3]]
+    for layer, p, expected in zip(layers, twin.params, [new, new.T, new, new], strict=True):
+        assert layer.params[0] is p
+        numpy.testing.assert_array_equal(to_cpu(p), to_cpu(expected))
+    numpy.testing.assert_array_equal(to_cpu(W), before)
+
+
 def test_a_printed_model_shows_layers_shapes_and_parameters():
     assert repr(TwoLayerNet(2, 10, 3)).splitlines() == [
         "TwoLayerNet(",
