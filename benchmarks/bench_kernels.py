@@ -1,7 +1,6 @@
 """Every kernel written for the active device beside its portable version, compared and then timed.
 
-A kernel stays in `nnx.kernels.cpu` or `cuda` only while its row here is the smaller one at the sizes
-it is for: the optimizers of `cpu` are for large weights, and level with `portable` at the others.
+A kernel stays in `nnx.kernels.cpu` or `cuda` only while its row here is the smaller one at the sizes it is for.
 """
 
 import importlib

@@ -9,6 +9,7 @@ so give the adaptive optimizers float32 weights.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 from nnx import kernels
@@ -80,7 +81,7 @@ class _Stateful:
             self.params = list(params)
             for state in self._state:
                 setattr(self, state, [np.zeros(p.shape, p.dtype) for p in params])
-        elif len(params) != len(self.params) or any(p is not q for p, q in zip(params, self.params, strict=True)):
+        elif len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             raise ValueError(
                 f"{name}: these {len(params)} params are not the {len(self.params)} arrays that its state belongs to; "
                 "call reset() to start anew with them, or use one optimizer for each model"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -70,7 +70,7 @@ def sigmoid(x: Array) -> Array:
     if x.size <= _BLOCK:
         return _sigmoid(x)
     y = numpy.empty(x.shape, x.dtype)
-    _elementwise(_sigmoid, x, y)
+    _elementwise(_sigmoid, (x, y))
     return y
 
 
@@ -88,7 +88,7 @@ def sigmoid_grad(dout: Array, y: Array) -> Array:
     if y.size <= _BLOCK:
         return _sigmoid_grad(dout, y)
     dx = numpy.empty(y.shape, y.dtype)
-    _elementwise(_sigmoid_grad, dout, y, dx)
+    _elementwise(_sigmoid_grad, (dout, y, dx))
     return dx
 
 
@@ -141,38 +141,119 @@ def sgd(params: Arrays, grads: Arrays, lr: float) -> None:
             p -= g * rate
 
 
-def _in_blocks(formula: Callable[..., None], lists: int) -> Callable[..., None]:
-    """Return an optimizer's `formula` for blocks of the arrays in its first `lists` arguments."""
-
-    @functools.wraps(formula)
-    def update(*arguments: Any) -> None:
-        # a float64 scalar would make float64 temporaries
-        params, settings = arguments[0], [float(value) for value in arguments[lists:]]
-        if all(p.size <= _BLOCK for p in params):
-            formula(*arguments[:lists], *settings)
-            return
-        for arrays in zip(*arguments[:lists], strict=True):
-            _elementwise(lambda *blocks: formula(*([b] for b in blocks), *settings), *arrays)
-
-    return update
+def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
+    """v = momentum * v - lr * g; p += v."""
+    _update(_momentum, (params, grads, vs), lr, momentum)
 
 
-momentum = _in_blocks(portable.momentum, 3)
-nesterov = _in_blocks(portable.nesterov, 3)
-adagrad = _in_blocks(portable.adagrad, 3)
-rmsprop = _in_blocks(portable.rmsprop, 3)
-adam = _in_blocks(portable.adam, 4)
+def _momentum(p: Array, g: Array, v: Array, lr: Array, momentum: Array) -> None:
+    v *= momentum
+    v -= g * lr
+    p += v
 
 
-def _elementwise(function: Callable[..., Any], *arrays: Array) -> None:
+def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
+    """v = momentum * v - lr * g; p += momentum * v - lr * g."""
+    _update(_nesterov, (params, grads, vs), lr, momentum)
+
+
+def _nesterov(p: Array, g: Array, v: Array, lr: Array, momentum: Array) -> None:
+    step = g * lr
+    v *= momentum
+    v -= step
+    p += v * momentum
+    p -= step
+
+
+def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float) -> None:
+    """h += g**2; p -= lr * g / (sqrt(h) + eps)."""
+    _update(_adagrad, (params, grads, hs), lr, eps)
+
+
+def _adagrad(p: Array, g: Array, h: Array, lr: Array, eps: Array) -> None:
+    h += g * g
+    _adapt(p, g, h, lr, eps)
+
+
+def rmsprop(params: Arrays, grads: Arrays, hs: Arrays, lr: float, decay: float, eps: float) -> None:
+    """h = decay * h + (1 - decay) * g**2; p -= lr * g / (sqrt(h) + eps)."""
+    _update(_rmsprop, (params, grads, hs), lr, decay, 1 - decay, eps)
+
+
+def _rmsprop(p: Array, g: Array, h: Array, lr: Array, decay: Array, rest: Array, eps: Array) -> None:
+    square = g * g
+    square *= rest
+    h *= decay
+    h += square
+    _adapt(p, g, h, lr, eps)
+
+
+def adam(
+    params: Arrays,
+    grads: Arrays,
+    ms: Arrays,
+    vs: Arrays,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    shrink: float,
+) -> None:
+    """m += (1 - beta1) * (g - m); v += (1 - beta2) * (g**2 - v); p = shrink * p - lr * m / (sqrt(v) + eps)."""
+    _update(_adam, (params, grads, ms, vs), lr, 1 - beta1, 1 - beta2, eps, *([shrink] if shrink != 1 else []))
+
+
+def _adam(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    lr: Array,
+    rest1: Array,
+    rest2: Array,
+    eps: Array,
+    shrink: Array | None = None,
+) -> None:
+    change = g - m
+    change *= rest1
+    m += change
+    change = g * g
+    change -= v
+    change *= rest2
+    v += change
+    if shrink is not None:
+        p *= shrink
+    _adapt(p, m, v, lr, eps)
+
+
+def _adapt(p: Array, g: Array, h: Array, lr: Array, eps: Array) -> None:
+    """p -= lr * g / (sqrt(h) + eps)."""
+    step = numpy.sqrt(h)
+    step += eps
+    step = g / step
+    step *= lr
+    p -= step
+
+
+def _update(formula: Callable[..., None], lists: tuple[Arrays, ...], *settings: float) -> None:
+    """Call an optimizer's `formula` for each parameter, its gradient and state, with the settings in its dtype."""
+    dtype = None
+    for arrays in zip(*lists, strict=True):
+        if arrays[0].dtype is not dtype:
+            dtype = arrays[0].dtype
+            constants = [numpy.array(value, dtype) for value in settings]
+        _elementwise(formula, arrays, constants)
+
+
+def _elementwise(function: Callable[..., Any], arrays: tuple[Array, ...], constants: Sequence[Array] = ()) -> None:
     """Call `function` with `arrays`, which it treats element by element: with large ones in blocks."""
     size = arrays[0].size
     if size <= _BLOCK or not all(a.flags.c_contiguous for a in arrays):
-        function(*arrays)
+        function(*arrays, *constants)
         return
     flat = [a.reshape(-1) for a in arrays]
     for i in range(0, size, _BLOCK):
-        function(*(a[i : i + _BLOCK] for a in flat))
+        function(*(a[i : i + _BLOCK] for a in flat), *constants)
 
 
 def _add(y: Array, a: float, x: Array) -> bool:
