@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -272,53 +272,27 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     return None
 
 
-def _update(name: str, lists: tuple[Sequence[Array], ...], *settings: float) -> None:
-    """Launch an optimizer's kernel over all parameters, once for each dtype among them."""
-    tables, rest = _tables(*lists)
-    for dtype, table in tables:
-        _kernel(name, dtype)((len(table),), (_BLOCK,), (table, *map(float, settings)))
-    if rest:
-        getattr(portable, name)(*([arrays[i] for i in rest] for arrays in lists), *settings)
+def _at_once(formula: Callable[..., None], lists: int) -> Callable[..., None]:
+    """Return an optimizer's `formula`, whose first `lists` arguments are lists, as one launch for each dtype."""
+
+    @functools.wraps(formula)
+    def update(*arguments: Any) -> None:
+        arrays, settings = arguments[:lists], [float(value) for value in arguments[lists:]]
+        tables, rest = _tables(*arrays)
+        for dtype, table in tables:
+            _kernel(formula.__name__, dtype)((len(table),), (_BLOCK,), (table, *settings))
+        if rest:
+            formula(*([a[i] for i in rest] for a in arrays), *settings)
+
+    return update
 
 
-def sgd(params: Arrays, grads: Arrays, lr: float) -> None:
-    """p -= lr * g."""
-    _update("sgd", (params, grads), lr)
-
-
-def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
-    """v = momentum * v - lr * g; p += v."""
-    _update("momentum", (params, grads, vs), lr, momentum)
-
-
-def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
-    """v = momentum * v - lr * g; p += momentum * v - lr * g."""
-    _update("nesterov", (params, grads, vs), lr, momentum)
-
-
-def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float) -> None:
-    """h += g**2; p -= lr * g / (sqrt(h) + eps)."""
-    _update("adagrad", (params, grads, hs), lr, eps)
-
-
-def rmsprop(params: Arrays, grads: Arrays, hs: Arrays, lr: float, decay: float, eps: float) -> None:
-    """h = decay * h + (1 - decay) * g**2; p -= lr * g / (sqrt(h) + eps)."""
-    _update("rmsprop", (params, grads, hs), lr, decay, eps)
-
-
-def adam(
-    params: Arrays,
-    grads: Arrays,
-    ms: Arrays,
-    vs: Arrays,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    shrink: float,
-) -> None:
-    """m += (1 - beta1) * (g - m); v += (1 - beta2) * (g**2 - v); p = shrink * p - lr * m / (sqrt(v) + eps)."""
-    _update("adam", (params, grads, ms, vs), lr, beta1, beta2, eps, shrink)
+sgd = _at_once(portable.sgd, 2)
+momentum = _at_once(portable.momentum, 3)
+nesterov = _at_once(portable.nesterov, 3)
+adagrad = _at_once(portable.adagrad, 3)
+rmsprop = _at_once(portable.rmsprop, 3)
+adam = _at_once(portable.adam, 4)
 
 
 def clip_grads(grads: Arrays, max_norm: float) -> None:
