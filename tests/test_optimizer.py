@@ -256,6 +256,15 @@ def test_optimizers_refuse_what_cannot_take_a_step(name):
         getattr(nnx, name)().update([np.ones(3)], [[1.0, 1.0, 1.0]])
 
 
+@pytest.mark.parametrize("dtype", ["int64", "bool", "complex64"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_of_other_kinds_are_refused_before_anything_changes(name, dtype):
+    params = [np.ones(3), np.ones(3)]
+    with pytest.raises(TypeError, match=rf"{name}: grads\[1\] must be a \w+ array of a floating dtype, got .*{dtype}"):
+        getattr(nnx, name)().update(params, [np.ones(3), np.ones(3, dtype)])
+    assert all((to_cpu(p) == 1).all() for p in params)
+
+
 def test_clip_grads_leaves_zeros():
     grads = [np.zeros(3, "float32")]
     clip_grads(grads, 1.0)
