@@ -4,7 +4,7 @@ At the end a net that the reader writes from three layers is trained on the spir
 300 points are right after 300 epochs, in a second on a CPU.
 """
 
-import argparse
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 import numpy
 from tqdm import trange
@@ -94,6 +94,6 @@ def main(epochs=300):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
+    parser.add_argument("--epochs", type=int)
     main(**vars(parser.parse_args()))

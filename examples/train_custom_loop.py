@@ -5,7 +5,7 @@ batch, forward, backward, update, and the mean loss of every ten steps. About 0.
 are right after 300 epochs, in a second on a CPU. With NNX_GPU=1 it runs on the GPU.
 """
 
-import argparse
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 import numpy
 from tqdm import trange
@@ -46,10 +46,10 @@ def main(epochs=300, hidden_size=10, batch_size=30, lr=1.0, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--hidden-size", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--hidden-size", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int)
     main(**vars(parser.parse_args()))

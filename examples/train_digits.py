@@ -6,8 +6,8 @@ is at least 0.96. The picture shows the curves of the last seed and its confusio
 NNX_GPU=1, as four processes with `mpiexec -n 4 python -m mpi4py`, and goes on where it was ended with --resume.
 """
 
-import argparse
 import math
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy
@@ -90,10 +90,10 @@ def main(epochs=40, seeds=5, picture="digits.png", checkpoint=None, resume=False
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--picture", default="digits.png", help="where to save the picture; '' draws none")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--picture", help="where to save the picture; '' draws none")
     parser.add_argument("--checkpoint", metavar="DIR", help="save after every epoch into this folder")
     parser.add_argument("--resume", action="store_true", help="go on from what is saved in --checkpoint")
     main(**vars(parser.parse_args()))

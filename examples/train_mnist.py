@@ -5,8 +5,8 @@ and t10k-labels-idx1-ubyte, as they are or with .gz. A net of 784-512-10 with Re
 with NNX_GPU=1 on the GPU. It ends with the accuracy on the test digits.
 """
 
-import argparse
 import gzip
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy
@@ -54,11 +54,11 @@ def main(data, epochs=10, hidden_size=512, batch_size=128, lr=0.001, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.001)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--hidden-size", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int)
     main(**vars(parser.parse_args()))

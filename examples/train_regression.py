@@ -5,8 +5,8 @@ without the noise (root mean square), in a few seconds on a CPU; the picture sho
 NNX_GPU=1 it runs on the GPU.
 """
 
-import argparse
 import math
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 import numpy
 
@@ -58,9 +58,9 @@ def main(epochs=300, points=400, seed=0, picture="regression.png"):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--points", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", default="regression.png", help="where to save the picture; '' draws none")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--points", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--picture", help="where to save the picture; '' draws none")
     main(**vars(parser.parse_args()))

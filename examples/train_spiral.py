@@ -5,7 +5,7 @@ learning rate 1.0, batches of 30: about 0.97 of the points are right after 300 e
 a second on a CPU. With NNX_GPU=1 the same script trains on the GPU.
 """
 
-import argparse
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 from nnx import SGD, Trainer, TwoLayerNet, spiral
 from nnx.plotting import plot_data, plot_decision_regions
@@ -38,11 +38,11 @@ def draw(trainer, x, t, path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--hidden-size", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", default="spiral.png", help="where to save the picture; '' draws none")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--hidden-size", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--picture", help="where to save the picture; '' draws none")
     main(**vars(parser.parse_args()))
