@@ -167,7 +167,7 @@ def cells(row):
     if not row["quartiles"]:
         return [row["variant"], row.get("note", "failed"), *[""] * 3]
     low, median, high = map(report.duration, row["quartiles"])
-    ratios = ["{1:.2f} ({0:.2f}-{2:.2f})".format(*q) if (q := row[f"to {base}"]) else "" for base in BASES]
+    ratios = [report.ratio(q) if (q := row[f"to {base}"]) else "" for base in BASES]
     return [row["variant"], f"{median} ({low}-{high})", *ratios, megabytes(row.get("bytes"))]
 
 
@@ -202,14 +202,8 @@ def installed(requirements):
 
 def configuration(groups, threads):
     """Return what the figures depend on, by name."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     peers = {row["about"] for rows in groups.values() for row in rows if row.get("about")}
-    about = report.configuration() | {
-        "CPU": f"{model[1] if model else 'unknown'}, {os.cpu_count()} cores",
-        "threads": f"{threads} for every variant",
-        "peers": "; ".join(sorted(peers)) or "none",
-    }
-    return {name: value for name, value in about.items() if value != "unknown"}
+    return report.configuration(threads=f"{threads} for every variant", peers="; ".join(sorted(peers)) or "none")
 
 
 def draw(path, groups):
@@ -242,10 +236,7 @@ def write(path, device, groups, about):
         lines += ["", f"## {name}: {what}", *report.table(HEAD, map(cells, rows))]
     rows = [[name, megabytes(size) or "absent"] for name, size in sizes.items()]
     lines += ["", "## Installed, with all that it requires", *report.table(["", "on disk"], rows)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    result = {"configuration": about, "groups": groups, "installed": sizes}
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    report.write(path, lines, {"configuration": about, "groups": groups, "installed": sizes})
     draw(path.with_suffix(".png"), groups)
 
 

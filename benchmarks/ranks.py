@@ -12,7 +12,6 @@ paper.
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -156,10 +155,6 @@ def by_launch(seconds):
     return [statistics.median(seconds[i : i + blocks]) for i in range(0, len(seconds), blocks)]
 
 
-def ratio(quartiles):
-    return "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles)
-
-
 def median(seconds):
     return report.duration(statistics.median(seconds))
 
@@ -175,7 +170,9 @@ def tables(ranks, batches, one, several, capped):
     rows = []
     for n in batches:
         alone, together = one[f"apart/{n}"], several[f"trainer/{n}"]
-        rows.append([str(n), median(alone), median(together), ratio(ratios(by_launch(alone), by_launch(together)))])
+        rows.append(
+            [str(n), median(alone), median(together), report.ratio(ratios(by_launch(alone), by_launch(together)))]
+        )
     yield from report.table(["rows", "one process", f"{ranks} ranks", "speed-up"], rows)
 
     yield from ["", f"## What joins the ranks, in times of an Allreduce alone: {BYTES:,} bytes in {median(allreduce)}"]
@@ -189,12 +186,12 @@ def tables(ranks, batches, one, several, capped):
         step = {name: several[f"{name}/{n}"] for name in ("apart", "together", "bare", "trainer", "loop")}
         apart = step.pop("apart")
         inside = [a - b for a, b in zip(step["bare"], apart, strict=True)]
-        cells = [ratio(ratios(seconds, allreduce, apart)) for seconds in step.values()]
-        rows.append([str(n), *cells, ratio(ratios(step["trainer"], inside, apart))])
+        cells = [report.ratio(ratios(seconds, allreduce, apart)) for seconds in step.values()]
+        rows.append([str(n), *cells, report.ratio(ratios(step["trainer"], inside, apart))])
     yield from report.table(["rows", "waiting", "Allreduce", "Trainer", "average", "Trainer / Allreduce"], rows)
 
     yield from ["", "## Threads: a step where the user sets nothing, in times of one with OMP_NUM_THREADS=1"]
-    rows = [[str(n), ratio(ratios(several[f"trainer/{n}"], capped[f"trainer/{n}"]))] for n in batches]
+    rows = [[str(n), report.ratio(ratios(several[f"trainer/{n}"], capped[f"trainer/{n}"]))] for n in batches]
     yield from report.table(["rows", "ratio"], rows)
 
     latency = statistics.median(several["exchange of 4 bytes"])
@@ -230,12 +227,8 @@ def tables(ranks, batches, one, several, capped):
 
 def configuration(ranks):
     """Return what the figures depend on, by name."""
-    about = report.configuration()
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    about |= {"CPU": f"{cpu[1] if cpu else 'unknown'}, {os.cpu_count()} cores", "ranks": f"{ranks} on this machine"}
     version = "from mpi4py import MPI; print(' '.join(MPI.Get_library_version().split()[:3]))"
-    about["MPI"] = report.output(sys.executable, "-c", version)
-    return {name: value for name, value in about.items() if value != "unknown"}
+    return report.configuration(ranks=f"{ranks} on this machine", MPI=report.output(sys.executable, "-c", version))
 
 
 def main(ranks, quick, out):
@@ -256,11 +249,8 @@ def main(ranks, quick, out):
         *tables(ranks, batches, one, several, capped),
     ]
     path = Path(out).resolve() / "ranks"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     named = {"one process": one, "ranks": several, "ranks, OMP_NUM_THREADS=1": capped}
-    result = {"configuration": about, "ranks": ranks, "bytes": BYTES, "seconds": named}
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    report.write(path, lines, {"configuration": about, "ranks": ranks, "bytes": BYTES, "seconds": named})
     print("\n".join(lines))
     print(f"\nwritten: {path}.md and .json")
 

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,15 +28,17 @@ def output(*command):
     return lines[0] if lines else "unknown"
 
 
-def configuration():
-    """Return what the figures depend on, by name."""
+def configuration(**more):
+    """Return what the figures depend on, by name, as far as it is known; `more` of it comes last."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         show_config()
-    return dict(line.split(maxsplit=1) for line in text.getvalue().splitlines()) | {
+    about = dict(line.split(maxsplit=1) for line in text.getvalue().splitlines()) | {
+        "CPU": output("sed", "-n", f"s/^model name.*: \\(.*\\)/\\1, {os.cpu_count()} cores/p", "/proc/cpuinfo"),
         "NVIDIA driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
+    return {name: value for name, value in (about | more).items() if value != "unknown"}
 
 
 def device_name():
@@ -58,6 +61,17 @@ def duration(seconds):
     """Return `seconds` in the unit that leaves one to three digits before the point."""
     unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)) if seconds >= s)
     return f"{seconds / scale:.4g} {unit}"
+
+
+def ratio(quartiles):
+    return "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles)
+
+
+def write(path, lines, result):
+    """Write `lines` as <path>.md and `result` as <path>.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def medians(benchmarks):
@@ -89,9 +103,7 @@ def main(benchmarks, stages, folder):
     )
     lines += medians(result["benchmarks"])
     path = Path(folder, slug(device))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write(path, lines, result)
     print(f"written: {path}.json and {path.name}.md")
 
 
