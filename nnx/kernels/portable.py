@@ -51,13 +51,13 @@ def add_bias(y: Array, b: Array) -> None:
 
 def bias_grad(dout: Array, out: Array) -> None:
     """Write the sum of the rows of `dout` (N, H) into `out` (H,)."""
-    np.sum(dout, axis=0, dtype=_wide(dout.dtype), out=out)
+    np.sum(dout, axis=0, dtype=wide(dout.dtype), out=out)
 
 
 @numpy.errstate(over="ignore")
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose reciprocal is 0."""
-    y = np.negative(x, dtype=_wide(x.dtype))
+    y = np.negative(x, dtype=wide(x.dtype))
     np.exp(y, out=y)
     np.add(y, 1, out=y)
     np.reciprocal(y, out=y)
@@ -99,7 +99,7 @@ def gelu_grad(dout: Array, x: Array) -> Array:
 
 def _gelu_terms(x: Array) -> tuple[Array, Array, Array]:
     """Return tanh(u), x clipped to where tanh(u) is neither 1 nor -1 exactly, and du/dx."""
-    c = np.clip(x.astype(_wide(x.dtype), copy=False), -20, 20)
+    c = np.clip(x.astype(wide(x.dtype), copy=False), -20, 20)
     cc = c * c
     root = math.sqrt(2 / math.pi)
     return np.tanh(root * c * (1 + 0.044715 * cc)), c, root * (1 + 3 * 0.044715 * cc)
@@ -256,13 +256,13 @@ def _shifted(x: Array) -> Array:
 
     So an infinite score takes all the weight, as in the limit, and equal infinities share it.
     """
-    x = x.astype(_wide(x.dtype), copy=False)
+    x = x.astype(wide(x.dtype), copy=False)
     top = x.max(axis=-1, keepdims=True)
     y = np.subtract(x, top)
     np.copyto(y, 0, where=x == top)
     return y
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
     """Return the dtype to compute in: float32 for float16, whose range ends at 65504."""
     return np.float32 if dtype == np.float16 else dtype

@@ -6,6 +6,7 @@ from typing import Any
 
 from nnx.device import asfloat, asgrad, check_weights
 from nnx.kernels import bias_grad
+from nnx.kernels.portable import wide
 from nnx.np import Array, np
 
 __all__ = ["BatchNorm", "LayerNorm"]
@@ -53,7 +54,7 @@ class _Norm:
         x = self._input(x)
         axes = self._axes(x.ndim)
         self.mean = x.mean(axis=axes, keepdims=True)
-        self.var = x.var(axis=axes, keepdims=True, dtype=_wide(x.dtype))
+        self.var = x.var(axis=axes, keepdims=True, dtype=wide(x.dtype))
         return self._normalize(x, self.mean, self.var)
 
     def _dxn(self, dout: Any) -> Array:
@@ -127,7 +128,7 @@ class BatchNorm(_Norm):
         super().__init__(gamma, beta)
         self.momentum = momentum
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
-        self.running_var = np.ones(gamma.shape, _wide(gamma.dtype))
+        self.running_var = np.ones(gamma.shape, wide(gamma.dtype))
 
     def _axes(self, ndim: int) -> Any:
         return tuple(range(ndim - 1))
@@ -151,8 +152,3 @@ class BatchNorm(_Norm):
     def backward(self, dout: Any) -> Array:
         """Write the gradients; return that of x, for the statistics of the last forward."""
         return super().backward(dout) if self.train_flg else self._dxn(dout) / self.std
-
-
-def _wide(dtype: Any) -> Any:
-    """Return the dtype of a variance: that of float16 numbers may be beyond float16."""
-    return np.result_type(dtype, np.float32)
