@@ -108,7 +108,7 @@ def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
         return portable.softmax_loss(x, t)
     if not (x.item(x.argmax()) < _MODERATE and x.item(x.argmin()) > -_MODERATE):
         return portable.softmax_loss(x, t)
-    starts, minus_mean, sums, _, _ = _constants(*x.shape, x.dtype)
+    starts, sums, minus_mean = _for_loss(*x.shape, x.dtype)
     y = numpy.exp(x)
     total = y.dot(sums)
     y /= total if total.ndim == 2 else total[:, None]
@@ -119,7 +119,7 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
     """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` by x."""
     if y.ndim != 2 or y.itemsize == 2:  # float16, in which y / N may vanish before a large dout scales it
         return portable.softmax_loss_grad(y, t, dout)
-    _, _, _, share, one_hot = _constants(*y.shape, y.dtype)
+    share, one_hot = _for_loss_grad(*y.shape, y.dtype)
     dx = y * share
     if one_hot is None:
         dx[numpy.arange(len(t)), t] -= share
@@ -297,15 +297,14 @@ def _ones(n: int, dtype: Any) -> Array:
 
 
 @functools.lru_cache(maxsize=16)
-def _constants(n: int, classes: int, dtype: Any) -> tuple[Array, Array, Array, Array, Array | None]:
-    """Return where n rows start in memory, what makes -mean and the sums of rows, 1 / n, and rows of one-hot / n."""
-    few = classes <= _FEW_CLASSES
+def _for_loss(n: int, classes: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """Return where n rows start in memory, and what makes the sums of rows and -mean."""
+    sums = numpy.ones((classes, classes) if classes <= _FEW_CLASSES else classes, dtype)  # of a square, in every column
+    return numpy.arange(n) * classes, sums, numpy.full(n, -1 / n, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _for_loss_grad(n: int, classes: int, dtype: Any) -> tuple[Array, Array | None]:
+    """Return 1 / n, and rows of one-hot / n if the classes are few."""
     share = numpy.full((), 1 / n, dtype)
-    sums = numpy.ones((classes, classes) if few else classes, dtype)  # a square matrix: the sum in every column
-    return (
-        numpy.arange(n) * classes,
-        numpy.full(n, -share),
-        sums,
-        share,
-        numpy.eye(classes, dtype=dtype) * share if few else None,
-    )
+    return share, numpy.eye(classes, dtype=dtype) * share if classes <= _FEW_CLASSES else None
