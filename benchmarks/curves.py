@@ -1,6 +1,6 @@
 """Train the spiral from one seed on the CPU and on the GPU, each in its own process, and compare the losses.
 
-    python benchmarks/curves.py
+    python -m benchmarks.curves    # in the root
 
 The exit status is 1 if they differ by more than LIMIT anywhere in the 300 epochs.
 """
@@ -25,7 +25,7 @@ def train():
 
 def curve(gpu):
     """Return the loss list of a process of its own."""
-    command = [sys.executable, __file__, "train"]
+    command = [sys.executable, "-m", "benchmarks.curves", "train"]
     done = subprocess.run(command, env=os.environ | {"NNX_GPU": gpu}, stdout=subprocess.PIPE, check=True)
     return numpy.array(json.loads(done.stdout))
 

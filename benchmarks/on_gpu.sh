@@ -11,7 +11,7 @@ set -uo pipefail
 folder=$(realpath -m "${1:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python}
-export NNX_GPU=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export NNX_GPU=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 touch "$work/stages"
@@ -35,10 +35,10 @@ stage() { # NAME SECONDS COMMAND...: run it, note name, verdict, seconds and the
 stage preflight 30 "$python" -m nnx
 stage suite 170 "$python" -m pytest -q -m "not gpu and not slow"
 stage cuda-against-portable 60 "$python" -m pytest -q -m gpu
-stage curves 45 "$python" benchmarks/curves.py
+stage curves 45 "$python" -m benchmarks.curves
 stage benchmarks 145 "$python" -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds \
   --benchmark-json="$work/benchmarks.json"
-stage report 30 "$python" benchmarks/report.py "$work/benchmarks.json" "$work/stages" "$folder"
+stage report 30 "$python" -m benchmarks.report "$work/benchmarks.json" "$work/stages" "$folder"
 
 printf '\n== summary\n'
 column -t -s $'\t' "$work/stages" 2>/dev/null || cat "$work/stages"

@@ -1,6 +1,6 @@
 """Write what `on_gpu.sh` found as `<device>.json` and `<device>.md`.
 
-    NNX_GPU=1 python benchmarks/report.py BENCHMARKS.json STAGES.tsv FOLDER
+    NNX_GPU=1 python -m benchmarks.report BENCHMARKS.json STAGES.tsv FOLDER
 
 The first is pytest-benchmark's file, the second has a line a stage. The tables have a row a group and
 a column a variant: the median, and how many times the row's first figure it is.

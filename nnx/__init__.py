@@ -15,6 +15,7 @@ from nnx import (
     testing,
     trainer,
 )
+from nnx._version import __version__ as __version__
 from nnx.config import GPU
 from nnx.dataset import spiral
 from nnx.device import asarray, show_config, synchronize, to_cpu, to_gpu
@@ -40,8 +41,6 @@ from nnx.models import Sequential, TwoLayerNet
 from nnx.np import np  # binds the library itself over the submodule of the same name
 from nnx.optimizer import SGD, AdaGrad, Adam, AdamW, Momentum, Nesterov, RMSprop, clip_grads
 from nnx.trainer import Trainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GELU",

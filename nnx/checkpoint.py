@@ -7,7 +7,6 @@ once. What else a layer or a callback must remember it names in `state_names`.
 
 from __future__ import annotations
 
-import importlib
 import json
 import platform
 import re
@@ -18,6 +17,7 @@ from typing import Any
 import numpy
 
 from nnx import storage
+from nnx._version import __version__
 from nnx.device import asarray, to_cpu
 from nnx.np import Array, np
 from nnx.shared import places
@@ -33,7 +33,7 @@ _NUMBERED = re.compile(r"epoch-(\d{4,})-step-(\d{6,})\.safetensors")
 
 
 def save(
-    path: Any,
+    path: str | Path,
     model: Any,
     optimizer: Any = None,
     trainer: Any = None,
@@ -76,15 +76,14 @@ def save(
         told["optimizer"] = {"class": type(optimizer).__name__, "settings": settings}
     if trainer is not None:
         told["trainer"] = _pack(trainer.state(), "trainer", tensors, model)
-    version = importlib.import_module("nnx").__version__  # complete by now; an import above would be a cycle
     libraries = {"python": platform.python_version(), "numpy": numpy.__version__, np.__name__: np.__version__}
-    told["versions"] = {"nnx": version, **libraries}
+    told["versions"] = {"nnx": __version__, **libraries}
     metadata = {f"nnx.{kind}": json.dumps(words) for kind, words in told.items()}
     storage.write(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
 
 
 def load(
-    path: Any,
+    path: str | Path,
     model: Any,
     optimizer: Any = None,
     trainer: Any = None,
@@ -205,7 +204,7 @@ def numbered(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if position(p) >= (0, 0)), key=position)
 
 
-def newest(folder: Any) -> Path:
+def newest(folder: str | Path) -> Path:
     """Return the newest whole one of the numbered files in `folder`.
 
     A damaged one gets the ending `.damaged`, with a warning.

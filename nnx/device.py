@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 
+from nnx._version import __version__
 from nnx.config import GPU
 from nnx.np import Array, np
 
@@ -180,7 +181,6 @@ def show_config() -> None:
 
 
 def _configuration() -> list[tuple[str, str]]:
-    version = importlib.import_module("nnx").__version__  # complete by now; an import above would be a cycle
     blas: Any = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
     threads = {
         name: os.environ[name]
@@ -189,7 +189,7 @@ def _configuration() -> list[tuple[str, str]]:
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
-        ("nnx", f"{version} on {'CuPy (NNX_GPU is on)' if GPU else 'NumPy (set NNX_GPU=1 for CuPy)'}"),
+        ("nnx", f"{__version__} on {'CuPy (NNX_GPU is on)' if GPU else 'NumPy (set NNX_GPU=1 for CuPy)'}"),
         ("Python", f"{sys.version.split()[0]}, {platform.platform()}"),
         ("NumPy", numpy.__version__),
         ("BLAS", f"{blas['name']} {blas['version']}"),

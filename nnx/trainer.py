@@ -184,7 +184,7 @@ class Trainer:
                     "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
                 )
 
-    def resume(self, path: Any) -> Path:
+    def resume(self, path: str | Path) -> Path:
         """Go back to where a training was saved: model, optimizer, generator, counters, `loss_list` and `val_list`.
 
         The next `fit`, with the data and the arguments of the one that was saved, does what that one
@@ -202,11 +202,11 @@ class Trainer:
         OSError, ValueError
             As `checkpoint.load`, before anything is changed; FileNotFoundError for a folder without any.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = self.comm.first(lambda: checkpoint.newest(path))
-        checkpoint.load(path, self.model, self.optimizer, self)
-        return path
+        file = Path(path)
+        if file.is_dir():
+            file = self.comm.first(lambda: checkpoint.newest(file))
+        checkpoint.load(file, self.model, self.optimizer, self)
+        return file
 
     @property
     def is_last_epoch(self) -> bool:

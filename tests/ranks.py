@@ -146,7 +146,7 @@ def methods(comm):
     }
 
 
-def new_trainer(comm, rng=0, lr=0.1, callbacks=()):
+def new_trainer(comm, rng=0, lr=0.1):
     """Return a trainer whose ranks begin unlike each other, but for the seed of the shuffles."""
     return Trainer(net(comm.rank), Momentum(lr), rng=rng, comm=comm)
 

@@ -9,7 +9,7 @@ import nnx
 
 ROOT = Path(nnx.__file__).parent
 ORDER = [
-    *("config", "np", "device", "shared", "kernels.portable", "kernels.cpu", "kernels.cuda", "kernels"),
+    *("_version", "config", "np", "device", "shared", "kernels.portable", "kernels.cpu", "kernels.cuda", "kernels"),
     *("functions", "initializers"),
     *("layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers"),
@@ -54,7 +54,7 @@ def test_only_some_rooms_know_the_device(name):
         assert "NNX_GPU" not in strings, f"{name} reads NNX_GPU"
     if name not in ("np", "device", "kernels.cuda"):
         assert not any(m.split(".")[0] in ("cupy", "cupyx") for m in imports(INSIDE[name]))
-    if name not in ("config", "np", "device", "kernels"):
+    if name not in ("_version", "config", "np", "device", "kernels"):
         assert "GPU" not in names, f"{name} branches on the device"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from training import At, Stop, check_resumed, fit, new_trainer, stop
+from training import OPTIMIZERS, At, Stop, check_resumed, fit, new_trainer, stop
 
 import nnx
 from nnx import checkpoint
@@ -20,7 +20,6 @@ from nnx.callbacks import Checkpoint
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parent.parent
-OPTIMIZERS = ["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]
 
 
 def run(optimizer, folder, how="run"):

@@ -4,7 +4,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from training import GENERATORS, At, Stop, callbacks, check_resumed, everything, fit, new_trainer, stop
+from training import GENERATORS, OPTIMIZERS, At, Stop, callbacks, check_resumed, everything, fit, new_trainer, stop
 
 import nnx
 from nnx import checkpoint
@@ -13,7 +13,6 @@ from nnx.optimizer import step_decay
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parent.parent
-OPTIMIZERS = ["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]
 
 
 def start(trainer, folder, steps, *others, **options):

@@ -9,6 +9,7 @@ import threading
 
 import numpy
 import pytest
+from training import At
 
 import nnx
 from benchmarks import book
@@ -46,18 +47,6 @@ class Recorder:
 
     def on_end(self, trainer):
         self.events.append("end")
-
-
-class Once:
-    """A callback that calls a function at one step."""
-
-    def __init__(self, step, function):
-        self.step, self.function, self.count = step, function, 0
-
-    def on_step(self, trainer):
-        self.count += 1
-        if self.count == self.step:
-            self.function()
 
 
 def test_fit_is_the_books_loop_step_by_step():
@@ -123,7 +112,7 @@ def test_callbacks_are_told_everything_in_order():
 
 def test_stop_ends_after_the_epoch():
     trainer = new_trainer()
-    trainer.fit(*spiral(), 5, 30, verbose=False, callbacks=[Once(12, trainer.stop)])
+    trainer.fit(*spiral(), 5, 30, verbose=False, callbacks=[At(12, trainer.stop)])
     assert trainer.current_epoch == 2
     trainer.fit(*spiral(), 2, 30, verbose=False)
     assert trainer.current_epoch == 4  # an end of before is no end of this fit
@@ -394,7 +383,7 @@ def test_a_copy_of_a_trainer_goes_on_alike(rng):
 def test_a_trainer_can_be_copied_from_a_callback_whose_neighbours_cannot():
     copies = []
     trainer = new_trainer()
-    once = Once(3, lambda: copies.extend([copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))]))
+    once = At(3, lambda: copies.extend([copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))]))
     trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[LearningRate(lambda step: 0.1), once])
     for other in copies:
         other.fit(*spiral(), 1, 30, verbose=False)
@@ -518,7 +507,7 @@ def ctrl_c():
 def test_ctrl_c_finishes_the_step(ctrl_c):
     trainer, recorder = new_trainer(), Recorder()
     handler = signal.getsignal(signal.SIGINT)
-    interrupt = Once(3, ctrl_c)
+    interrupt = At(3, ctrl_c)
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 3 of 10 iterations; fit again to go on"):
         trainer.fit(*spiral(), 5, 30, eval_interval=None, verbose=False, callbacks=[interrupt, recorder])
     assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # not torn out of the third step
@@ -543,7 +532,7 @@ def test_a_second_ctrl_c_does_not_wait(ctrl_c):
         raise AssertionError("the second one did not interrupt")
 
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 1 of"):  # and no third is sent
-        trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[Once(1, twice)])
+        trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[At(1, twice)])
 
 
 def test_fit_runs_in_a_thread():

@@ -28,6 +28,7 @@ from nnx import (
 from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRate
 from nnx.optimizer import cosine_decay
 
+OPTIMIZERS = ["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]
 GENERATORS = {
     "global": lambda: numpy.random.seed(3),
     "RandomState": lambda: numpy.random.RandomState(3),
