@@ -139,8 +139,8 @@ class Trainer:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
         x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
         shared, losses = Shared(self.model.params), self._losses
-        both = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
-        with postponed(*_SIGNALS[: 1 + both]) as stop, running(self, callbacks) as call:
+        saves = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
+        with postponed(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, running(self, callbacks) as call:
 
             def boundary(event: str) -> None:
                 call(event)
@@ -163,8 +163,8 @@ class Trainer:
                         comm.broadcast([self._order])
                     data = (x, t, self._order, batch_size)
                     steps = enumerate(shares(*data, comm) if comm.size > 1 else batches(*data), self.iteration + 1)
-                    for self.iteration, batch in steps:
-                        losses.add(self._step(*batch, shared, max_grad, stop), batch[2])
+                    for self.iteration, (xs, ts, rows) in steps:
+                        losses.add(self._step(xs, ts, rows, shared, max_grad, stop), rows)
                         if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
                             self._record(losses)
                             call("on_evaluate")
