@@ -33,6 +33,19 @@ THREADS = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
 NETWORKS = {"10 Gb/s": (25e-6, 10e9 / 8), "100 Gb/s": (5e-6, 100e9 / 8)}  # latency assumed, bytes a second
 BYTES = 4 * ((SIZES[0] + 1) * SIZES[1] + (SIZES[1] + 1) * SIZES[2])  # of all gradients
 
+ADDED = """
+Added to a step of ranks that do not know of each other: by waiting for each other where they
+would reduce; by a bare Allreduce there, whose memory is no longer in the cache; by the reduction of
+`Trainer`; by `Comm.average`, which writes the sums back. Last, the Trainer's over the bare one in the step."""
+PAPER = """
+## On paper: a ring
+
+S bytes on R ranks take 2 (R - 1) rounds, in each of which every rank
+sends S / R bytes and receives as many: 2 (R - 1) (latency + S / R / bandwidth). The efficiency is the
+time of a step alone over that of a step with the reduction: T / (T + ring). The model leaves out
+packing, adding up, and waiting for the slowest. Here, latency and bandwidth as two ranks exchange
+messages: {:.2f} µs and {:.2f} GB/s each way; the libraries need not use a ring."""
+
 
 def ring(ranks, size, latency, bandwidth):
     """Return the seconds of a ring all-reduce: in each of its rounds every rank sends size / ranks bytes."""
@@ -176,11 +189,7 @@ def tables(ranks, batches, one, several, capped):
     yield from report.table(["rows", "one process", f"{ranks} ranks", "speed-up"], rows)
 
     yield from ["", f"## What joins the ranks, in times of an Allreduce alone: {BYTES:,} bytes in {median(allreduce)}"]
-    yield from ["", "Added to a step of ranks that do not know of each other: by waiting for each other where they"]
-    yield from ["would reduce; by a bare Allreduce there, whose memory is no longer in the cache; by the reduction of"]
-    yield from [
-        "`Trainer`; by `Comm.average`, which writes the sums back. Last, the Trainer's over the bare one in the step."
-    ]
+    yield ADDED
     rows = []
     for n in batches:
         step = {name: several[f"{name}/{n}"] for name in ("apart", "together", "bare", "trainer", "loop")}
@@ -196,15 +205,7 @@ def tables(ranks, batches, one, several, capped):
 
     latency = statistics.median(several["exchange of 4 bytes"])
     bandwidth = BYTES / 2 / (statistics.median(several["exchange of half"]) - latency)
-    yield from ["", "## On paper: a ring", "", "S bytes on R ranks take 2 (R - 1) rounds, in each of which every rank"]
-    yield from [
-        "sends S / R bytes and receives as many: 2 (R - 1) (latency + S / R / bandwidth). The efficiency is the"
-    ]
-    yield from ["time of a step alone over that of a step with the reduction: T / (T + ring). The model leaves out"]
-    yield from ["packing, adding up, and waiting for the slowest. Here, latency and bandwidth as two ranks exchange"]
-    yield from [
-        f"messages: {latency * 1e6:.2f} µs and {bandwidth / 1e9:.2f} GB/s each way; the libraries need not use a ring."
-    ]
+    yield PAPER.format(latency * 1e6, bandwidth / 1e9)
     expected = ring(ranks, BYTES, latency, bandwidth)
     rows = [["all-reduce", report.duration(expected), median(allreduce)]]
     for n in batches:
