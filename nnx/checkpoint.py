@@ -125,7 +125,7 @@ def load(
         differences = _differences(file, targets, {name for name, own in (keys or {}).items() if own is None})
         plan: list[tuple[Any, str, Any]] = []  # object, attribute, its new value
         if "model" in told:
-            state = unpack(told["model"]["state"])
+            state = unpack(told["model"]["state"], asarray)
             differences += compare("", {name: getattr(*place) for name, place in others.items()}, state)
             plan += [(*place, state.get(name)) for name, place in others.items()]
         for kind, receiver in (("optimizer", optimizer), ("trainer", trainer)):
@@ -136,8 +136,10 @@ def load(
             differences += _compare_optimizer(optimizer, told["optimizer"]["class"], settings)
             plan += [(optimizer, name, value) for name, value in settings.items()]
         if trainer is not None and "trainer" in told:
-            convert = {"callbacks": asarray}  # all else lives on the host
-            progress = {name: unpack(v, convert.get(name, numpy.asarray)) for name, v in told["trainer"].items()}
+            progress = {  # callbacks may hold arrays of the model's kind, all else lives on the host
+                name: unpack(v, asarray if name == "callbacks" else numpy.asarray)
+                for name, v in told["trainer"].items()
+            }
             differences += compare("trainer", trainer.state(), progress)
         if differences:
             raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
@@ -153,6 +155,8 @@ def load(
 
 def remembered(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]]:
     """Return the arrays of `model` by name, and where its other state is: an object and an attribute by name."""
+    if not hasattr(model, "params"):
+        raise TypeError(f"checkpoint: expected a model, an object with params, got {type(model).__name__}")
     arrays: dict[str, Array] = {}
     others: dict[str, tuple[Any, str]] = {}
     known: set[Any] = set()
@@ -273,8 +277,9 @@ def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> l
 def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collection[str]) -> list[str]:
     """Return in words how the arrays of `file` differ from those of the model, both by their names in the file."""
     lines = []
+    others = ("state.", "optimizer.", "trainer.") if file.own else ()  # which the metadata refer to
     for name in file.arrays:
-        if name not in arrays and name not in left and not (file.own and name.startswith(("optimizer.", "trainer."))):
+        if name not in arrays and name not in left and not name.startswith(others):
             lines.append(f"{name}: in the file, but not in the model")
     for name, array in arrays.items():
         mine, entry = (array.dtype.name, array.shape), file.arrays.get(name)
@@ -292,6 +297,10 @@ def _as_in_file(
 ) -> dict[str, Array]:
     """Return the model's arrays under the names, and turned as, they have in the file."""
     in_file = {own: name for name, own in (keys or {}).items() if own is not None}
+    if len(in_file) + [*(keys or {}).values()].count(None) < len(keys or {}):
+        raise ValueError(f"{path}: keys gives an array of the model several names in the file")
+    if isinstance(transpose, str):
+        raise TypeError(f"{path}: transpose must be a list of names, got the string {transpose!r}")
     if unknown := in_file.keys() - arrays.keys():
         raise ValueError(f"{path}: keys names {_listed(unknown)}, and the model has {_listed(arrays)}")
     named = {in_file.get(own, own): array for own, array in arrays.items()}

@@ -163,8 +163,9 @@ class Trainer:
                         comm.broadcast([self._order])
                     data = (x, t, self._order, batch_size)
                     steps = enumerate(shares(*data, comm) if comm.size > 1 else batches(*data), self.iteration + 1)
-                    for self.iteration, (xs, ts, rows) in steps:
+                    for iteration, (xs, ts, rows) in steps:
                         losses.add(self._step(xs, ts, rows, shared, max_grad, stop), rows)
+                        self.iteration = iteration  # now that it is done
                         if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
                             self._record(losses)
                             call("on_evaluate")

@@ -114,6 +114,37 @@ def test_a_readers_own_model_needs_no_names(tmp_path):
     assert_equal(other.loss, net.loss)
 
 
+class Remembering(MatMul):
+    """A reader's layer with state of every kind."""
+
+    state_names = ("count", "note", "last", "history", "nothing")
+
+    def __init__(self, seed):
+        super().__init__(np.ones((2, 2)))
+        self.count, self.note, self.nothing = seed, f"seed {seed}", None
+        self.last, self.history = np.full(3, float(seed)), [np.full(2, 0.5 * seed), [np.zeros(seed)], 1.5 * seed]
+
+
+def test_a_layer_remembers_numbers_words_arrays_and_lists_of_these(tmp_path):
+    path, net, other = tmp_path / "net.safetensors", Sequential([Remembering(2)]), Sequential([Remembering(3)])
+    checkpoint.save(path, net)
+    checkpoint.load(path, other)
+    (want,), (got,) = net.layers, other.layers
+    assert (got.count, got.note, got.nothing, got.history[2]) == (2, "seed 2", None, 3.0)
+    for a, b in zip(
+        [got.last, got.history[0], *got.history[1]], [want.last, want.history[0], *want.history[1]], strict=True
+    ):
+        assert isinstance(a, np.ndarray)
+        numpy.testing.assert_array_equal(to_cpu(a), to_cpu(b))
+
+
+@pytest.mark.parametrize("what", [[np.ones(3)], {"W": np.ones(3)}])
+def test_what_is_no_model_is_refused_and_not_saved_as_nothing(what, tmp_path):
+    with pytest.raises(TypeError, match=r"checkpoint: expected a model, an object with params, got (list|dict)"):
+        checkpoint.save(tmp_path / "net.safetensors", what)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_arrays_of_one_name_are_an_error_and_not_one_array(tmp_path):
     net = OwnNet(1)
     for names in ({"param_names": ("", "w", "w")}, {"param_names": ("", "w"), "state_names": ("w",), "w": np.ones(3)}):
@@ -307,6 +338,7 @@ def test_keys_can_leave_arrays_of_a_file_out(tmp_path):
     [
         ({"keys": {"a": "layers.7.W"}}, r"keys names layers\.7\.W, and the model has layers\.0\.W, layers\.0\.b, lay"),
         ({"keys": {"x": "layers.0.W", "layers.0.b": "layers.2.b"}}, "several arrays of the model one name"),
+        ({"keys": {"x": "layers.0.W", "y": "layers.0.W"}}, "an array of the model several names"),
         ({"transpose": ["layers.0.w"]}, r"transpose names layers\.0\.w, and the file has layers\.0\.W"),
     ],
 )

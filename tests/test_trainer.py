@@ -535,6 +535,25 @@ def test_a_second_ctrl_c_does_not_wait(ctrl_c):
         trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[At(1, twice)])
 
 
+def test_a_step_that_fails_is_not_counted():
+    """So a file that a callback saves then does not leave its batch out."""
+
+    class Failing(TwoLayerNet):
+        left = 2
+
+        def forward(self, x, t):
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError
+            return super().forward(x, t)
+
+    trainer = Trainer(Failing(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    with pytest.raises(MemoryError):
+        trainer.fit(*spiral(), 1, 30, verbose=False)
+    assert trainer.iteration == 2
+    assert len(trainer.state()["order"]) == 300 - 2 * 30
+
+
 def test_fit_runs_in_a_thread():
     trainer = new_trainer()
     thread = threading.Thread(target=trainer.fit, args=(*spiral(), 1, 30), kwargs={"verbose": False})
