@@ -55,8 +55,7 @@ class SGD:
         ValueError
             If the lists or the arrays in them do not match; nothing is changed.
         """
-        _check_pairs("SGD", params, grads)
-        kernels.sgd(params, grads, self.lr)
+        kernels.sgd(params, _checked("SGD", params, grads), self.lr)
 
 
 class _Stateful:
@@ -73,10 +72,10 @@ class _Stateful:
         for name in self._state:
             setattr(self, name, [])
 
-    def _begin(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Check the lists; make the state for new parameters, and refuse others than those it belongs to."""
+    def _begin(self, params: Sequence[Array], grads: Sequence[Array]) -> Sequence[Array]:
+        """Return `grads` checked; make the state for new parameters, and refuse others than those it belongs to."""
         name = type(self).__name__
-        _check_pairs(name, params, grads)
+        grads = _checked(name, params, grads)
         if self.params is None:
             self.params = list(params)
             for state in self._state:
@@ -86,6 +85,7 @@ class _Stateful:
                 f"{name}: these {len(params)} params are not the {len(self.params)} arrays that its state belongs to; "
                 "call reset() to start anew with them, or use one optimizer for each model"
             )
+        return grads
 
 
 class Momentum(_Stateful):
@@ -109,7 +109,7 @@ class Momentum(_Stateful):
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place; the errors are those of `SGD`, and a ValueError for other params."""
-        self._begin(params, grads)
+        grads = self._begin(params, grads)
         kernels.momentum(params, grads, self.v, self.lr, self.momentum)
 
 
@@ -128,7 +128,7 @@ class Nesterov(Momentum):
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        self._begin(params, grads)
+        grads = self._begin(params, grads)
         kernels.nesterov(params, grads, self.v, self.lr, self.momentum)
 
 
@@ -153,7 +153,7 @@ class AdaGrad(_Stateful):
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        self._begin(params, grads)
+        grads = self._begin(params, grads)
         kernels.adagrad(params, grads, self.h, self.lr, _EPS)
 
 
@@ -178,7 +178,7 @@ class RMSprop(_Stateful):
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        self._begin(params, grads)
+        grads = self._begin(params, grads)
         kernels.rmsprop(params, grads, self.h, self.lr, self.decay_rate, _EPS)
 
 
@@ -218,10 +218,11 @@ class Adam(_Stateful):
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        self._begin(params, grads)
+        grads = self._begin(params, grads)
+        lr = float(self.lr)
         self.iter += 1
-        rate = self.lr * math.sqrt(1 - self.beta2**self.iter) / (1 - self.beta1**self.iter)
-        shrink = 1 - self.lr * self.weight_decay
+        rate = lr * math.sqrt(1 - self.beta2**self.iter) / (1 - self.beta1**self.iter)
+        shrink = 1 - lr * self.weight_decay
         kernels.adam(params, grads, self.m, self.v, rate, self.beta1, self.beta2, _EPS, shrink)
 
 
@@ -258,15 +259,21 @@ def clip_grads(grads: Sequence[Array], max_norm: float) -> None:
         kernels.clip_grads(grads, max_norm)
 
 
-def _check_pairs(name: str, params: Sequence[Array], grads: Sequence[Array]) -> None:
+def _checked(name: str, params: Sequence[Array], grads: Sequence[Array]) -> Sequence[Array]:
+    """Return `grads` in the dtypes of `params`, having checked that the lists match."""
     if len(params) != len(grads):
         raise ValueError(f"{name}: every parameter needs a gradient, got {len(params)} params and {len(grads)} grads")
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if type(p) is type(g) is Array and p.shape == g.shape and p.dtype.kind == g.dtype.kind == "f":
-            continue  # as nearly always: what follows costs more than a small step
-        check_weights(name, **{f"params[{i}]": p, f"grads[{i}]": g})
-        if p.shape != g.shape:
-            raise ValueError(f"{name}: grads[{i}] must have the shape of params[{i}] {p.shape}, got {g.shape}")
+    for p, g in zip(params, grads, strict=True):
+        if not (type(p) is type(g) is Array and p.shape == g.shape and p.dtype is g.dtype and p.dtype.kind == "f"):
+            return [_matching(name, i, *pair) for i, pair in enumerate(zip(params, grads, strict=True))]
+    return grads
+
+
+def _matching(name: str, i: int, p: Array, g: Array) -> Array:
+    check_weights(name, **{f"params[{i}]": p, f"grads[{i}]": g})
+    if p.shape != g.shape:
+        raise ValueError(f"{name}: grads[{i}] must have the shape of params[{i}] {p.shape}, got {g.shape}")
+    return g.astype(p.dtype, copy=False)
 
 
 # Learning rates: functions of the number of steps taken, for `callbacks.LearningRate` or a loop of your own.

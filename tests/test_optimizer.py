@@ -265,6 +265,35 @@ def test_gradients_of_other_kinds_are_refused_before_anything_changes(name, dtyp
     assert all((to_cpu(p) == 1).all() for p in params)
 
 
+@pytest.mark.parametrize(
+    ("weights", "gradients"), [("float32", "float16"), ("float32", "float64"), ("float64", "float32")]
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_of_another_dtype_step_as_in_that_of_the_parameter(name, weights, gradients, rng):
+    """Small ones: the square of 1e-5 is 0 in float16."""
+    p, g = np.ones(4, weights), np.asarray(1e-5 * rng.standard_normal(4), gradients)
+    q, optimizers = p.copy(), [getattr(nnx, name)(), getattr(nnx, name)()]
+    for _ in range(20):
+        optimizers[0].update([p], [g])
+        optimizers[1].update([q], [g.astype(weights)])
+    numpy.testing.assert_array_equal(to_cpu(p), to_cpu(q))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rate_of_none_changes_nothing(name):
+    p = np.ones(3)
+    with pytest.raises(TypeError, match="NoneType"):
+        getattr(nnx, name)(lr=None).update([p], [np.ones(3)])
+    assert (to_cpu(p) == 1).all()
+
+
+def test_sgd_takes_a_rate_of_any_number_type():
+    for n in (4, 40_000):  # where NumPy has another way
+        p = np.zeros(n, "float32")
+        nnx.SGD(numpy.uint8(1)).update([p], [np.ones(n, "float32")])
+        assert (to_cpu(p) == -1).all()
+
+
 def test_clip_grads_leaves_zeros():
     grads = [np.zeros(3, "float32")]
     clip_grads(grads, 1.0)

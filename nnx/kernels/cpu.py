@@ -132,7 +132,7 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
 
 def sgd(params: Arrays, grads: Arrays, lr: float) -> None:
     """p -= lr * g: for large arrays BLAS does it in one pass, on all cores."""
-    dtype = None
+    lr, dtype = float(lr), None
     for p, g in zip(params, grads, strict=True):
         if p.dtype is not dtype:
             dtype = p.dtype
@@ -241,7 +241,7 @@ def _update(formula: Callable[..., None], lists: tuple[Arrays, ...], *settings: 
     for arrays in zip(*lists, strict=True):
         if arrays[0].dtype is not dtype:
             dtype = arrays[0].dtype
-            constants = [numpy.array(value, dtype) for value in settings]
+            constants = [numpy.array(float(value), dtype) for value in settings]
         _elementwise(formula, arrays, constants)
 
 
