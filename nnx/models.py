@@ -42,29 +42,35 @@ class Sequential:
     """
 
     def __init__(self, layers: Iterable[Any], loss_layer: Any = None) -> None:
-        self.layers = list(layers)
-        if len({id(layer) for layer in self.layers}) < len(self.layers):
+        layers = list(layers)
+        for i, layer in enumerate([*layers, loss_layer]):
+            if isinstance(layer, type):
+                what = f"layers[{i}]" if i < len(layers) else "loss_layer"
+                raise TypeError(
+                    f"{type(self).__name__}: {what} must be a layer, got the class {layer.__name__}; "
+                    f"make one with {layer.__name__}(...)"
+                )
+        if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
                 f"{type(self).__name__}: a layer stands twice, and its second forward would overwrite what its first "
                 "backward needs; make another layer, which may share its weights"
             )
+        params: list[Array] = [p for layer in layers for p in layer.params]
+        self._ties = _Ties(params)  # the first attribute
+        self.layers = layers
         self.loss_layer = loss_layer
-        self.params: list[Array] = [p for layer in self.layers for p in layer.params]
-        self.grads: list[Array] = [g for layer in self.layers for g in layer.grads]
+        self.params = params
+        self.grads: list[Array] = [g for layer in layers for g in layer.grads]
 
     def predict(self, x: Any) -> Array:
         """Return the result of the last layer for `x`, without the loss.
 
-        Layers that take `train_flg` get False. They run as shallow copies, so that no activation is
-        kept and a `backward` that is still to come finds what its `forward` left.
+        Layers that take `train_flg` get False, those within others too. All run as shallow copies, so that
+        no activation is kept and a `backward` that is still to come finds what its `forward` left.
         """
+        twins: dict[int, Any] = {}
         for layer in self.layers:
-            if hasattr(layer, "predict"):
-                x = layer.predict(x)
-            elif _takes_train_flg(layer.__class__):
-                x = copy.copy(layer).forward(x, train_flg=False)
-            else:
-                x = copy.copy(layer).forward(x)
+            x = layer.predict(x) if hasattr(layer, "predict") else _predicting(layer, twins).forward(x)
         return x
 
     def forward(self, x: Any, t: Any = None) -> Array:
@@ -106,25 +112,29 @@ class Sequential:
                 hits += layer.accuracy() * len(part)
         return float(loss) / len(x), float(hits) / len(x) if hasattr(self.loss_layer, "accuracy") else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sequential:
-        for (first, _), *others in Shared(self.params).groups:
-            kept = copy.deepcopy(self.params[first], memo)
-            for i, transposed in others:  # views, which would become arrays of their own
-                memo.setdefault(id(self.params[i]), kept.T if transposed else kept)
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
+    def check_arrays(self, name: str) -> None:
+        """Raise a ValueError, opened by `name`, unless `params` and `grads` are the very arrays of the layers."""
+        for kind in ("params", "grads"):
+            mine, theirs = getattr(self, kind), [a for layer in self.layers for a in getattr(layer, kind)]
+            if len(mine) != len(theirs) or not all(map(operator.is_, mine, theirs)):
+                raise ValueError(
+                    f"{name}: the {kind} of {type(self).__name__} are not the arrays that its layers have, and one put "
+                    f"in the place of another is not trained; write into it instead, {kind}[i][...] ="
+                )
+        for layer in self.layers:
+            if isinstance(layer, Sequential):
+                layer.check_arrays(name)
 
     def __repr__(self) -> str:
         layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers
         rows = []
         for layer in layers:
-            shapes = ", ".join(str(p.shape) for p in layer.params)
-            count = sum(p.size for p in layer.params)
+            params = getattr(layer, "params", ())  # which a reader's loss may lack
+            shapes = ", ".join(str(p.shape) for p in params)
+            count = sum(p.size for p in params)
             rows.append(f"  {type(layer).__name__:16}  {shapes:24}  {count:>12,}")
         dtypes = ", ".join(sorted({str(p.dtype) for p in self.params})) or "no weights"
-        total = sum(p.size for p in self.params)
+        total = sum(self.params[group[0][0]].size for group in Shared(self.params).groups)  # a shared one once
         return "\n".join([f"{type(self).__name__}(", *rows, f") {total:,} parameters, {dtypes}"])
 
 
@@ -168,6 +178,41 @@ class TwoLayerNet(Sequential):
             ],
             SoftmaxWithLoss(),
         )
+
+
+class _Ties:
+    """Lets arrays of one memory, such as W and W.T, share it in a deep copy, as a model's attribute copied first."""
+
+    def __init__(self, params: list[Array]) -> None:
+        self.params = params
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Ties:
+        for group in Shared(self.params).groups:
+            i, turned = next((member for member in group if id(self.params[member[0]]) in memo), group[0])
+            kept = copy.deepcopy(self.params[i], memo)
+            for j, transposed in group:  # views, which would become arrays of their own
+                memo.setdefault(id(self.params[j]), kept if transposed == turned else kept.T)
+        return _Ties(copy.deepcopy(self.params, memo))
+
+
+def _predicting(value: Any, twins: dict[int, Any]) -> Any:
+    """Return `value` with each layer in it, also in lists and dicts, as a shallow copy that takes train_flg=False."""
+    if isinstance(value, list | tuple):
+        inside = [_predicting(inner, twins) for inner in value]
+        return value if all(map(operator.is_, inside, value)) else type(value)(inside)
+    if isinstance(value, dict):
+        named = {name: _predicting(inner, twins) for name, inner in value.items()}
+        return value if all(map(operator.is_, named.values(), value.values())) else named
+    if isinstance(value, type) or not (hasattr(value, "forward") and hasattr(value, "params")):
+        return value
+    if id(value) not in twins:
+        twins[id(value)] = twin = copy.copy(value)
+        if not type(value).__module__.startswith("nnx.layers."):  # which hold no others
+            for name, inner in getattr(value, "__dict__", {}).items():
+                setattr(twin, name, _predicting(inner, twins))
+        if _takes_train_flg(value.__class__):
+            twin.forward = functools.partial(twin.forward, train_flg=False)
+    return twins[id(value)]
 
 
 @functools.cache

@@ -219,10 +219,9 @@ class Adam(_Stateful):
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
         grads = self._begin(params, grads)
-        lr = float(self.lr)
         self.iter += 1
-        rate = lr * math.sqrt(1 - self.beta2**self.iter) / (1 - self.beta1**self.iter)
-        shrink = 1 - lr * self.weight_decay
+        rate = self.lr * math.sqrt(1 - self.beta2**self.iter) / (1 - self.beta1**self.iter)
+        shrink = 1 - self.lr * self.weight_decay
         kernels.adam(params, grads, self.m, self.v, rate, self.beta1, self.beta2, _EPS, shrink)
 
 

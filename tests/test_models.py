@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import numpy
 import pytest
@@ -145,6 +146,76 @@ def test_a_deep_copy_shares_weights_as_its_model_does(rng):
         assert layer.params[0] is p
         numpy.testing.assert_array_equal(to_cpu(p), to_cpu(expected))
     numpy.testing.assert_array_equal(to_cpu(W), before)
+
+
+def test_a_deep_copy_shares_a_weight_with_a_layer_that_was_copied_first(rng):
+    W = np.asarray(rng.standard_normal((3, 3)))
+    decoder = nnx.MatMul(W.T)
+    layer, twin = copy.deepcopy([decoder, Sequential([nnx.MatMul(W), decoder])])
+    assert twin.layers[1] is layer
+    twin.params[0][...] = np.arange(9.0).reshape(3, 3)
+    numpy.testing.assert_array_equal(to_cpu(layer.params[0]), numpy.arange(9.0).reshape(3, 3).T)
+
+
+def test_a_readers_model_is_copied_in_its_own_way():
+    class Locked(Sequential):
+        __slots__ = ("history",)
+
+        def __init__(self):
+            super().__init__([nnx.MatMul(np.ones((2, 2)))])
+            self.history, self.lock = [1], threading.Lock()
+
+        def __getstate__(self):
+            return {**vars(self), "lock": None}, {"history": self.history}
+
+    net = Locked()
+    twin = copy.deepcopy(net)
+    twin.history.append(2)
+    assert (net.history, twin.lock) == ([1], None)
+    assert net.params[0] is not twin.params[0] is twin.layers[0].params[0]
+
+
+class Block:
+    """A reader's layer that is made of others, in an attribute, a list and a dict, and does not take train_flg."""
+
+    def __init__(self):
+        self.affine = nnx.Affine(np.ones((4, 4)), np.zeros(4))
+        self.norms, self.last = [nnx.BatchNorm(np.ones(4), np.zeros(4))], {"dropout": nnx.Dropout(0.5, rng=0)}
+        self.params, self.grads = self.affine.params, self.affine.grads
+
+    def forward(self, x):
+        return self.last["dropout"].forward(self.norms[0].forward(self.affine.forward(x)))
+
+    def backward(self, dout):
+        return self.affine.backward(self.norms[0].backward(self.last["dropout"].backward(dout)))
+
+
+def test_predict_leaves_no_trace_in_layers_within_layers(rng):
+    block = Block()
+    net, x = Sequential([block], nnx.MeanSquaredError()), np.asarray(rng.standard_normal((6, 4)))
+    net.forward(x, x)
+    before = pickle.dumps(net)
+    once = to_cpu(net.predict(x + 100))
+    assert (to_cpu(net.predict(x + 100)) == once).all()
+    assert net.evaluate(x, x) == net.evaluate(x, x)
+    assert pickle.dumps(net) == before
+    net.backward()  # of the forward before
+    assert block.affine.x is x
+
+
+def test_layers_that_are_classes_are_refused():
+    with pytest.raises(
+        TypeError, match=r"Sequential: layers\[1\] must be a layer, got the class ReLU; make one"
+    ):
+        Sequential([Sigmoid(), nnx.ReLU])
+    with pytest.raises(TypeError, match="Sequential: loss_layer must be a layer, got the class SoftmaxWithLoss"):
+        Sequential([Sigmoid()], SoftmaxWithLoss)
+
+
+def test_a_printed_model_counts_a_shared_weight_once_and_needs_no_params_of_a_loss():
+    W = np.zeros((3, 3))
+    net = Sequential([nnx.MatMul(W), nnx.MatMul(W.T)], loss_layer=object())
+    assert repr(net).endswith(") 9 parameters, float64")
 
 
 def test_a_printed_model_shows_layers_shapes_and_parameters():
