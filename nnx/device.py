@@ -60,10 +60,16 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
 def numeric(x: Any, name: str) -> Array:
     """Return `x` as an array of real numbers where it lies: lists become host arrays."""
     if not isinstance(x, _ARRAYS):
+        given = x
         try:
-            x = numpy.asarray(x)
+            x = numpy.asarray(given)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: expected an array or a list of numbers, got {_kind(x)} ({error})") from error
+        if x.dtype.kind == "O":
+            held = " that holds other things" if isinstance(given, list | tuple) else ""
+            raise TypeError(f"{name}: expected real numbers, got {_kind(given)}{held}")
+    if type(x) not in _ARRAYS and hasattr(x, "mask"):  # numpy.ma takes longer to import than a net to train
+        raise TypeError(f"{name}: expected an array without a mask; fill the masked elements with filled(...)")
     if x.dtype.kind not in "fiub":
         raise TypeError(
             f"{name}: expected real numbers, got {x.dtype}; convert with astype(...) or leave out what is no number"
@@ -76,17 +82,21 @@ def asfloat(x: Any, dtype: Any, name: str) -> Array:
 
     `dtype=None` keeps a floating dtype and makes integers `result_type(x, float32)`.
     """
-    if isinstance(x, Array) and (x.dtype is dtype or (dtype is None and x.dtype.kind == "f")):
+    if type(x) is Array and (x.dtype is dtype or (dtype is None and x.dtype.kind == "f" and x.dtype.isnative)):
         return x  # nothing to do, as at nearly every call of every layer
     x = asarray(x, name=name)
     if dtype is None:
-        dtype = x.dtype if x.dtype.kind == "f" else np.result_type(x.dtype, np.float32)
+        dtype = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.result_type(x.dtype, np.float32)
     return x.astype(dtype, copy=False)
 
 
 def asgrad(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """Return the gradient `dout` of a layer's output in `dtype`, having checked that it would not broadcast."""
-    if not isinstance(dout, Array) or dout.dtype is not dtype:
+    if dout is None:
+        raise ValueError(
+            f"{type(layer).__name__}.backward: dout is None, as of a next layer that was made with input_grad=False"
+        )
+    if type(dout) is not Array or dout.dtype is not dtype:
         dout = asfloat(dout, dtype, type(layer).__name__)
     if dout.shape != shape:
         raise ValueError(

@@ -45,3 +45,47 @@ def test_to_gpu():
 
 def test_synchronize_returns():
     assert nnx.synchronize() is None
+
+
+def test_a_mask_is_not_lost():
+    masked = numpy.ma.masked_array([[1.0, 2.0]], mask=[[False, True]])
+    for read in (
+        nnx.asarray,
+        nnx.Sigmoid().forward,
+        lambda x: nnx.Trainer(nnx.TwoLayerNet(2, 3, 3), nnx.SGD()).fit(x, [0]),
+    ):
+        with pytest.raises(TypeError, match="expected an array without a mask; fill the masked elements"):
+            read(masked)
+
+
+class Own(numpy.ndarray):
+    """As numpy.matrix, whose * is another product."""
+
+
+@pytest.mark.skipif(nnx.GPU, reason="CuPy has no subclasses and no foreign byte order")
+@pytest.mark.parametrize("layer", [nnx.Sigmoid, nnx.Tanh, nnx.ReLU, nnx.GELU, nnx.Softmax, nnx.Dropout])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_layers_compute_with_plain_native_arrays_whatever_comes(layer, dtype):
+    x = numpy.array([[1, 2], [3, -4]], dtype)
+    want, wants_grad = layer(), numpy.array([[1, 2], [0.5, 1]], dtype)
+    y = want.forward(x)
+    dx = want.backward(wants_grad)
+    foreign = x.dtype.newbyteorder(">")
+    for other, dout in (
+        (x.astype(foreign), wants_grad.astype(foreign)),
+        (x.view(Own), wants_grad.view(Own)),
+    ):
+        got = layer()
+        got.seed = getattr(want, "seed", None)
+        for a, b in ((got.forward(other), y), (got.backward(dout), dx)):
+            assert type(a) is numpy.ndarray
+            assert a.dtype == dtype
+            assert a.dtype.isnative
+            numpy.testing.assert_array_equal(a, b)
+
+
+def test_a_gradient_that_a_layer_did_not_return_is_told():
+    net = nnx.Sequential([nnx.Tanh(), nnx.MatMul(np.ones((2, 3)), input_grad=False)], nnx.SoftmaxWithLoss())
+    net.forward(numpy.ones((4, 2)), [0, 1, 2, 0])
+    with pytest.raises(ValueError, match=r"Tanh.backward: dout is None, as of a next layer that was made with"):
+        net.backward()

@@ -182,10 +182,10 @@ def test_host_weights_are_refused_on_the_gpu():
     ("x", "error", "words"),
     [
         (numpy.ones((5, 3)), ValueError, r"Affine: x must have shape \(N, 4\) to fit W \(4, 3\), got \(5, 3\)"),
-        (numpy.ones(4), ValueError, r"got \(4,\); make it one row with x\[None\]"),
+        (numpy.ones(4), ValueError, r"got \(4,\); make it a row with x\[None\], or"),
         (3.0, ValueError, "x must have shape"),
         ("text", TypeError, "Affine: expected real numbers"),
-        (None, TypeError, "Affine: expected real numbers, got object"),
+        (None, TypeError, "Affine: expected real numbers, got NoneType"),
         ([[1, 2], [3]], ValueError, "Affine: expected an array or a list of numbers, got list"),
         (numpy.ones((5, 4), complex), TypeError, "expected real numbers, got complex128"),
     ],

@@ -54,7 +54,7 @@ class MatMul:
         if x.ndim < 2 or x.shape[-1] != W.shape[0]:
             raise ValueError(
                 f"{type(self).__name__}: x must have shape (N, {W.shape[0]}) to fit W {W.shape}, got {x.shape}"
-                + ("; make it one row with x[None]" if x.ndim == 1 else "")
+                + ("; make it a row with x[None], or a column with x[:, None]" if x.ndim == 1 else "")
             )
         self.x = x
         y = (x if x.ndim == 2 else _rows(x)).dot(W)
