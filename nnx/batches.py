@@ -9,10 +9,20 @@ from typing import Any
 
 import numpy
 
-from nnx.device import asarray, gather_bytes, to_cpu
+from nnx.device import asarray, check_rows, gather_bytes, to_cpu
+from nnx.models import Sequential
 from nnx.np import Array, np
 
-__all__ = ["MeanLoss", "all_finite", "batches", "check_finite", "shares", "sketch"]
+__all__ = [
+    "MeanLoss",
+    "all_finite",
+    "batches",
+    "check_arrays",
+    "check_data",
+    "check_settings",
+    "fingerprint",
+    "shares",
+]
 
 
 class MeanLoss:
@@ -77,8 +87,53 @@ def shares(x: Array, t: Array, order: numpy.ndarray, batch_size: int, comm: Any)
         yield xs, ts, len(rows)
 
 
+def check_data(name: str, model: Any, data: Any) -> tuple[Array, Array]:
+    """Return the x and t of `data` as the steps take them, where they lie, or raise before anything is changed."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
+    if getattr(model, "loss_layer", model) is None:
+        raise ValueError(f"{name}: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor")
+    check_arrays(model)
+    x, t = check_rows(name, *data)
+    dtypes = {p.dtype for p in model.params}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None  # cast once what every step would cast
+    x = _check_finite(f"{name}: x", x, dtype)
+    targets = getattr(getattr(model, "loss_layer", None), "targets", None)
+    if targets is not None and hasattr(model, "predict"):
+        t = targets(to_cpu(t), (len(x), *model.predict(asarray(_samples(x))).shape[1:]))
+    return x, _check_finite(f"{name}: t", t, dtype)
+
+
+def check_arrays(model: Any) -> None:
+    """Raise a ValueError where arrays of the model have parted from those of its layers, as Sequential sees it."""
+    if isinstance(model, Sequential):
+        model.check_arrays("Trainer.fit")
+
+
+def _samples(x: Array) -> Array:
+    """Return rows that stand for all: the first, or those of the least and the largest integer, maybe no index."""
+    if x.dtype.kind not in "iu" or not x.size:
+        return x[:1]
+    return x[[int(i) // (x.size // len(x)) for i in (x.argmin(), x.argmax())]]
+
+
+def check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: Any) -> None:
+    """Raise for arguments of fit that are none."""
+    for name, value in (("max_epoch", max_epoch), ("batch_size", batch_size), ("eval_interval", eval_interval or 1)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"Trainer.fit: {name} must be an integer, got {value!r}")
+    if max_epoch < 0:
+        raise ValueError(f"Trainer.fit: max_epoch must be at least 0, got {max_epoch}")
+    if not 1 <= batch_size <= rows:
+        raise ValueError(f"Trainer.fit: batch_size must be 1 to {rows}, the number of rows, got {batch_size}")
+    if max_grad is not None and not max_grad > 0:
+        raise ValueError(f"Trainer.fit: max_grad must be positive, or None, got {max_grad}")
+    if eval_interval is not None and eval_interval < 1:
+        raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
+
+
 @numpy.errstate(over="ignore")
-def check_finite(name: str, data: Array, dtype: Any) -> Array:
+def _check_finite(name: str, data: Array, dtype: Any) -> Array:
     """Return floating `data` in `dtype`, having looked for NaN and infinity, also those that the cast makes."""
     if data.dtype.kind != "f":
         return data
@@ -103,7 +158,7 @@ def all_finite(params: Sequence[Array]) -> bool:
     return bool(np.stack([np.isfinite(p).all() for p in params]).all())
 
 
-def sketch(data: Array) -> str:
+def fingerprint(data: Array) -> str:
     """Return shape and dtype, and a checksum of about a thousand rows."""
     rows = to_cpu(data[:: 1 + len(data) // 1000])
     return f"{data.shape} {data.dtype} of checksum {zlib.crc32(rows.tobytes()):x}"

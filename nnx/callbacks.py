@@ -76,11 +76,15 @@ class LearningRate:
     state_names = ("steps",)
 
     def __init__(self, schedule: Callable[[int], float]) -> None:
+        if not callable(schedule):
+            raise TypeError(f"LearningRate: schedule must be a function of the steps taken, got {schedule!r}")
         self.schedule = schedule
         self.steps = 0
 
     def on_begin(self, trainer: Any) -> None:
         """Set the rate of the next step."""
+        if _begins(trainer):
+            self.steps = 0
         trainer.optimizer.lr = self.schedule(self.steps)
 
     def on_step(self, trainer: Any) -> None:
@@ -107,6 +111,11 @@ class EarlyStopping:
         self.patience = patience
         self.lowest = math.inf
         self.since = 0
+
+    def on_begin(self, trainer: Any) -> None:
+        """Forget another training."""
+        if _begins(trainer):
+            self.lowest, self.since = math.inf, 0
 
     def on_epoch(self, trainer: Any) -> None:
         """Look at the epoch's validation loss."""
@@ -137,6 +146,11 @@ class BestWeights:
         self.lowest = math.inf
         self.epoch = 0
         self.weights: list[Array] = []
+
+    def on_begin(self, trainer: Any) -> None:
+        """Forget another training."""
+        if _begins(trainer):
+            self.lowest, self.epoch, self.weights = math.inf, 0, []
 
     def on_epoch(self, trainer: Any) -> None:
         """Copy the weights if the epoch's validation loss is the lowest."""
@@ -199,6 +213,8 @@ class Checkpoint:
         """Make the folder, see that it holds no other training, and remove what a killed save left."""
         import shutil  # noqa: PLC0415 - importing nnx imports nothing that only files need
 
+        if _begins(trainer):
+            self.lowest = math.inf
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         storage.require()
@@ -248,6 +264,11 @@ class Checkpoint:
         return True
 
 
+def _begins(trainer: Any) -> bool:
+    """Return whether the training has no step yet, so that what a callback remembers is of another one."""
+    return trainer.current_epoch == trainer.iteration == 0
+
+
 def _learned(model: Any) -> list[Array]:
     """Return the arrays of `model` that training changes: its parameters, each once, and running statistics."""
     return list(checkpoint.remembered(model)[0].values())
@@ -257,6 +278,8 @@ def _learned(model: Any) -> list[Array]:
 def running(trainer: Any, callbacks: list[Any]) -> Iterator[Callable[[str], None]]:
     """Begin the callbacks, yield what calls those that have a method for an event, and end those that began."""
     for callback in callbacks:
+        if isinstance(callback, type):
+            raise TypeError(f"Trainer.fit: a callback must be an object, got the class {callback.__name__}")
         if not any(hasattr(callback, event) for event in _EVENTS):
             raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
         if getattr(callback, "needs_validation", False) and trainer.validation is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +12,18 @@ from typing import Any
 import numpy
 
 from nnx import checkpoint
-from nnx.batches import MeanLoss, all_finite, batches, check_finite, shares, sketch
+from nnx.batches import (
+    MeanLoss,
+    all_finite,
+    batches,
+    check_arrays,
+    check_data,
+    check_settings,
+    fingerprint,
+    shares,
+)
 from nnx.callbacks import Bar, Lines, restore_states, running
-from nnx.device import asarray, check_rows, fits, to_cpu
+from nnx.device import asarray, fits, to_cpu
 from nnx.distributed import Comm
 from nnx.initializers import check_state, generator, get_state, set_state
 from nnx.np import Array
@@ -124,11 +132,13 @@ class Trainer:
             second Ctrl-C is raised at once. Where a callback has on_interrupt, as `callbacks.Checkpoint`,
             or there are several ranks, SIGTERM waits as well, and then ends the process as it would have.
         """
-        x, t = self._check_data("Trainer.fit", x, t)
-        _check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
-        checked = () if validation is None else self._check_data("Trainer.fit: validation", *validation)
-        if validation is not None:
-            self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
+        x, t = check_data("Trainer.fit", self.model, (x, t))
+        check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
+        checked = () if validation is None else check_data("Trainer.fit: validation", self.model, validation)
+        if checked and not hasattr(self.model, "evaluate"):
+            raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
+        if checked:
+            self.model.evaluate(*(data[:1] for data in checked))  # raises now what it would after an epoch
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         callbacks, comm = list(callbacks), self.comm
         numbers = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
@@ -177,12 +187,13 @@ class Trainer:
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(
                     f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
-                    f"of {self.max_iter} iterations; fit again to go on from these weights, or resume a checkpoint"
+                    f"of {self.max_iter} iterations; go on from these weights with fit, or from a file with resume"
                 ) from error
             self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
+            check_arrays(self.model)
             if losses.totals and not all_finite(self.model.params):
                 raise FloatingPointError(
-                    "Trainer: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
+                    "Trainer.fit: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
                 )
 
     def resume(self, path: str | Path) -> Path:
@@ -303,8 +314,8 @@ class Trainer:
         numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
         self.comm.agree(
             "Trainer.fit",
-            **dict(zip("xt", map(sketch, data), strict=True)),
-            validation=" and ".join(map(sketch, validation)) or None,
+            **dict(zip("xt", map(fingerprint, data), strict=True)),
+            validation=" and ".join(map(fingerprint, validation)) or None,
             **settings,
             optimizer=f"{type(self.optimizer).__name__} {numbers}",
             begin=f"epoch {self.current_epoch}, step {self.iteration}",
@@ -313,13 +324,17 @@ class Trainer:
 
     def _compare(self) -> None:
         """See that all ranks have the same weights, which a callback or an optimizer unlike the others' would part."""
-        sketches = {f"params[{i}]": sketch(p.reshape(-1)) for i, p in enumerate(self.model.params)}
-        self.comm.agree(f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **sketches)
+        fingerprints = {f"params[{i}]": fingerprint(p.reshape(-1)) for i, p in enumerate(self.model.params)}
+        self.comm.agree(f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **fingerprints)
 
     def _step(self, x: Array, t: Array, rows: int, shared: Shared, max_grad: float | None, stop: Stop) -> Any:
         loss: Any = 0.0
         if len(x):  # always, but for a rank that has no row of a small batch
             loss = self.model.forward(x, t)
+            if loss is None:
+                raise TypeError(
+                    f"Trainer.fit: {type(self.model).__name__}.forward(x, t) must return the loss, got None"
+                )
             self.model.backward()
         params, grads = shared.merge(self.model.params, self.model.grads)
         if self.comm.size > 1:
@@ -348,25 +363,15 @@ class Trainer:
         loss, hits = self.comm.sum(loss * rows / len(x), (accuracy or 0) * rows / len(x))
         return loss, None if accuracy is None else hits
 
-    def _check_data(self, name: str, x: Any, t: Any) -> tuple[Array, Array]:
-        """Return `x` and `t` as the steps take them, where they lie, or raise before anything is changed."""
-        x, t = check_rows(name, x, t)
-        dtypes = {p.dtype for p in self.model.params}
-        dtype = dtypes.pop() if len(dtypes) == 1 else None  # cast once what every step would cast
-        x, t = check_finite(f"{name}: x", x, dtype), check_finite(f"{name}: t", t, dtype)
-        targets = getattr(getattr(self.model, "loss_layer", None), "targets", None)
-        if targets is not None and hasattr(self.model, "predict"):
-            t = targets(to_cpu(t), (len(x), *self.model.predict(asarray(x[:1])).shape[1:]))
-        return x, t
-
     def _record(self, losses: MeanLoss) -> None:
-        """Append the mean loss to `loss_list`, and raise if it or a parameter is no number."""
+        """Append the mean loss to `loss_list`, and raise if it or a parameter is no number, or not the model's."""
+        check_arrays(self.model)
         loss = losses.take()
         self.loss_list.append(loss)
         if not (math.isfinite(loss) and all_finite(self.model.params)):
             first = max(1, self.iteration - (self.eval_interval or 1) + 1)
             raise FloatingPointError(
-                f"Trainer: the loss is {loss} or a parameter is infinite or NaN in epoch {self.current_epoch + 1}, "
+                f"Trainer.fit: the loss is {loss} or a parameter is infinite or NaN in epoch {self.current_epoch + 1}, "
                 f"iterations {first} to {self.iteration}; use a smaller lr, or max_grad"
             )
 
@@ -384,14 +389,3 @@ def remove_duplicate(params: Sequence[Array], grads: Sequence[Array]) -> tuple[l
 def _left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:
     """Return how many rows of an epoch no step has had, of one that is begun."""
     return max(0, min(rows, max_iter * batch_size) - iteration * batch_size) if iteration else 0
-
-
-def _check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float | None, interval: int | None) -> None:
-    if operator.index(max_epoch) < 0:
-        raise ValueError(f"Trainer.fit: max_epoch must be at least 0, got {max_epoch}")
-    if not 1 <= operator.index(batch_size) <= rows:
-        raise ValueError(f"Trainer.fit: batch_size must be 1 to {rows}, the number of rows, got {batch_size}")
-    if max_grad is not None and not max_grad > 0:
-        raise ValueError(f"Trainer.fit: max_grad must be positive, or None, got {max_grad}")
-    if interval is not None and operator.index(interval) < 1:
-        raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {interval}")

@@ -327,7 +327,7 @@ def test_rank_0_alone_reports():
     ("how", "place", "ending"),
     [
         ("SIGINT", [1, 3], "KeyboardInterrupt: Trainer.fit: interrupted in epoch 2 after 3 of 6 iterations"),
-        ("NaN", [2, 1], "FloatingPointError: Trainer: the loss is nan or a parameter is infinite or NaN in epoch 3"),
+        ("NaN", [2, 1], "FloatingPointError: Trainer.fit: the loss is nan or a parameter is infinite or NaN in"),
         ("stop", [2, 0], "None"),
     ],
 )

@@ -204,9 +204,7 @@ def test_predict_leaves_no_trace_in_layers_within_layers(rng):
 
 
 def test_layers_that_are_classes_are_refused():
-    with pytest.raises(
-        TypeError, match=r"Sequential: layers\[1\] must be a layer, got the class ReLU; make one"
-    ):
+    with pytest.raises(TypeError, match=r"Sequential: layers\[1\] must be a layer, got the class ReLU; make one"):
         Sequential([Sigmoid(), nnx.ReLU])
     with pytest.raises(TypeError, match="Sequential: loss_layer must be a layer, got the class SoftmaxWithLoss"):
         Sequential([Sigmoid()], SoftmaxWithLoss)

@@ -508,7 +508,7 @@ def test_ctrl_c_finishes_the_step(ctrl_c):
     trainer, recorder = new_trainer(), Recorder()
     handler = signal.getsignal(signal.SIGINT)
     interrupt = At(3, ctrl_c)
-    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 3 of 10 iterations; fit again to go on"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 3 of 10 iterations; go on"):
         trainer.fit(*spiral(), 5, 30, eval_interval=None, verbose=False, callbacks=[interrupt, recorder])
     assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # not torn out of the third step
     assert signal.getsignal(signal.SIGINT) is handler
@@ -552,6 +552,112 @@ def test_a_step_that_fails_is_not_counted():
         trainer.fit(*spiral(), 1, 30, verbose=False)
     assert trainer.iteration == 2
     assert len(trainer.state()["order"]) == 300 - 2 * 30
+
+
+def test_callbacks_of_one_training_begin_anew_in_the_next():
+    """Else they would end it at the rate, the loss and the weights of the first one."""
+    callbacks = [BestWeights(), EarlyStopping(30), LearningRate(nnx.optimizer.cosine_decay(1.0, 20))]
+    results = []
+    for _ in range(2):
+        trainer = new_trainer()
+        trainer.fit(*spiral(), 3, 30, validation=spiral(), verbose=False, callbacks=callbacks)
+        results.append((trainer.loss_list, trainer.optimizer.lr, [to_cpu(p).tolist() for p in trainer.model.params]))
+    assert results[0] == results[1]
+    trainer.fit(*spiral(), 1, 30, validation=spiral(), verbose=False, callbacks=callbacks)
+    assert callbacks[2].steps == 40  # of one training they go on
+
+
+class OwnLoop:
+    """A reader's model without evaluate, whose forward forgets to return the loss."""
+
+    def __init__(self):
+        self.net = TwoLayerNet(2, 10, 3, rng=0)
+        self.params, self.grads = self.net.params, self.net.grads
+
+    def forward(self, x, t):
+        self.net.forward(x, t)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "words"),
+    [
+        (None, {"validation": numpy.ones((40, 2))}, ValueError, r"validation must be a pair \(x, t\), got array"),
+        (None, {"validation": spiral()[:1]}, ValueError, r"validation must be a pair \(x, t\)"),
+        (None, {"max_epoch": 1.0}, TypeError, "max_epoch must be an integer, got 1.0"),
+        (None, {"batch_size": "32"}, TypeError, "batch_size must be an integer, got '32'"),
+        (None, {"eval_interval": 2.5}, TypeError, "eval_interval must be an integer, got 2.5"),
+        (Sequential(TwoLayerNet(2, 10, 3).layers), {}, ValueError, "Sequential has no loss_layer to learn from"),
+        (OwnLoop(), {}, TypeError, r"OwnLoop.forward\(x, t\) must return the loss, got None"),
+        (OwnLoop(), {"validation": spiral()}, TypeError, r"validation needs a model with evaluate\(x, t\)"),
+    ],
+)
+def test_fit_says_what_is_wrong_before_anything_changes(model, options, error, words):
+    trainer = Trainer(model or TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    before = [to_cpu(p).copy() for p in trainer.model.params]
+    with pytest.raises(error, match=rf"Trainer.fit: {words}"):
+        trainer.fit(*spiral(), **{"max_epoch": 1, "verbose": False, **options})
+    for p, q in zip(trainer.model.params, before, strict=True):
+        numpy.testing.assert_array_equal(to_cpu(p), q)
+
+
+@pytest.mark.skipif(nnx.GPU, reason="indices on the GPU are not looked at")
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_an_index_out_of_range_in_a_late_row_is_seen_before_anything_changes(bad):
+    W = np.ones((5, 2))
+    model = Sequential([nnx.Embedding(W), nnx.MatMul(np.ones((2, 3)))], SoftmaxWithLoss())
+    with pytest.raises(ValueError, match=rf"Embedding: idx must lie in \[0, 5\), got {bad}"):
+        Trainer(model, SGD(1.0)).fit([0, 1, 2, 3, 4, bad], [0, 1, 2, 0, 1, 2], 1, 2, verbose=False)
+    assert (W == 1).all()
+
+
+def test_labels_are_told_as_they_came():
+    with pytest.raises(ValueError, match=r"got float64 \(300,\); convert them with astype\(int\)"):
+        new_trainer().fit(spiral()[0], numpy.zeros(300), 1, 30, verbose=False)
+
+
+def parted_gradient(model):
+    class Own(nnx.MatMul):
+        def backward(self, dout):
+            self.grads[0] = self.x.T.dot(dout)
+
+    model.layers[0] = Own(np.ones((2, 3), "float32"))
+    return Sequential(model.layers[:1], SoftmaxWithLoss())
+
+
+def parted_optimizer(model):
+    return model
+
+
+def parted_layer(model):
+    model.layers[0].params[0] = np.ones((2, 10), "float32")
+    return model
+
+
+def parted_list(model):
+    model.params[0] = np.ones((2, 10), "float32")
+    return model
+
+
+class Rebinding(SGD):
+    """A reader's optimizer that does not work in place."""
+
+    def update(self, params, grads):
+        for i, g in enumerate(grads):
+            params[i] = params[i] - self.lr * g
+
+
+@pytest.mark.parametrize(
+    ("part", "optimizer"),
+    [(parted_gradient, SGD()), (parted_layer, SGD()), (parted_list, SGD()), (parted_optimizer, Rebinding())],
+)
+def test_arrays_that_are_not_those_of_the_layers_are_an_error(part, optimizer):
+    """They would not be trained, and nobody would see it."""
+    trainer = Trainer(part(TwoLayerNet(2, 10, 3, rng=0)), optimizer, rng=0)
+    for interval in (20, None):
+        with pytest.raises(
+            ValueError, match=r"Trainer.fit: the (params|grads) of \w+ are not the arrays that its layers"
+        ):
+            trainer.fit(*spiral(), 1, 30, eval_interval=interval, verbose=False)
 
 
 def test_fit_runs_in_a_thread():
