@@ -30,6 +30,34 @@ def test_every_weight_has_a_name_for_checkpoints(name):
     assert len(getattr(layer, "param_names", ())) >= len(layer.params)
 
 
+def test_sums_of_float16_are_added_in_float32():
+    x = np.asarray([1.0] + 4999 * [4e-4], "float16").reshape(-1, 1)
+    want = to_cpu(x).astype("float64").sum()
+    repeat, table = Repeat(5000), nnx.Embedding(np.ones((2, 1), "float16"))
+    repeat.forward(x[:1])
+    for rows in (x[:2048], x):  # NumPy has a way for few
+        table.forward(numpy.ones(len(rows), int))
+        table.backward(rows)
+        numpy.testing.assert_allclose(to_cpu(table.grads[0]).ravel(), [0, to_cpu(rows).astype("f").sum()], rtol=1e-3)
+    for y in (Sum().forward(x), repeat.backward(x)):
+        assert y.dtype == np.float16
+        numpy.testing.assert_allclose(to_cpu(y), [[want]], rtol=1e-3)
+    far = np.zeros((10_000, 1), "float16")
+    far[0] = 300
+    loss = MeanSquaredError().forward(far, np.zeros_like(far))
+    assert loss.dtype == np.float16
+    assert float(loss) == 9
+
+
+@pytest.mark.skipif(nnx.GPU, reason="CuPy has no such errors")
+def test_numbers_that_become_zero_are_no_error():
+    with numpy.errstate(all="raise"):
+        for x in (numpy.array([[200.0, -200.0, 0.0]], dtype) for dtype in ("float32", "float64")):
+            for layer in (Sigmoid(), Softmax()):
+                layer.forward(5 * x)
+            SoftmaxWithLoss().forward(5 * x, [0])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_float16_stays_float16(name):
     make, inputs = CASES[name][0]

@@ -60,7 +60,7 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     out[...] = 0
     order = idx.argsort(kind="stable")
     rows, starts = numpy.unique(idx[order], return_index=True)
-    out[rows] = numpy.add.reduceat(dout[order], starts, axis=0)
+    out[rows] = numpy.add.reduceat(dout[order], starts, axis=0, dtype=portable.wide(dout.dtype))
 
 
 def sigmoid(x: Array) -> Array:
@@ -74,7 +74,7 @@ def sigmoid(x: Array) -> Array:
     return y
 
 
-@numpy.errstate(over="ignore")
+@numpy.errstate(over="ignore", under="ignore")
 def _sigmoid(x: Array, y: Array | None = None) -> Array:
     one = _one(x.dtype)
     y = numpy.negative(x, y)

@@ -54,7 +54,7 @@ def bias_grad(dout: Array, out: Array) -> None:
     np.sum(dout, axis=0, dtype=wide(dout.dtype), out=out)
 
 
-@numpy.errstate(over="ignore")
+@numpy.errstate(over="ignore", under="ignore")
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose reciprocal is 0."""
     y = np.negative(x, dtype=wide(x.dtype))
@@ -137,10 +137,13 @@ def embedding(W: Array, idx: Array) -> Array:
 
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i."""
-    out[...] = 0
-    np.add.at(out, idx, dout)
+    total = out if out.itemsize > 2 else np.empty(out.shape, wide(out.dtype))
+    total[...] = 0
+    np.add.at(total, idx, dout)
+    out[...] = total
 
 
+@numpy.errstate(under="ignore")
 def softmax(x: Array) -> Array:
     """Return exp(x) / sum(exp(x)) over the last axis."""
     y = _shifted(x)
@@ -152,10 +155,11 @@ def softmax(x: Array) -> Array:
 def softmax_grad(dout: Array, y: Array) -> Array:
     """Return y * (dout - sum(dout * y)) over the last axis."""
     dx = dout * y
-    dx -= y * dx.sum(axis=-1, keepdims=True)
+    dx -= y * dx.sum(axis=-1, keepdims=True, dtype=wide(y.dtype))
     return dx
 
 
+@numpy.errstate(under="ignore")
 def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
     """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
 

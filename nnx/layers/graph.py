@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from nnx.device import asfloat, asgrad
+from nnx.kernels.portable import wide
 from nnx.np import Array, np
 
 __all__ = ["Repeat", "Sum"]
@@ -23,6 +25,8 @@ class Repeat:
     """
 
     def __init__(self, N: int) -> None:
+        if operator.index(N) < 1:
+            raise ValueError(f"Repeat: N must be at least 1, got {N}")
         self.params: list[Array] = []
         self.grads: list[Array] = []
         self.N = N
@@ -38,7 +42,7 @@ class Repeat:
     def backward(self, dout: Any) -> Array:
         """Return the sum of dout over axis 0, which stays with length 1."""
         dout = asgrad(self, dout, (self.N, *self.x.shape[1:]), self.x.dtype)
-        return dout.sum(axis=0, keepdims=True)
+        return _sum(dout)
 
 
 class Sum:
@@ -59,9 +63,13 @@ class Sum:
         if x.ndim == 0:
             raise ValueError("Sum: x must have an axis to sum over, got a number")
         self.x = x
-        return x.sum(axis=0, keepdims=True)
+        return _sum(x)
 
     def backward(self, dout: Any) -> Array:
         """Return N copies of dout along axis 0."""
         x = self.x
         return np.repeat(asgrad(self, dout, (1, *x.shape[1:]), x.dtype), len(x), axis=0)
+
+
+def _sum(x: Array) -> Array:
+    return x.sum(axis=0, keepdims=True, dtype=wide(x.dtype)).astype(x.dtype, copy=False)

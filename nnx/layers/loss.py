@@ -11,6 +11,7 @@ from typing import Any
 from nnx.device import asfloat, numeric
 from nnx.functions import check_range, class_indices
 from nnx.kernels import sigmoid, softmax_loss, softmax_loss_grad
+from nnx.kernels.portable import wide
 from nnx.np import Array, np
 
 __all__ = ["MeanSquaredError", "SigmoidWithLoss", "SoftmaxWithLoss"]
@@ -155,7 +156,7 @@ class MeanSquaredError:
         """Return the loss."""
         self.y = asfloat(x, None, "MeanSquaredError")
         self.t = asfloat(self.targets(t, self.y.shape), self.y.dtype, "MeanSquaredError")
-        return np.square(self.y - self.t).mean()
+        return np.square(self.y - self.t, dtype=wide(self.y.dtype)).mean().astype(self.y.dtype)
 
     def backward(self, dout: Any = 1) -> Array:
         """Return 2 * (y - t) * dout / size, a new array at every call."""
