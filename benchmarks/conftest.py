@@ -66,7 +66,7 @@ def assert_close():
     """Return what compares arrays, also in nested lists, to float32's accuracy beside their largest element."""
 
     def assert_close(got, want):
-        if isinstance(want, (list, tuple)):
+        if isinstance(want, list | tuple):
             for pair in zip(got, want, strict=True):
                 assert_close(*pair)
         else:

@@ -5,7 +5,6 @@
 #
 # PYTHON (default: python) needs nnx's extra cuda12 or cuda13, test and bench. A stage that fails or
 # outlasts its limit does not end the run; the exit status says that there was one.
-# Not yet run on a GPU.
 set -uo pipefail
 
 folder=$(realpath -m "${1:-$(dirname "$0")/results}")

@@ -1,6 +1,6 @@
 """The variants that `compare.py` compares: nnx, its floor, the book's formulas, and the peers.
 
-    python -m benchmarks.peers DEVICE VARIANT TASK    # DEVICE cpu or cuda
+    python -m benchmarks.peers DEVICE VARIANT TASK [X.npy T.npy]    # DEVICE cpu or cuda; files for JOBS
 
 is one variant in a process of its own; every answer is a line of JSON. The TASK 784-100-10/100 is a
 workload: the losses of the first steps are answered at once, then each line of standard input, a

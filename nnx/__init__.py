@@ -14,6 +14,7 @@ from nnx import (
     plotting,
     testing,
     trainer,
+    util,
 )
 from nnx._version import __version__ as __version__
 from nnx.config import GPU
@@ -91,4 +92,5 @@ __all__ = [
     "to_cpu",
     "to_gpu",
     "trainer",
+    "util",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 from nnx import checkpoint, storage
 from nnx.np import Array
 
-__all__ = ["Bar", "BestWeights", "Checkpoint", "EarlyStopping", "LearningRate", "Lines", "restore_states", "running"]
+__all__ = ["Bar", "BestWeights", "Checkpoint", "EarlyStopping", "LearningRate", "Lines"]
 
 _EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_save", "on_interrupt", "on_end")
 

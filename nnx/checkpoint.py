@@ -228,10 +228,10 @@ def newest(folder: str | Path) -> Path:
     raise FileNotFoundError(f"{folder}: no checkpoint in it that is whole")
 
 
-def is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     """Return whether `value` can be saved: None, a number, a string, an array, or a list of these."""
     if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str | numpy.generic | numpy.ndarray | Array)
 
 
@@ -259,7 +259,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 def _described(optimizer: Any) -> dict[str, Any]:
     """Return what an optimizer remembers: its public attributes, those that can be saved."""
-    return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and is_plain(v)}
+    return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and _is_plain(v)}
 
 
 def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> list[str]:
@@ -333,7 +333,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Any], model: Any) -> Any:
         return [_pack(v, f"{name}.{i}", tensors, model) for i, v in enumerate(value)]
     if isinstance(value, numpy.generic):
         return value.item()
-    if not is_plain(value):
+    if not _is_plain(value):
         raise TypeError(f"{name} cannot be saved: expected a number, a string, an array or a list, got {value!r}")
     if not isinstance(value, Array | numpy.ndarray):
         return value

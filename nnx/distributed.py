@@ -91,7 +91,7 @@ def _join(cuda_aware: bool) -> Comm:
     except ImportError as error:
         raise ImportError(
             f"nnx.distributed: the launcher says {told}, but {error.name} cannot be imported: "
-            "pip install 'nnx-array[mpi]'"
+            "pip install mpi4py threadpoolctl"
         ) from error
     except RuntimeError as error:
         raise RuntimeError(

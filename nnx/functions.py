@@ -12,9 +12,9 @@ import numpy
 
 from nnx import kernels
 from nnx.device import asfloat, numeric
-from nnx.np import Array, np
+from nnx.np import Array, Scalar, np
 
-__all__ = ["class_indices", "cross_entropy_error", "relu", "sigmoid", "softmax"]
+__all__ = ["cross_entropy_error", "relu", "sigmoid", "softmax"]
 
 
 def sigmoid(x: Any) -> Array:
@@ -40,7 +40,7 @@ def softmax(x: Any) -> Array:
     return kernels.softmax(asfloat(x, None, "softmax"))
 
 
-def cross_entropy_error(y: Any, t: Any) -> Array:
+def cross_entropy_error(y: Any, t: Any) -> Scalar:
     """Return the mean of -log(y[t]) over the rows of the probabilities `y`.
 
     Parameters

@@ -14,7 +14,7 @@ import numpy
 from nnx.device import asarray
 from nnx.np import Array
 
-__all__ = ["check_state", "generator", "get_state", "he", "normal", "set_state", "xavier"]
+__all__ = ["generator", "he", "normal", "xavier"]
 
 
 def generator(rng: Any = None) -> Any:

@@ -8,7 +8,7 @@ in it is patched. `Array` is the type of its arrays.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nnx.config import GPU
 
@@ -30,8 +30,8 @@ def _import_cupy() -> ModuleType:
         cupy: Any = importlib.import_module("cupy")
     except ImportError as error:
         raise ImportError(
-            "NNX_GPU=1, but CuPy cannot be imported: pip install 'nnx-array[cuda13]' "
-            "(or [cuda12] for a driver below 580), or unset NNX_GPU to run on NumPy"
+            f"NNX_GPU=1, but CuPy cannot be imported: pip install {_pieces(13)} "
+            "(with 12 in place of 13 for a driver below 580), or unset NNX_GPU to run on NumPy"
         ) from error
     runtime = cupy.cuda.runtime
     try:
@@ -43,7 +43,7 @@ def _import_cupy() -> ModuleType:
         elif error.status == _INSUFFICIENT_DRIVER:
             why = (
                 f"the driver supports CUDA {_version(driver)}, this CuPy needs {_version(needed)}; update the "
-                f"driver, or install the CuPy made for it: pip install 'nnx-array[cuda{driver // 1000}]'"
+                f"driver, or install the CuPy made for it: pip install {_pieces(driver // 1000)}"
             )
         else:
             why = "the driver shows none; see nvidia-smi and CUDA_VISIBLE_DEVICES"
@@ -59,11 +59,16 @@ def _import_cupy() -> ModuleType:
         try:
             probe()
         except (ImportError, RuntimeError) as error:
-            extra = f"cuda{runtime.runtimeGetVersion() // 1000}"
+            pieces = _pieces(runtime.runtimeGetVersion() // 1000)
             raise RuntimeError(
-                f"NNX_GPU=1, but {library} of the CUDA toolkit cannot be loaded: pip install 'nnx-array[{extra}]'"
+                f"NNX_GPU=1, but {library} of the CUDA toolkit cannot be loaded: pip install {pieces}"
             ) from error
     return cupy
+
+
+def _pieces(cuda: int) -> str:
+    """Return what the extra of a CUDA version consists of."""
+    return f"cupy-cuda{cuda}x 'cuda-toolkit[cublas,cudart,curand,nvrtc]=={cuda}.*'"
 
 
 def _version(number: int) -> str:
@@ -76,6 +81,7 @@ else:
     import numpy as np
 
 Array = np.ndarray
+Scalar: TypeAlias = Any  # what a reduction returns: a NumPy scalar, or a CuPy array without axes
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,7 @@ def _axes(ax: Axes | None) -> Axes:
     try:
         from matplotlib import pyplot  # noqa: PLC0415 - an extra, and slow to import
     except ImportError as error:
-        raise ImportError("nnx.plotting draws with matplotlib: pip install 'nnx-array[plot]'") from error
+        raise ImportError("nnx.plotting draws with matplotlib: pip install matplotlib") from error
     return pyplot.figure().add_subplot() if ax is None else ax
 
 

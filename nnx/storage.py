@@ -39,7 +39,7 @@ def require() -> Any:
     try:
         from safetensors import numpy as format  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ImportError("nnx saves with safetensors: pip install 'nnx-array[checkpoint]'") from error
+        raise ImportError("nnx saves with safetensors: pip install safetensors") from error
     return format
 
 

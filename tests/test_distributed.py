@@ -267,7 +267,7 @@ def test_the_wrong_launcher_is_named():
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("ModuleNotFoundError('no', name='mpi4py')", "mpi4py cannot be imported: pip install 'nnx-array[mpi]'"),
+        ("ModuleNotFoundError('no', name='mpi4py')", "mpi4py cannot be imported: pip install mpi4py threadpoolctl"),
         ("RuntimeError('cannot load MPI library')", "mpi4py finds no MPI library (cannot load MPI library): load the"),
     ],
 )

@@ -63,7 +63,7 @@ def test_plot_data_refuses_points_that_do_not_fit():
 
 def test_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'nnx-array\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_loss([1.0])
 
 

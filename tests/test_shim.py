@@ -2,9 +2,11 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy
 import pytest
@@ -100,10 +102,10 @@ def missing():
     ("runtime", "cuda", "words"),
     [
         (Runtime(None, 0), {}, "no NVIDIA driver is installed"),
-        (Runtime(None, 12080), {}, r"the driver supports CUDA 12.8, this CuPy needs 13.2; .*nnx-array\[cuda12\]"),
+        (Runtime(None, 12080), {}, r"the driver supports CUDA 12.8, this CuPy needs 13.2; .* pip install cupy-cuda12x"),
         (Runtime(None, 13020, 100), {}, "the driver shows none; see nvidia-smi"),
         (Runtime(0), {}, "no CUDA device is visible; see CUDA_VISIBLE_DEVICES"),
-        (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=missing)}, r"NVRTC .*cannot be loaded: .*\[cuda13\]"),
+        (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=missing)}, r"NVRTC .*cannot be loaded: .*cuda-toolkit.*==13"),
         (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=int)}, "cuBLAS .*cannot be loaded"),
         (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=int), "cublas": 1}, "cuRAND .*cannot be loaded"),
     ],
@@ -134,6 +136,10 @@ def test_module_run_prints_the_configuration():
     assert ("device" in rows) == nnx.GPU
 
 
-def test_every_public_name_exists():
-    for name in nnx.__all__:
-        assert hasattr(nnx, name), name
+def test_every_public_name_exists_and_is_in_the_readme():
+    readme = (Path(nnx.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    modules = [value for name in nnx.__all__ if isinstance(value := getattr(nnx, name), types.ModuleType)]
+    for module in (nnx, *(m for m in modules if m.__name__.startswith("nnx."))):
+        for name in getattr(module, "__all__", ()):
+            assert hasattr(module, name)
+            assert re.search(rf"\b{name}\b", readme), f"{module.__name__}.{name}"

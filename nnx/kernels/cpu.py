@@ -20,7 +20,7 @@ import numpy
 
 from nnx.kernels import portable
 from nnx.kernels.portable import Arrays
-from nnx.np import Array
+from nnx.np import Array, Scalar
 
 __all__ = [
     "adagrad",
@@ -99,7 +99,7 @@ def _sigmoid_grad(dout: Array, y: Array, dx: Array | None = None) -> Array:
     return dx
 
 
-def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
+def softmax_loss(x: Array, t: Array) -> tuple[Scalar, Array]:
     """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
 
     Moderate scores need no maximum subtracted: NumPy is slow on short rows. NaN is not moderate.

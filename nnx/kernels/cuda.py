@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++, one launch each where `portable` needs several; not yet run on a GPU.
+"""The kernels in CUDA C++, one launch each where `portable` needs several.
 
 N rows (all leading axes together), H outputs, C classes. T is the dtype of the arrays and A the one
 that is computed in: float for float16, else T. No kernel waits for the device or adds with float
@@ -24,7 +24,7 @@ import numpy
 
 from nnx.kernels import portable
 from nnx.kernels.portable import Arrays
-from nnx.np import Array
+from nnx.np import Array, Scalar
 
 __all__ = [
     "adagrad",
@@ -217,7 +217,7 @@ def softmax(x: Array) -> Array:
     return _softmax(x)
 
 
-def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
+def softmax_loss(x: Array, t: Array) -> tuple[Scalar, Array]:
     """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
 
     A label outside [0, C) makes its row of softmax(x), and so the loss, NaN. The last block to

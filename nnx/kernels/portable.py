@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy
 
-from nnx.np import Array, np
+from nnx.np import Array, Scalar, np
 
 Arrays: TypeAlias = Sequence[Array]
 
@@ -160,7 +160,7 @@ def softmax_grad(dout: Array, y: Array) -> Array:
 
 
 @numpy.errstate(under="ignore")
-def softmax_loss(x: Array, t: Array) -> tuple[Array, Array]:
+def softmax_loss(x: Array, t: Array) -> tuple[Scalar, Array]:
     """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
 
     A label outside [0, C) makes its row of softmax(x), and so the loss, NaN.

@@ -35,7 +35,7 @@ class MatMul:
         If the shapes of W, x or dout do not fit.
     """
 
-    param_names = ("W", "b")
+    param_names: tuple[str, ...] = ("W",)
     x: Array  # of the last forward
     shape: tuple[int, ...]  # of its result
 
@@ -97,6 +97,8 @@ class Affine(MatMul):
     ------
     x : (..., D), two or more axes    y, dout : (..., H)
     """
+
+    param_names = ("W", "b")
 
     def __init__(self, W: Array, b: Array, *, input_grad: bool = True) -> None:
         super().__init__(W, input_grad=input_grad)

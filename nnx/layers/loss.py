@@ -12,7 +12,7 @@ from nnx.device import asfloat, numeric
 from nnx.functions import check_range, class_indices
 from nnx.kernels import sigmoid, softmax_loss, softmax_loss_grad
 from nnx.kernels.portable import wide
-from nnx.np import Array, np
+from nnx.np import Array, Scalar, np
 
 __all__ = ["MeanSquaredError", "SigmoidWithLoss", "SoftmaxWithLoss"]
 
@@ -53,7 +53,7 @@ class SoftmaxWithLoss:
         """Return the labels `t` for scores of `shape` as indices, checked; `Trainer` calls it once for all data."""
         return class_indices(t, shape, "SoftmaxWithLoss")
 
-    def forward(self, x: Any, t: Any) -> Array:
+    def forward(self, x: Any, t: Any) -> Scalar:
         """Return the loss."""
         x = asfloat(x, None, "SoftmaxWithLoss")
         self.t = self.targets(t, x.shape)
@@ -64,7 +64,7 @@ class SoftmaxWithLoss:
         """Return (y - onehot(t)) * dout / N, a new array at every call."""
         return softmax_loss_grad(self.y, self.t, dout)
 
-    def accuracy(self) -> Array:
+    def accuracy(self) -> Scalar:
         """Return the share of rows of the last forward that have their largest score at the label."""
         return (self.y.argmax(axis=-1) == self.t).mean()
 
@@ -104,7 +104,7 @@ class SigmoidWithLoss:
         t = check_range(t.astype(np.int8) if t.dtype.kind == "b" else t, 2, "SigmoidWithLoss", "labels")
         return _alike("SigmoidWithLoss", t, shape)
 
-    def forward(self, x: Any, t: Any) -> Array:
+    def forward(self, x: Any, t: Any) -> Scalar:
         """Return the loss."""
         x = asfloat(x, None, "SigmoidWithLoss")
         self.t = self.targets(t, x.shape)
@@ -118,7 +118,7 @@ class SigmoidWithLoss:
         dx = np.subtract(self.y, self.t, dtype=self.y.dtype)
         return np.multiply(dx, dout / dx.size, out=dx)
 
-    def accuracy(self) -> Array:
+    def accuracy(self) -> Scalar:
         """Return the share of elements of the last forward whose probability is on the side of the label."""
         return ((self.y >= 0.5) == self.t).mean()
 
@@ -152,7 +152,7 @@ class MeanSquaredError:
         """Return the targets `t` for predictions of `shape`, checked; `Trainer` calls it once for all data."""
         return _alike("MeanSquaredError", asfloat(t, None, "MeanSquaredError"), shape)
 
-    def forward(self, x: Any, t: Any) -> Array:
+    def forward(self, x: Any, t: Any) -> Scalar:
         """Return the loss."""
         self.y = asfloat(x, None, "MeanSquaredError")
         self.t = asfloat(self.targets(t, self.y.shape), self.y.dtype, "MeanSquaredError")
