@@ -68,7 +68,7 @@ def batches(x: Array, t: Array, order: numpy.ndarray, batch_size: int) -> Iterat
     As many whole batches as `gather_bytes` allows are gathered at once and handed out as slices.
     """
     batch_bytes = (x.nbytes + t.nbytes) // len(x) * batch_size
-    chunk = max(1, gather_bytes() // max(1, batch_bytes)) * batch_size
+    chunk = max(1, gather_bytes(x) // max(1, batch_bytes)) * batch_size
     rows = order if isinstance(x, numpy.ndarray) else asarray(order)
     for start in range(0, len(order), chunk):
         part = rows[start : start + chunk]

@@ -20,6 +20,7 @@ from nnx.np import Array, np
 
 _ARRAYS = (Array, numpy.ndarray)
 _cupy: Any = np  # CuPy ships no types; used only where GPU is True
+_LARGE = 1 << 26  # bytes, from which CuPy's pinned copy of what it uploads, never given back, would be felt
 
 __all__ = ["asarray", "show_config", "synchronize", "to_cpu", "to_gpu"]
 
@@ -54,7 +55,13 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
     ValueError
         If `x` is a ragged list.
     """
-    return np.asarray(numeric(x, name), dtype)
+    x = numeric(x, name)
+    if GPU and isinstance(x, numpy.ndarray) and x.nbytes > _LARGE:
+        x = numpy.ascontiguousarray(x, dtype)
+        y: Any = np.empty(x.shape, x.dtype)
+        y.set(x)
+        return y
+    return np.asarray(x, dtype)
 
 
 def numeric(x: Any, name: str) -> Array:
@@ -134,23 +141,36 @@ def address(x: Any) -> int:
     return int(x.data.ptr if GPU else x.ctypes.data)
 
 
-def gather_bytes() -> int:
-    """Return how many bytes of training data to gather at a time.
+def gather_bytes(x: Any) -> int:
+    """Return how many bytes of the training data `x` to gather at a time.
 
     On the CPU what fits beside a step in the second-level cache; on the GPU, where a gather is two
-    launches whatever its size, a quarter of the free memory: a whole epoch of most data.
+    launches whatever its size, a quarter of the free memory: a whole epoch of most data. It waits while
+    the host gathers what did not fit there, so that goes in smaller pieces.
     """
-    return int(_cupy.cuda.runtime.memGetInfo()[0] // 4) if GPU else 1 << 18
+    if not GPU:
+        return 1 << 18
+    return _free_bytes() // 4 if isinstance(x, Array) else min(_free_bytes() // 4, 1 << 28)
 
 
 def fits(*arrays: Any) -> bool:
-    """Return whether `arrays` may be moved to the device and leave half of its memory free."""
-    return not GPU or sum(a.nbytes for a in arrays) <= _cupy.cuda.runtime.memGetInfo()[0] // 2
+    """Return whether those of `arrays` that are on the host may be moved and leave half of the device's memory free."""
+    return not GPU or sum(a.nbytes for a in arrays if not isinstance(a, Array)) <= _free_bytes() // 2
+
+
+def _free_bytes() -> int:
+    """Return the device's free memory, with what CuPy's pool keeps for the next arrays."""
+    return int(_cupy.cuda.runtime.memGetInfo()[0] + _cupy.get_default_memory_pool().free_bytes())
 
 
 def devices() -> int:
     """Return how many GPUs this process sees; on the CPU 0."""
     return int(_cupy.cuda.runtime.getDeviceCount()) if GPU else 0
+
+
+def bus_id() -> str:
+    """Return where on this machine's bus the GPU in use sits; on the CPU nothing."""
+    return str(_cupy.cuda.Device().pci_bus_id) if GPU else ""
 
 
 def pick(index: int) -> None:
@@ -180,7 +200,7 @@ def stream() -> int:
 
 
 def synchronize() -> None:
-    """Wait until the GPU has done all that was asked of it; on the CPU there is nothing to wait for."""
+    """Wait until the GPU has done what its current stream was asked for; on the CPU there is nothing to wait for."""
     if GPU:
         _cupy.cuda.get_current_stream().synchronize()
 

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from nnx.device import address, asarray, devices, nccl, pick, pinned, stream, synchronize, to_cpu
+from nnx.device import address, asarray, bus_id, nccl, pick, pinned, stream, synchronize, to_cpu
 from nnx.np import Array, np
 
 __all__ = ["Comm", "init"]
@@ -156,7 +156,8 @@ class Comm:
         threads.threadpool_limits(min([share, *(pool["num_threads"] for pool in threads.threadpool_info())]))
 
         library = None if cuda_aware else nccl()
-        usable = self.mpi.allreduce(library is not None and self.local_size <= devices(), MPI.LAND)
+        places = local.allgather(bus_id())
+        usable = self.mpi.allreduce(library is not None and len({*places}) == len(places), MPI.LAND)
         self._nccl = _Nccl(library, self.mpi) if usable else None
 
     def slice(self, n: int) -> builtins.slice:

@@ -315,7 +315,14 @@ class FakeNccl:
 
         self.calls.append(["allReduce", send == receive, count, kind, operation, stream == nnx.device.stream()])
         number = {7: ctypes.c_float, 8: ctypes.c_double}[kind]
-        MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, numpy.ctypeslib.as_array((number * count).from_address(send)))
+        if nnx.GPU:  # whose memory the host cannot read
+            memory = np.cuda.UnownedMemory(send, count * ctypes.sizeof(number), None)
+            device = np.ndarray(count, np.dtype(number), np.cuda.MemoryPointer(memory, 0))
+            host = device.get()
+            MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, host)
+            device.set(host)
+        else:
+            MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, numpy.ctypeslib.as_array((number * count).from_address(send)))
 
 
 @job
@@ -327,7 +334,7 @@ def fake_nccl(comm):
 if __name__ == "__main__":
     if sys.argv[1] == "fake_nccl":
         nnx.distributed.nccl = FakeNccl
-        nnx.distributed.devices = lambda: 8
+        nnx.distributed.bus_id = os.getpid  # a GPU for each
         nnx.distributed.pick = lambda local_rank: FakeNccl.calls.append(["pick", local_rank])
     comm = nnx.distributed.init()
     result = JOBS[sys.argv[1]](comm, *sys.argv[2:])

@@ -234,7 +234,19 @@ def test_a_training_step_never_waits():
     assert not numpy.array_equal(before, to_cpu(model.params[0]))
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_a_stream_is_used_before_it_is_captured():
+    """Else the counters' zeros would be recorded and not written."""
+    with np.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="take one step on this stream before it is captured"):
+                cuda._scratch(*cuda._here())
+        finally:
+            stream.end_capture()
+        assert not cuda._scratch(*cuda._here()).any()
+
+
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kernel_compiles_for(dtype, arch):
     nvrtc = np.cuda.nvrtc

@@ -89,3 +89,31 @@ def test_a_gradient_that_a_layer_did_not_return_is_told():
     net.forward(numpy.ones((4, 2)), [0, 1, 2, 0])
     with pytest.raises(ValueError, match=r"Tanh.backward: dout is None, as of a next layer that was made with"):
         net.backward()
+
+
+@pytest.mark.skipif(not nnx.GPU, reason="the memory of a GPU")
+def test_what_the_pool_keeps_and_what_is_there_already_does_not_count(monkeypatch):
+    device = nnx.device
+    monkeypatch.setattr(device._cupy.cuda.runtime, "memGetInfo", lambda: (1 << 20, 1 << 30))
+    np.get_default_memory_pool().free_all_blocks()
+    host = numpy.zeros(3 << 18, "float32")  # 3 MiB
+    assert not device.fits(host)
+    there = np.zeros(8 << 20, "uint8")
+    assert device.fits(there)
+    assert device.gather_bytes(there) < 2 << 20
+    del there  # into the pool
+    assert device.fits(host)
+    assert device.gather_bytes(np.zeros(1)) > 2 << 20
+    monkeypatch.setattr(device._cupy.cuda.runtime, "memGetInfo", lambda: (1 << 36, 1 << 36))
+    assert device.gather_bytes(host) == 1 << 28
+
+
+@pytest.mark.parametrize("dtype", [None, "float64", "float32"])
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_large_arrays_are_moved_whole(dtype, layout, rng, monkeypatch):
+    monkeypatch.setattr(nnx.device, "_LARGE", 10)
+    x = numpy.asarray(rng.standard_normal((30, 20)), "float32", order=layout)
+    y = asarray(x, dtype)
+    assert type(y) is np.ndarray
+    assert y.dtype == (dtype or "float32")
+    numpy.testing.assert_array_equal(to_cpu(y), x)

@@ -316,3 +316,11 @@ def test_two_axes_more_give_what_rows_give(rng):
         to_cpu(deep.backward(dout)).reshape(10, 4), to_cpu(flat.backward(dout.reshape(10, 3)))
     )
     numpy.testing.assert_allclose(to_cpu(deep.grads[1]), to_cpu(flat.grads[1]))
+
+
+def test_products_of_float32_have_its_accuracy(rng):
+    """No TensorFloat32, whose products are right to three digits."""
+    x, W = (rng.standard_normal((256, 256)).astype("float32") for _ in range(2))
+    y = to_cpu(MatMul(np.asarray(W)).forward(x))
+    expected = x.astype("float64") @ W.astype("float64")
+    assert abs(y - expected).max() < 1e-5 * abs(expected).max()

@@ -105,7 +105,11 @@ def missing():
         (Runtime(None, 12080), {}, r"the driver supports CUDA 12.8, this CuPy needs 13.2; .* pip install cupy-cuda12x"),
         (Runtime(None, 13020, 100), {}, "the driver shows none; see nvidia-smi"),
         (Runtime(0), {}, "no CUDA device is visible; see CUDA_VISIBLE_DEVICES"),
-        (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=missing)}, r"NVRTC .*cannot be loaded: .*cuda-toolkit.*==13"),
+        (
+            Runtime(),
+            {"nvrtc": types.SimpleNamespace(getVersion=missing)},
+            r"NVRTC .*cannot be loaded: .*toolkit.*==13",
+        ),
         (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=int)}, "cuBLAS .*cannot be loaded"),
         (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=int), "cublas": 1}, "cuRAND .*cannot be loaded"),
     ],

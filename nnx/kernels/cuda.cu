@@ -149,16 +149,28 @@ KERNEL bias_grad(const T* dout, T* out, Index rows, Index columns, Index tile, S
 
 // row idx[n] of out (V, H) = the sum of the rows m of dout (N, H) where idx[m] = idx[n], by the block of the first
 KERNEL embedding_grad(const Index* idx, const T* dout, T* out, Index rows, Index vocabulary, Index columns) {
+    __shared__ bool hits[BLOCK];
     for (Index n = blockIdx.x; n < rows; n += gridDim.x) {
         const Index id = idx[n];
         int done = id < 0 || id >= vocabulary;
-        for (Index m = threadIdx.x; m < n; m += BLOCK) done |= idx[m] == id;
-        if (reduce<BLOCK>(done, Max())) continue;
-        for (Index c = threadIdx.x; c < columns; c += BLOCK) {
+        for (Index first = 0; first < n && !done; first += BLOCK) {  // all threads leave together
+            const Index m = first + threadIdx.x;
+            done = reduce<BLOCK>(int(m < n && idx[m] == id), Max());
+        }
+        if (done) continue;
+        for (Index left = 0; left < columns; left += BLOCK) {
+            const Index c = left + threadIdx.x;
             A sum = 0;
-            for (Index m = n; m < rows; m++)
-                if (idx[m] == id) sum += A(dout[m * columns + c]);
-            out[id * columns + c] = T(sum);
+            for (Index first = n; first < rows; first += BLOCK) {
+                const Index m = first + threadIdx.x;
+                const int hit = m < rows && idx[m] == id;
+                hits[threadIdx.x] = hit;
+                if (!reduce<BLOCK>(hit, Max())) continue;  // its barriers part the writes of hits from the reads
+                for (int k = 0; k < BLOCK && c < columns; k++)
+                    if (hits[k]) sum += A(dout[(first + k) * columns + c]);
+                __syncthreads();
+            }
+            if (c < columns) out[id * columns + c] = T(sum);
         }
     }
 }
@@ -171,7 +183,8 @@ KERNEL embedding_grad(const Index* idx, const T* dout, T* out, Index rows, Index
     KERNEL NAME(const Index* table, __VA_ARGS__) {                                                  \
         const Index* row = table + blockIdx.x * Index(LISTS + 1);                                   \
         T *ps = (T*)row[0], *gs = (T*)row[1], *ss = (T*)row[LISTS > 2 ? 2 : 0], *rs = (T*)row[LISTS > 3 ? 3 : 0]; \
-        for (int i = threadIdx.x; i < row[LISTS]; i += BLOCK) {                                     \
+        const int n = row[LISTS];                                                                   \
+        for (int i = threadIdx.x; i < n; i += BLOCK) {                                              \
             A p = A(ps[i]), g = A(gs[i]), s = A(ss[i]), r = A(rs[i]);                               \
             FORMULA;                                                                                \
             if (LISTS > 2) ss[i] = T(s);                                                            \

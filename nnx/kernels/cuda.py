@@ -322,7 +322,15 @@ def _here() -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _scratch(*here: int) -> Array:
-    """Return a `Scratch` of cuda.cu, its counters at 0."""
+    """Return a `Scratch` of cuda.cu, its counters at 0.
+
+    Raises
+    ------
+    RuntimeError
+        If the stream is being captured, which would record the zeros and not write them.
+    """
+    if cupy.cuda.get_current_stream().is_capturing():
+        raise RuntimeError("nnx: take one step on this stream before it is captured into a graph")
     return cupy.zeros(512 + 32 * 1024 + 1, numpy.float64)
 
 
