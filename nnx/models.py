@@ -113,10 +113,14 @@ class Sequential:
         return float(loss) / len(x), float(hits) / len(x) if hasattr(self.loss_layer, "accuracy") else None
 
     def check_arrays(self, name: str) -> None:
-        """Raise a ValueError, opened by `name`, unless `params` and `grads` are the very arrays of the layers."""
+        """Raise a ValueError, opened by `name`, if `params` or `grads` hold an array in the place of a layer's own.
+
+        To hold fewer freezes layers, to hold more is a matter of subclasses.
+        """
         for kind in ("params", "grads"):
-            mine, theirs = getattr(self, kind), [a for layer in self.layers for a in getattr(layer, kind)]
-            if len(mine) != len(theirs) or not all(map(operator.is_, mine, theirs)):
+            mine = set(map(id, getattr(self, kind)))
+            theirs = {id(a) for layer in self.layers for a in getattr(layer, kind)}
+            if mine - theirs and theirs - mine:
                 raise ValueError(
                     f"{name}: the {kind} of {type(self).__name__} are not the arrays that its layers have, and one put "
                     f"in the place of another is not trained; write into it instead, {kind}[i][...] ="

@@ -638,6 +638,22 @@ def parted_list(model):
     return model
 
 
+def test_fewer_arrays_freeze_layers_and_more_are_a_subclass_s_own():
+    class Scaled(Sequential):
+        def __init__(self):
+            super().__init__(TwoLayerNet(2, 10, 3, rng=0).layers, SoftmaxWithLoss())
+            self.scale = np.ones(1, "float32")
+            self.params.append(self.scale)
+            self.grads.append(np.zeros_like(self.scale))
+
+    frozen, scaled = TwoLayerNet(2, 10, 3, rng=0), Scaled()
+    first = to_cpu(frozen.params[0]).copy()
+    frozen.params, frozen.grads = frozen.params[2:], frozen.grads[2:]
+    for model in (frozen, scaled):
+        Trainer(model, SGD(1.0), rng=0).fit(*spiral(), 2, 30, verbose=False)
+    numpy.testing.assert_array_equal(to_cpu(frozen.layers[0].params[0]), first)
+
+
 class Rebinding(SGD):
     """A reader's optimizer that does not work in place."""
 
