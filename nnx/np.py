@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GPU", "np"]
 
+_CUPY = 14  # the oldest major version that nnx is tested with
 _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 
 
@@ -33,6 +34,11 @@ def _import_cupy() -> ModuleType:
             f"NNX_GPU=1, but CuPy cannot be imported: pip install {_pieces(13)} "
             "(with 12 in place of 13 for a driver below 580), or unset NNX_GPU to run on NumPy"
         ) from error
+    if int(cupy.__version__.partition(".")[0]) < _CUPY:
+        raise ImportError(
+            f"NNX_GPU=1, but nnx needs CuPy {_CUPY} or newer and found {cupy.__version__}: pip install {_pieces(13)} "
+            "(with 12 in place of 13 for a driver below 580)"
+        )
     runtime = cupy.cuda.runtime
     try:
         devices = runtime.getDeviceCount()

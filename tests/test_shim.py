@@ -71,6 +71,12 @@ def test_on_asks_for_cupy(value):
     assert "ModuleNotFoundError" in result.stderr  # the original is kept
 
 
+def test_an_old_cupy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(__version__="13.6.0"))
+    with pytest.raises(ImportError, match=r"nnx needs CuPy 14 or newer and found 13\.6\.0: pip install cupy-cuda13x"):
+        shim._import_cupy()
+
+
 class Runtime:
     """What the pre-flight asks of CuPy's runtime, with answers to choose."""
 
@@ -119,7 +125,8 @@ def test_the_missing_piece_is_named(runtime, cuda, words, monkeypatch):
         def __getattr__(self, name):  # as CuPy 14 does for a library that it cannot load
             raise ImportError(name)
 
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=Cuda(runtime=runtime, **cuda)))
+    cupy = types.SimpleNamespace(__version__="14.0.0", cuda=Cuda(runtime=runtime, **cuda))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(RuntimeError, match=f"NNX_GPU=1.*{words}") as error:
         shim._import_cupy()
     assert runtime.devices == 0 or error.value.__cause__ is not None
