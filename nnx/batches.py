@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from nnx.device import asarray, check_rows, gather_bytes, to_cpu
+from nnx.device import asarray, check_rows, to_cpu
 from nnx.models import Sequential
 from nnx.np import Array, np
 
@@ -62,13 +62,15 @@ def _double(loss: Any) -> Any:
     return np.array(loss, np.float64)[()]
 
 
-def batches(x: Array, t: Array, order: numpy.ndarray, batch_size: int) -> Iterator[tuple[Array, Array, int]]:
+def batches(
+    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int
+) -> Iterator[tuple[Array, Array, int]]:
     """Yield the rows of `x` and `t` in `order`, `batch_size` at a time, and how many there are.
 
-    As many whole batches as `gather_bytes` allows are gathered at once and handed out as slices.
+    As many whole batches as `bytes_at_once` holds are gathered together and handed out as slices.
     """
     batch_bytes = (x.nbytes + t.nbytes) // len(x) * batch_size
-    chunk = max(1, gather_bytes(x) // max(1, batch_bytes)) * batch_size
+    chunk = max(1, bytes_at_once // max(1, batch_bytes)) * batch_size
     rows = order if isinstance(x, numpy.ndarray) else asarray(order)
     for start in range(0, len(order), chunk):
         part = rows[start : start + chunk]
@@ -77,11 +79,14 @@ def batches(x: Array, t: Array, order: numpy.ndarray, batch_size: int) -> Iterat
             yield (batch := xs[i : i + batch_size]), ts[i : i + batch_size], len(batch)
 
 
-def shares(x: Array, t: Array, order: numpy.ndarray, batch_size: int, comm: Any) -> Iterator[tuple[Array, Array, int]]:
+def shares(
+    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, comm: Any
+) -> Iterator[tuple[Array, Array, int]]:
     """Yield this rank's slice of each of `batches`, which may have no row, and the rows of the whole batch."""
     whole = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     mine = [rows[comm.slice(len(rows))] for rows in whole]
-    gathered = batches(x, t, numpy.concatenate([order[:0], *mine]), len(mine[0]) if mine and len(mine[0]) else 1)
+    most = len(mine[0]) if mine and len(mine[0]) else 1
+    gathered = batches(x, t, numpy.concatenate([order[:0], *mine]), most, bytes_at_once)
     for rows, part in zip(whole, mine, strict=True):  # only the last part may be shorter, as `batches` has it
         xs, ts, _ = next(gathered) if len(part) else (x[:0], t[:0], 0)
         yield xs, ts, len(rows)

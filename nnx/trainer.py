@@ -23,7 +23,7 @@ from nnx.batches import (
     shares,
 )
 from nnx.callbacks import Bar, Lines, restore_states, running
-from nnx.device import asarray, fits, to_cpu
+from nnx.device import asarray, fits, gather_bytes, to_cpu
 from nnx.distributed import Comm
 from nnx.initializers import check_state, generator, get_state, set_state
 from nnx.np import Array
@@ -148,7 +148,7 @@ class Trainer:
         if verbose is not False and comm.rank == 0:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
         x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
-        shared, losses = Shared(self.model.params), self._losses
+        shared, losses, bytes_at_once = Shared(self.model.params), self._losses, gather_bytes(x)
         saves = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
         with postponed(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, running(self, callbacks) as call:
 
@@ -171,7 +171,7 @@ class Trainer:
                     if not self.iteration:  # else what a checkpoint in the middle of the epoch left
                         self._order = generator(self.rng).permutation(len(x))[: max_iter * batch_size]
                         comm.broadcast([self._order])
-                    data = (x, t, self._order, batch_size)
+                    data = (x, t, self._order, batch_size, bytes_at_once)
                     steps = enumerate(shares(*data, comm) if comm.size > 1 else batches(*data), self.iteration + 1)
                     for iteration, (xs, ts, rows) in steps:
                         losses.add(self._step(xs, ts, rows, shared, max_grad, stop), rows)

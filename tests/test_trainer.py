@@ -157,7 +157,7 @@ def test_mean_losses_are_weighted_by_rows():
 def test_how_much_is_gathered_at_a_time_changes_nothing(bytes_at_a_time, monkeypatch):
     expected = new_trainer()
     expected.fit(*spiral(), 2, 70, verbose=False)
-    monkeypatch.setattr("nnx.batches.gather_bytes", lambda x: bytes_at_a_time)
+    monkeypatch.setattr("nnx.trainer.gather_bytes", lambda x: bytes_at_a_time)
     trainer = new_trainer()
     trainer.fit(*spiral(), 2, 70, verbose=False)
     numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
