@@ -12,15 +12,17 @@ import numpy
 from nnx.device import asarray, check_rows, to_cpu
 from nnx.models import Sequential
 from nnx.np import Array, np
+from nnx.shared import places
 
 __all__ = [
     "MeanLoss",
     "all_finite",
     "batches",
-    "check_arrays",
     "check_data",
+    "check_placed",
     "check_settings",
     "fingerprint",
+    "placed",
     "shares",
 ]
 
@@ -96,28 +98,42 @@ def check_data(name: str, model: Any, data: Any) -> tuple[Array, Array]:
     """Return the x and t of `data` as the steps take them, where they lie, or raise before anything is changed."""
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
-    if getattr(model, "loss_layer", model) is None:
+    if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
         raise ValueError(f"{name}: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor")
-    check_arrays(model)
     x, t = check_rows(name, *data)
     dtypes = {p.dtype for p in model.params}
     dtype = dtypes.pop() if len(dtypes) == 1 else None  # cast once what every step would cast
-    x = _check_finite(f"{name}: x", x, dtype)
+    x, t = _check_finite(f"{name}: x", x, dtype), _check_finite(f"{name}: t", t, dtype)
     targets = getattr(getattr(model, "loss_layer", None), "targets", None)
     if targets is not None and hasattr(model, "predict"):
         t = targets(to_cpu(t), (len(x), *model.predict(asarray(_samples(x))).shape[1:]))
-    return x, _check_finite(f"{name}: t", t, dtype)
+    return x, t
 
 
-def check_arrays(model: Any) -> None:
-    """Raise a ValueError where arrays of the model have parted from those of its layers, as Sequential sees it."""
-    if isinstance(model, Sequential):
-        model.check_arrays("Trainer.fit")
+def placed(model: Any) -> dict[str, Any]:
+    """Return by name where the arrays of `model` and of its layers lie."""
+    owners = {"": model} | {f"layers[{i}].": layer for i, layer in enumerate(getattr(model, "layers", ()))}
+    return {
+        f"{owner}{kind}[{i}]": places(array)[0]
+        for owner, holder in owners.items()
+        for kind in ("params", "grads")
+        for i, array in enumerate(getattr(holder, kind, ()))
+    }
+
+
+def check_placed(model: Any, before: dict[str, Any]) -> None:
+    """Raise a ValueError if an array lies elsewhere than `before` the first step: one in its place is not trained."""
+    for name, place in placed(model).items():
+        if place != before.get(name):
+            raise ValueError(
+                f"Trainer.fit: {name} of {type(model).__name__} is another array after the first step, which is not "
+                f"the one that is trained; backward and update write into the arrays, {name}[...] ="
+            )
 
 
 def _samples(x: Array) -> Array:
     """Return rows that stand for all: the first, or those of the least and the largest integer, maybe no index."""
-    if x.dtype.kind not in "iu" or not x.size:
+    if x.dtype.kind not in "iu" or not x.size or isinstance(x, numpy.memmap):  # which is not read for that
         return x[:1]
     return x[[int(i) // (x.size // len(x)) for i in (x.argmin(), x.argmax())]]
 

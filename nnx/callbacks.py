@@ -4,7 +4,8 @@ A callback is an object with some of the methods `on_begin`, `on_evaluate`, `on_
 `on_interrupt` and `on_end`, each called with the trainer; `on_save` after the `on_step` and `on_epoch` of all
 callbacks, when all ranks have heard of a stop, `on_interrupt` next, where a signal has come, `on_end` also
 after an error. `trainer.stop()` ends the training. Attributes that are to go into checkpoints are named in
-`state_names`, a class attribute: numbers, strings, arrays, lists of these.
+`state_names`, a class attribute: numbers, strings, arrays, lists of these. One that has followed a model and is
+given to the training of another is told by `reset()`, if it has that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import math
 import operator
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,12 @@ class LearningRate:
         self.schedule = schedule
         self.steps = 0
 
+    def reset(self) -> None:
+        """Forget the steps taken."""
+        self.steps = 0
+
     def on_begin(self, trainer: Any) -> None:
         """Set the rate of the next step."""
-        if _begins(trainer):
-            self.steps = 0
         trainer.optimizer.lr = self.schedule(self.steps)
 
     def on_step(self, trainer: Any) -> None:
@@ -109,13 +113,11 @@ class EarlyStopping:
         if patience < 1:
             raise ValueError(f"EarlyStopping: patience must be at least 1, got {patience}")
         self.patience = patience
-        self.lowest = math.inf
-        self.since = 0
+        self.reset()
 
-    def on_begin(self, trainer: Any) -> None:
-        """Forget another training."""
-        if _begins(trainer):
-            self.lowest, self.since = math.inf, 0
+    def reset(self) -> None:
+        """Forget the losses seen."""
+        self.lowest, self.since = math.inf, 0
 
     def on_epoch(self, trainer: Any) -> None:
         """Look at the epoch's validation loss."""
@@ -143,14 +145,12 @@ class BestWeights:
     state_names = ("lowest", "epoch", "weights")
 
     def __init__(self) -> None:
-        self.lowest = math.inf
-        self.epoch = 0
-        self.weights: list[Array] = []
+        self.reset()
 
-    def on_begin(self, trainer: Any) -> None:
-        """Forget another training."""
-        if _begins(trainer):
-            self.lowest, self.epoch, self.weights = math.inf, 0, []
+    def reset(self) -> None:
+        """Forget the weights."""
+        self.lowest, self.epoch = math.inf, 0
+        self.weights: list[Array] = []
 
     def on_epoch(self, trainer: Any) -> None:
         """Copy the weights if the epoch's validation loss is the lowest."""
@@ -209,12 +209,14 @@ class Checkpoint:
         self.lowest = math.inf
         self.path: Path | None = None
 
+    def reset(self) -> None:
+        """Forget the lowest loss."""
+        self.lowest = math.inf
+
     def on_begin(self, trainer: Any) -> None:
         """Make the folder, see that it holds no other training, and remove what a killed save left."""
         import shutil  # noqa: PLC0415 - importing nnx imports nothing that only files need
 
-        if _begins(trainer):
-            self.lowest = math.inf
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         storage.require()
@@ -264,14 +266,21 @@ class Checkpoint:
         return True
 
 
-def _begins(trainer: Any) -> bool:
-    """Return whether the training has no step yet, so that what a callback remembers is of another one."""
-    return trainer.current_epoch == trainer.iteration == 0
-
-
 def _learned(model: Any) -> list[Array]:
     """Return the arrays of `model` that training changes: its parameters, each once, and running statistics."""
     return list(checkpoint.remembered(model)[0].values())
+
+
+_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # which the callbacks followed last
+
+
+def adopt(model: Any, callbacks: list[Any]) -> None:
+    """Let `callbacks` follow the training of `model`; one that followed another forgets that, if it can `reset`."""
+    for callback in callbacks:
+        if hasattr(callback, "reset"):
+            if callback in _models and _models[callback]() is not model:
+                callback.reset()
+            _models[callback] = weakref.ref(model) if hasattr(model, "__weakref__") else lambda: model
 
 
 @contextlib.contextmanager

@@ -122,10 +122,11 @@ def load(
         unpack = _Unpacker(path, file, model)
         arrays, others = remembered(model)
         targets = _as_in_file(path, arrays, keys, transpose)
-        differences = _differences(file, targets, {name for name, own in (keys or {}).items() if own is None})
+        state = unpack(told["model"]["state"], asarray) if "model" in told else {}
+        left = {name for name, own in (keys or {}).items() if own is None}
+        differences = _differences(file, targets, left | unpack.names)
         plan: list[tuple[Any, str, Any]] = []  # object, attribute, its new value
         if "model" in told:
-            state = unpack(told["model"]["state"], asarray)
             differences += compare("", {name: getattr(*place) for name, place in others.items()}, state)
             plan += [(*place, state.get(name)) for name, place in others.items()]
         for kind, receiver in (("optimizer", optimizer), ("trainer", trainer)):
@@ -277,9 +278,8 @@ def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> l
 def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collection[str]) -> list[str]:
     """Return in words how the arrays of `file` differ from those of the model, both by their names in the file."""
     lines = []
-    others = ("state.", "optimizer.", "trainer.") if file.own else ()  # which the metadata refer to
     for name in file.arrays:
-        if name not in arrays and name not in left and not name.startswith(others):
+        if name not in arrays and name not in left and not (file.own and name.startswith(("optimizer.", "trainer."))):
             lines.append(f"{name}: in the file, but not in the model")
     for name, array in arrays.items():
         mine, entry = (array.dtype.name, array.shape), file.arrays.get(name)
@@ -349,6 +349,7 @@ class _Unpacker:
 
     def __init__(self, path: Path, file: storage.Reader, model: Any) -> None:
         self.path, self.file, self.model = path, file, model
+        self.names: set[str] = set()  # of the arrays that were asked for
 
     def __call__(self, value: Any, convert: Callable[[Any], Any] = numpy.asarray) -> Any:
         if isinstance(value, list):
@@ -357,6 +358,7 @@ class _Unpacker:
             return value
         name, index = value.get("tensor"), value.get("param")
         if value.keys() == {"tensor"} and isinstance(name, str) and name in self.file.arrays:
+            self.names.add(name)
             try:
                 return convert(self.file.read(name))
             except (TypeError, ValueError) as error:

@@ -57,8 +57,9 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
     """
     x = numeric(x, name)
     if GPU and isinstance(x, numpy.ndarray) and x.nbytes > _LARGE:
-        x = numpy.ascontiguousarray(x, dtype)
-        y: Any = np.empty(x.shape, x.dtype)
+        native = numpy.dtype(x.dtype if dtype is None else dtype).newbyteorder("=")
+        x = numpy.asarray(x, native, order="A")
+        y: Any = np.empty(x.shape, native, order="F" if x.flags.fnc else "C")
         y.set(x)
         return y
     return np.asarray(x, dtype)
@@ -73,9 +74,9 @@ def numeric(x: Any, name: str) -> Array:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: expected an array or a list of numbers, got {_kind(x)} ({error})") from error
         if x.dtype.kind == "O":
-            held = " that holds other things" if isinstance(given, list | tuple) else ""
+            held = " of what fits no number dtype" if isinstance(given, list | tuple) else ""
             raise TypeError(f"{name}: expected real numbers, got {_kind(given)}{held}")
-    if type(x) not in _ARRAYS and hasattr(x, "mask"):  # numpy.ma takes longer to import than a net to train
+    if type(x) not in _ARRAYS and getattr(x, "mask", None) is not None and x.mask.any():  # a numpy.ma.MaskedArray
         raise TypeError(f"{name}: expected an array without a mask; fill the masked elements with filled(...)")
     if x.dtype.kind not in "fiub":
         raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -55,11 +56,9 @@ class Sequential:
                 f"{type(self).__name__}: a layer stands twice, and its second forward would overwrite what its first "
                 "backward needs; make another layer, which may share its weights"
             )
-        params: list[Array] = [p for layer in layers for p in layer.params]
-        self._ties = _Ties(params)  # the first attribute
         self.layers = layers
         self.loss_layer = loss_layer
-        self.params = params
+        self.params: list[Array] = [p for layer in layers for p in layer.params]
         self.grads: list[Array] = [g for layer in layers for g in layer.grads]
 
     def predict(self, x: Any) -> Array:
@@ -70,7 +69,12 @@ class Sequential:
         """
         twins: dict[int, Any] = {}
         for layer in self.layers:
-            x = layer.predict(x) if hasattr(layer, "predict") else _predicting(layer, twins).forward(x)
+            if hasattr(layer, "predict"):
+                x = layer.predict(x)
+            elif _takes_train_flg(layer.__class__):
+                x = _predicting(layer, twins).forward(x, train_flg=False)
+            else:
+                x = _predicting(layer, twins).forward(x)
         return x
 
     def forward(self, x: Any, t: Any = None) -> Array:
@@ -112,22 +116,24 @@ class Sequential:
                 hits += layer.accuracy() * len(part)
         return float(loss) / len(x), float(hits) / len(x) if hasattr(self.loss_layer, "accuracy") else None
 
-    def check_arrays(self, name: str) -> None:
-        """Raise a ValueError, opened by `name`, if `params` or `grads` hold an array in the place of a layer's own.
-
-        To hold fewer freezes layers, to hold more is a matter of subclasses.
-        """
-        for kind in ("params", "grads"):
-            mine = set(map(id, getattr(self, kind)))
-            theirs = {id(a) for layer in self.layers for a in getattr(layer, kind)}
-            if mine - theirs and theirs - mine:
-                raise ValueError(
-                    f"{name}: the {kind} of {type(self).__name__} are not the arrays that its layers have, and one put "
-                    f"in the place of another is not trained; write into it instead, {kind}[i][...] ="
-                )
-        for layer in self.layers:
-            if isinstance(layer, Sequential):
-                layer.check_arrays(name)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        for group in Shared(self.params).groups:
+            i, turned = next((member for member in group if id(self.params[member[0]]) in memo), group[0])
+            kept = copy.deepcopy(self.params[i], memo)
+            for j, transposed in group:  # views, which would become arrays of their own
+                memo.setdefault(id(self.params[j]), kept if transposed == turned else kept.T)
+        reduced: Any = self.__reduce_ex__(4)  # from here on as copy.deepcopy does
+        make, arguments, state = (*reduced, None)[:3]
+        twin = memo[id(self)] = make(*arguments)
+        state = copy.deepcopy(state, memo)
+        if hasattr(twin, "__setstate__"):
+            twin.__setstate__(state)
+            return twin
+        attributes, slots = state if isinstance(state, tuple) else (state, {})
+        vars(twin).update(attributes or {})
+        for name, value in slots.items():
+            setattr(twin, name, value)
+        return twin
 
     def __repr__(self) -> str:
         layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers
@@ -184,41 +190,35 @@ class TwoLayerNet(Sequential):
         )
 
 
-class _Ties:
-    """Lets arrays of one memory, such as W and W.T, share it in a deep copy, as a model's attribute copied first."""
-
-    def __init__(self, params: list[Array]) -> None:
-        self.params = params
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Ties:
-        for group in Shared(self.params).groups:
-            i, turned = next((member for member in group if id(self.params[member[0]]) in memo), group[0])
-            kept = copy.deepcopy(self.params[i], memo)
-            for j, transposed in group:  # views, which would become arrays of their own
-                memo.setdefault(id(self.params[j]), kept if transposed == turned else kept.T)
-        return _Ties(copy.deepcopy(self.params, memo))
-
-
 def _predicting(value: Any, twins: dict[int, Any]) -> Any:
-    """Return `value` with each layer in it, also in lists and dicts, as a shallow copy that takes train_flg=False."""
-    if isinstance(value, list | tuple):
-        inside = [_predicting(inner, twins) for inner in value]
-        return value if all(map(operator.is_, inside, value)) else type(value)(inside)
-    if isinstance(value, dict):
-        named = {name: _predicting(inner, twins) for name, inner in value.items()}
-        return value if all(map(operator.is_, named.values(), value.values())) else named
-    if isinstance(value, type) or not (hasattr(value, "forward") and hasattr(value, "params")):
-        return value
-    if id(value) not in twins:
-        twins[id(value)] = twin = copy.copy(value)
-        if not type(value).__module__.startswith("nnx.layers."):  # which hold no others
-            for name, inner in getattr(value, "__dict__", {}).items():
-                setattr(twin, name, _predicting(inner, twins))
-        if _takes_train_flg(value.__class__):
-            twin.forward = functools.partial(twin.forward, train_flg=False)
+    """Return `value`; a layer, and those in attributes, lists and dicts of it, as copies that predict by default."""
+    if id(value) in twins:
+        return twins[id(value)]
+    twins[id(value)] = value  # where it is met within itself
+    if type(value) in (list, tuple):
+        if value and _predicting(value[0], twins) is not value[0]:  # else it is no list of layers
+            twins[id(value)] = type(value)(_predicting(inner, twins) for inner in value)
+    elif type(value) is dict:
+        if any(_predicting(inner, twins) is not inner for inner in itertools.islice(value.values(), 1)):
+            twins[id(value)] = {name: _predicting(inner, twins) for name, inner in value.items()}
+    elif not isinstance(value, type) and hasattr(value, "forward") and hasattr(value, "params"):
+        twin = twins[id(value)] = copy.copy(value)
+        if hasattr(twin, "__dict__") and not type(value).__module__.startswith("nnx.layers."):  # which hold no others
+            inside = {name: _predicting(inner, twins) for name, inner in vars(value).items()}
+            vars(twin).update((name, inner) for name, inner in inside.items() if inner is not vars(value)[name])
+        if hasattr(twin, "__dict__") and _takes_train_flg(value.__class__):
+            vars(twin)["forward"] = functools.partial(_predict, twin.forward)
     return twins[id(value)]
+
+
+def _predict(forward: Any, *arguments: Any, **options: Any) -> Any:
+    """Call a layer's `forward`, with train_flg=False unless a layer that holds it says otherwise."""
+    call = inspect.signature(forward).bind(*arguments, **options)
+    call.arguments.setdefault("train_flg", False)
+    return forward(*call.args, **call.kwargs)
 
 
 @functools.cache
 def _takes_train_flg(layer_class: Any) -> bool:
-    return "train_flg" in inspect.signature(layer_class.forward).parameters
+    forward = getattr(layer_class, "forward", None)  # which may be an attribute of the layer itself
+    return forward is not None and "train_flg" in inspect.signature(forward).parameters

@@ -16,13 +16,14 @@ from nnx.batches import (
     MeanLoss,
     all_finite,
     batches,
-    check_arrays,
     check_data,
+    check_placed,
     check_settings,
     fingerprint,
+    placed,
     shares,
 )
-from nnx.callbacks import Bar, Lines, restore_states, running
+from nnx.callbacks import Bar, Lines, adopt, restore_states, running
 from nnx.device import asarray, fits, gather_bytes, to_cpu
 from nnx.distributed import Comm
 from nnx.initializers import check_state, generator, get_state, set_state
@@ -138,7 +139,7 @@ class Trainer:
         if checked and not hasattr(self.model, "evaluate"):
             raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
         if checked:
-            self.model.evaluate(*(data[:1] for data in checked))  # raises now what it would after an epoch
+            self.model.evaluate(*(data[:1] for data in validation or ()))  # raises now what it would after an epoch
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         callbacks, comm = list(callbacks), self.comm
         numbers = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
@@ -149,6 +150,7 @@ class Trainer:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
         x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
         shared, losses, bytes_at_once = Shared(self.model.params), self._losses, gather_bytes(x)
+        before = placed(self.model)
         saves = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
         with postponed(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, running(self, callbacks) as call:
 
@@ -176,6 +178,9 @@ class Trainer:
                     for iteration, (xs, ts, rows) in steps:
                         losses.add(self._step(xs, ts, rows, shared, max_grad, stop), rows)
                         self.iteration = iteration  # now that it is done
+                        if before:
+                            check_placed(self.model, before)
+                            before = {}
                         if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
                             self._record(losses)
                             call("on_evaluate")
@@ -190,7 +195,6 @@ class Trainer:
                     f"of {self.max_iter} iterations; go on from these weights with fit, or from a file with resume"
                 ) from error
             self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
-            check_arrays(self.model)
             if losses.totals and not all_finite(self.model.params):
                 raise FloatingPointError(
                     "Trainer.fit: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
@@ -291,6 +295,7 @@ class Trainer:
 
     def _begin(self, callbacks: list[Any], max_epoch: int, plan: tuple[int, int, int]) -> None:
         """Take the settings of a fit, which goes on with one that was saved or starts another."""
+        adopt(self.model, callbacks)
         if self._resumed is None or self._begun is None:
             self._begun, self.iteration, self._losses, self._stop = self.current_epoch, 0, MeanLoss(), False
         elif self.iteration and plan != self._plan:
@@ -364,8 +369,7 @@ class Trainer:
         return loss, None if accuracy is None else hits
 
     def _record(self, losses: MeanLoss) -> None:
-        """Append the mean loss to `loss_list`, and raise if it or a parameter is no number, or not the model's."""
-        check_arrays(self.model)
+        """Append the mean loss to `loss_list`, and raise if it or a parameter is no number."""
         loss = losses.take()
         self.loss_list.append(loss)
         if not (math.isfinite(loss) and all_finite(self.model.params)):

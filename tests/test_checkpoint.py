@@ -114,6 +114,14 @@ def test_a_readers_own_model_needs_no_names(tmp_path):
     assert_equal(other.loss, net.loss)
 
 
+def test_a_parameter_that_is_called_like_state_is_missed(tmp_path):
+    net, path = Sequential([MatMul(np.ones((2, 2)))]), tmp_path / "net.safetensors"
+    net.state = MatMul(np.ones((2, 2)))
+    checkpoint.save(path, net)
+    with pytest.raises(ValueError, match=r"state\.W: in the file, but not in the model"):
+        checkpoint.load(path, Sequential([MatMul(np.ones((2, 2)))]))
+
+
 class Remembering(MatMul):
     """A reader's layer with state of every kind."""
 

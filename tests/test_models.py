@@ -1,5 +1,6 @@
 """Sequential and TwoLayerNet: what they compute, what they leave alone, how they print."""
 
+import collections
 import copy
 import pickle
 import threading
@@ -201,6 +202,62 @@ def test_predict_leaves_no_trace_in_layers_within_layers(rng):
     assert pickle.dumps(net) == before
     net.backward()  # of the forward before
     assert block.affine.x is x
+
+
+class Positional:
+    """A reader's layer that hands train_flg on, holds what it likes, and has attributes of its own kind."""
+
+    def __init__(self, dropout):
+        self.inner = nnx.Affine(np.ones((4, 4)), np.zeros(4))
+        self.params, self.grads = self.inner.params, self.inner.grads
+        self.both = Pair(dropout, self)
+        self.bag = {"self": None}
+        self.bag["self"] = self.bag
+        self.plain = Plain()
+
+    def __setattr__(self, name, value):
+        if isinstance(value, Plain):
+            self.params.extend(value.params)
+        super().__setattr__(name, value)
+
+    def forward(self, x, train_flg=True):
+        return self.plain.forward(self.both.dropout.forward(self.inner.forward(x), train_flg))
+
+
+Pair = collections.namedtuple("Pair", "dropout holder")
+
+
+class Plain:
+    def __init__(self):
+        self.params, self.grads = [np.ones(1)], [np.zeros(1)]
+        self.forward = lambda x: 2 * x
+
+
+class Slotted:
+    __slots__ = ("grads", "params")
+
+    def __init__(self):
+        self.params, self.grads = [], []
+
+    def forward(self, x, train_flg=True):
+        return x if train_flg else 3 * x
+
+
+def test_readers_layers_may_be_of_any_kind_where_they_predict(rng):
+    layer = Positional(nnx.Dropout(0.5, rng=0))
+    net, x = Sequential([layer, Slotted()]), np.asarray(rng.standard_normal((6, 4)))
+    before = len(layer.params)
+    y = to_cpu(net.predict(x))
+    numpy.testing.assert_allclose(y, 3 * 2 * 0.5 * to_cpu(x.dot(np.ones((4, 4)))))
+    assert len(layer.params) == before
+    numpy.testing.assert_array_equal(to_cpu(net.predict(x)), y)
+
+
+def test_a_model_does_not_keep_arrays_that_it_no_longer_has():
+    net = Sequential([nnx.MatMul(np.ones((300, 300)))])
+    net.layers[0] = nnx.MatMul(np.ones((2, 2)))
+    net.params, net.grads = net.layers[0].params, net.layers[0].grads
+    assert len(pickle.dumps(net)) < 10_000
 
 
 def test_layers_that_are_classes_are_refused():

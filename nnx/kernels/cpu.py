@@ -161,8 +161,9 @@ def _nesterov(p: Array, g: Array, v: Array, lr: Array, momentum: Array) -> None:
     step = g * lr
     v *= momentum
     v -= step
-    p += v * momentum
-    p -= step
+    ahead = v * momentum
+    ahead -= step
+    p += ahead
 
 
 def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float) -> None:
@@ -228,10 +229,10 @@ def _adam(
 
 def _adapt(p: Array, g: Array, h: Array, lr: Array, eps: Array) -> None:
     """p -= lr * g / (sqrt(h) + eps)."""
-    step = numpy.sqrt(h)
-    step += eps
-    step = g / step
-    step *= lr
+    root = numpy.sqrt(h)
+    root += eps
+    step = g * lr
+    step /= root
     p -= step
 
 
