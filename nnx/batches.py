@@ -110,25 +110,30 @@ def check_data(name: str, model: Any, data: Any) -> tuple[Array, Array]:
     return x, t
 
 
-def placed(model: Any) -> dict[str, Any]:
-    """Return by name where the arrays of `model` and of its layers lie."""
-    owners = {"": model} | {f"layers[{i}].": layer for i, layer in enumerate(getattr(model, "layers", ()))}
-    return {
-        f"{owner}{kind}[{i}]": places(array)[0]
-        for owner, holder in owners.items()
-        for kind in ("params", "grads")
-        for i, array in enumerate(getattr(holder, kind, ()))
-    }
+def placed(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return by name where the arrays of `model` lie, and those of its layers."""
+
+    def of(holder: Any, owner: str) -> dict[str, Any]:
+        arrays = {
+            f"{owner}{kind}[{i}]": a for kind in ("params", "grads") for i, a in enumerate(getattr(holder, kind, ()))
+        }
+        return {name: places(a)[0] for name, a in arrays.items()}
+
+    layers = enumerate(getattr(model, "layers", ()))
+    return of(model, ""), {name: place for i, layer in layers for name, place in of(layer, f"layers[{i}].").items()}
 
 
-def check_placed(model: Any, before: dict[str, Any]) -> None:
-    """Raise a ValueError if an array lies elsewhere than `before` the first step: one in its place is not trained."""
-    for name, place in placed(model).items():
-        if place != before.get(name):
-            raise ValueError(
-                f"Trainer.fit: {name} of {type(model).__name__} is another array after the first step, which is not "
-                f"the one that is trained; backward and update write into the arrays, {name}[...] ="
-            )
+def check_placed(model: Any, before: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Raise a ValueError if the model and a layer had an array together `before` the first step, and no longer have."""
+    after = placed(model)
+    for one, other in ((0, 1), (1, 0)):
+        for name, place in after[one].items():
+            was = before[one].get(name)
+            if place != was and was in before[other].values() and place not in after[other].values():
+                raise ValueError(
+                    f"Trainer.fit: {name} of {type(model).__name__} is another array after the first step, and not the "
+                    f"one that is trained; backward and update write into the arrays, {name}[...] ="
+                )
 
 
 def _samples(x: Array) -> Array:

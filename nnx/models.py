@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -199,7 +198,7 @@ def _predicting(value: Any, twins: dict[int, Any]) -> Any:
         if value and _predicting(value[0], twins) is not value[0]:  # else it is no list of layers
             twins[id(value)] = type(value)(_predicting(inner, twins) for inner in value)
     elif type(value) is dict:
-        if any(_predicting(inner, twins) is not inner for inner in itertools.islice(value.values(), 1)):
+        if value and _predicting(first := next(iter(value.values())), twins) is not first:
             twins[id(value)] = {name: _predicting(inner, twins) for name, inner in value.items()}
     elif not isinstance(value, type) and hasattr(value, "forward") and hasattr(value, "params"):
         twin = twins[id(value)] = copy.copy(value)

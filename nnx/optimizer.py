@@ -269,7 +269,7 @@ def _checked(name: str, params: Sequence[Array], grads: Sequence[Array]) -> Sequ
 
 
 def _matching(name: str, i: int, p: Array, g: Array) -> Array:
-    native = g.astype(g.dtype.newbyteorder("=")) if isinstance(g, Array) else g
+    native = g.astype(g.dtype.newbyteorder("="), copy=False) if isinstance(g, Array) else g
     check_weights(name, **{f"params[{i}]": p, f"grads[{i}]": native})
     if p.shape != g.shape:
         raise ValueError(f"{name}: grads[{i}] must have the shape of params[{i}] {p.shape}, got {g.shape}")

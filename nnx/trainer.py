@@ -135,11 +135,12 @@ class Trainer:
         """
         x, t = check_data("Trainer.fit", self.model, (x, t))
         check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
-        checked = () if validation is None else check_data("Trainer.fit: validation", self.model, validation)
-        if checked and not hasattr(self.model, "evaluate"):
-            raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
-        if checked:
-            self.model.evaluate(*(data[:1] for data in validation or ()))  # raises now what it would after an epoch
+        checked: Sequence[Array] = ()
+        if validation is not None:
+            checked = check_data("Trainer.fit: validation", self.model, validation)
+            if not hasattr(self.model, "evaluate"):
+                raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
+            self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         callbacks, comm = list(callbacks), self.comm
         numbers = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
@@ -150,7 +151,7 @@ class Trainer:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
         x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
         shared, losses, bytes_at_once = Shared(self.model.params), self._losses, gather_bytes(x)
-        before = placed(self.model)
+        before: Any = placed(self.model)
         saves = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
         with postponed(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, running(self, callbacks) as call:
 
@@ -180,7 +181,7 @@ class Trainer:
                         self.iteration = iteration  # now that it is done
                         if before:
                             check_placed(self.model, before)
-                            before = {}
+                            before = None
                         if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
                             self._record(losses)
                             call("on_evaluate")
@@ -295,8 +296,8 @@ class Trainer:
 
     def _begin(self, callbacks: list[Any], max_epoch: int, plan: tuple[int, int, int]) -> None:
         """Take the settings of a fit, which goes on with one that was saved or starts another."""
-        adopt(self.model, callbacks)
         if self._resumed is None or self._begun is None:
+            adopt(self.model, callbacks)
             self._begun, self.iteration, self._losses, self._stop = self.current_epoch, 0, MeanLoss(), False
         elif self.iteration and plan != self._plan:
             raise ValueError(
@@ -308,6 +309,7 @@ class Trainer:
                 f"Trainer.fit: the fit that was saved began {done} epochs; max_epoch counts these too, got {max_epoch}"
             )
         else:
+            adopt(self.model, callbacks)
             restore_states(callbacks, self._resumed)
         self._callbacks, self._plan = callbacks, plan
         self.max_iter, self.max_epoch = plan[2], self._begun + max_epoch

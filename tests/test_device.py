@@ -59,7 +59,7 @@ def test_a_mask_is_not_lost():
 
 
 class Own(numpy.ndarray):
-    """As numpy.matrix, whose * is another product."""
+    """A subclass, as numpy.matrix is, in which operators may mean something else."""
 
 
 @pytest.mark.skipif(nnx.GPU, reason="CuPy has no subclasses and no foreign byte order")

@@ -617,6 +617,32 @@ class Unwritten(nnx.MatMul):
         self.grads[0] = self.x.T.dot(dout)
 
 
+class Collecting:
+    """A reader's model whose lists are made at each look, of a layer that makes its gradients anew."""
+
+    class Layer(nnx.MatMul):
+        def backward(self, dout):
+            self.grads = [self.x.T.dot(dout)]
+
+    def __init__(self):
+        self.layers, self.loss = [self.Layer(np.zeros((2, 3), "float32"))], SoftmaxWithLoss()
+
+    params = property(lambda self: [p for layer in self.layers for p in layer.params])
+    grads = property(lambda self: [g for layer in self.layers for g in layer.grads])
+
+    def forward(self, x, t):
+        return self.loss.forward(self.layers[0].forward(x), t)
+
+    def backward(self):
+        self.layers[0].backward(self.loss.backward())
+
+
+def test_a_model_that_collects_new_gradients_trains():
+    trainer = Trainer(Collecting(), SGD(1.0), rng=0)
+    trainer.fit(*spiral(), 20, 30, verbose=False)
+    assert trainer.loss_list[-1] < trainer.loss_list[0]
+
+
 def test_fewer_arrays_freeze_layers_and_more_are_a_subclass_s_own():
     class Scaled(Sequential):
         def __init__(self):
@@ -628,7 +654,9 @@ def test_fewer_arrays_freeze_layers_and_more_are_a_subclass_s_own():
     frozen, scaled = TwoLayerNet(2, 10, 3, rng=0), Scaled()
     first = to_cpu(frozen.params[0]).copy()
     frozen.params, frozen.grads = frozen.params[2:], frozen.grads[2:]
-    for model in (frozen, scaled):
+    apart = Sequential([Unwritten(np.ones((2, 3))), nnx.MatMul(np.ones((3, 3)))], SoftmaxWithLoss())
+    apart.params, apart.grads = apart.params[1:], apart.grads[1:]  # a frozen layer may do as it likes
+    for model in (frozen, scaled, apart):
         Trainer(model, SGD(1.0), rng=0).fit(*spiral(), 2, 30, verbose=False)
     numpy.testing.assert_array_equal(to_cpu(frozen.layers[0].params[0]), first)
 
@@ -644,14 +672,18 @@ class Rebinding(SGD):
 @pytest.mark.parametrize(
     ("model", "optimizer", "name"),
     [
-        (Sequential([Unwritten(np.ones((2, 3)))], SoftmaxWithLoss()), SGD(), r"layers\[0\]\.grads\[0\] of Sequential"),
-        (TwoLayerNet(2, 10, 3), Rebinding(), r"params\[0\] of TwoLayerNet"),
+        (
+            lambda: Sequential([Unwritten(np.ones((2, 3)))], SoftmaxWithLoss()),
+            SGD(),
+            r"layers\[0\]\.grads\[0\] of Sequential",
+        ),
+        (lambda: TwoLayerNet(2, 10, 3), Rebinding(), r"params\[0\] of TwoLayerNet"),
     ],
 )
 @pytest.mark.parametrize("interval", [20, None])
 def test_an_array_in_the_place_of_another_is_an_error_after_the_first_step(model, optimizer, name, interval):
     """It would not be trained, and nobody would see it."""
-    trainer = Trainer(model, optimizer, rng=0)
+    trainer = Trainer(model(), optimizer, rng=0)
     with pytest.raises(ValueError, match=rf"Trainer.fit: {name} is another array after the first step"):
         trainer.fit(*spiral(), 1, 30, eval_interval=interval, verbose=False)
     assert trainer.iteration == 1
