@@ -197,12 +197,18 @@ def test_a_rank_tells_its_error_in_one_piece(rank, kind, traced, monkeypatch):
 
 @needs_mpi
 def test_a_killed_rank_ends_the_job():
-    done = run(2, "fault", "SIGKILL", timeout=10)
-    assert done.returncode != 0
-    places = next(line for line in done.stderr.splitlines() if "ranks 0 to 1 are the processes" in line)
-    pid = places.rpartition(":")[2]
-    assert pid in (done.stdout + done.stderr).replace(places, "")  # the launcher names it, and the signal
-    assert "signal 9" in done.stdout + done.stderr
+    """The launcher names it, and the signal; rarely MPICH names another, which it ended for that."""
+    for _ in range(3):
+        done = run(2, "fault", "SIGKILL", timeout=10)
+        assert done.returncode != 0
+        places = next(line for line in done.stderr.splitlines() if "ranks 0 to 1 are the processes" in line)
+        said = (done.stdout + done.stderr).replace(places, "")
+        assert "signal 9" in said
+        first, last = (place.rpartition(":")[2] for place in places.split(","))
+        assert first in said or last in said
+        if last in said:
+            return
+    pytest.fail(f"the launcher has not named process {last}: {said}")
 
 
 @needs_mpi
