@@ -269,7 +269,7 @@ def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> l
     lines = compare("optimizer", _described(optimizer), settings)
     if not lines:  # so that lists are lists
         shapes = {n: [getattr(a, "shape", None) for a in v] for n, v in settings.items() if isinstance(v, list)}
-        for state in getattr(optimizer, "_state", ()):
+        for state in getattr(optimizer, "_slots", ()):
             if shapes.get(state) != shapes.get("params", []):
                 lines.append(f"optimizer.{state}: not of the shapes of its parameters")
     return lines

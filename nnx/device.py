@@ -6,6 +6,7 @@ Everything here works alike on both devices; on the CPU a move is no copy.
 from __future__ import annotations
 
 import importlib
+import numbers
 import os
 import platform
 import sys
@@ -113,8 +114,37 @@ def asgrad(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     return dout
 
 
+def as_float(owner: Any, name: str) -> float:
+    """Return the attribute `name` of `owner` as a Python float, so that no NumPy scalar decides about dtypes."""
+    value = getattr(owner, name)
+    if type(value) is float:
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
+    return float(value)
+
+
+def loss_grad(layer: Any, dout: Any) -> Any:
+    """Return `dout`, the gradient of the loss of `layer`, as a Python float; on the GPU an array without axes stays one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `dout` is anything but one real number.
+    """
+    if type(dout) is int or type(dout) is float:
+        return dout
+    dout = numeric(dout, f"{type(layer).__name__}.backward: dout")
+    if dout.ndim:
+        raise ValueError(
+            f"{type(layer).__name__}.backward: dout must be one number, the gradient of the loss, "
+            f"got shape {dout.shape}"
+        )
+    return float(dout) if isinstance(dout, numpy.ndarray) else dout.astype(np.float64, copy=False)
+
+
 def check_weights(name: str, **weights: Any) -> None:
-    """Raise a TypeError unless every weight is a floating array of the active module.
+    """Raise a TypeError unless every weight is a floating array of the active module, without masked elements.
 
     Nothing is converted: a converted copy would no longer be the array that another layer shares,
     and integer weights would swallow their gradients.
@@ -125,6 +155,13 @@ def check_weights(name: str, **weights: Any) -> None:
                 f"{name}: {argument} must be a {np.__name__} array of a floating dtype, got {_kind(weight)}; "
                 f"make it with nnx.asarray({argument}, dtype='float32')"
             )
+        if type(weight) is not Array:
+            numeric(weight, f"{name}: {argument}")
+
+
+def is_writable(x: Array) -> bool:
+    """Return whether `x` may be written into; CuPy's arrays always may."""
+    return GPU or x.flags.writeable
 
 
 def check_rows(name: str, x: Any, t: Any) -> tuple[Array, Array]:

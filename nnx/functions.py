@@ -28,7 +28,7 @@ def sigmoid(x: Any) -> Array:
 
 def relu(x: Any) -> Array:
     """Return max(x, 0), elementwise; NaN stays NaN."""
-    return np.maximum(asfloat(x, None, "relu"), 0)
+    return kernels.relu(asfloat(x, None, "relu"))
 
 
 def softmax(x: Any) -> Array:
@@ -58,7 +58,9 @@ def cross_entropy_error(y: Any, t: Any) -> Scalar:
         return -np.log(picked).mean()
 
 
-def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -> Array:
+def class_indices(
+    t: Any, shape: tuple[int, ...], name: str = "class_indices", ignore_label: int | None = None
+) -> Array:
     """Return the labels `t` for scores of `shape` (..., C) as indices of shape (...).
 
     Parameters
@@ -68,6 +70,8 @@ def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -
         shape and dtype are checked, and the loss turns a label out of range into NaN.
     name : str
         Opens the messages.
+    ignore_label : int or None
+        A label that is taken too, wherever it lies.
 
     Raises
     ------
@@ -86,7 +90,7 @@ def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -
     if t.size == 0:
         raise ValueError(f"{name}: the batch is empty, and a mean over no rows has no value")
     if t.shape == rows:
-        _check_range(t, classes, name, "labels")
+        _check_range(t, classes, name, "labels", ignore_label)
         indices = t if kind == "i" else t.astype(np.int64)
     elif t.shape == shape:
         indices = t.argmax(axis=-1)
@@ -99,18 +103,23 @@ def class_indices(t: Any, shape: tuple[int, ...], name: str = "class_indices") -
     return indices if isinstance(indices, Array) else np.asarray(indices)
 
 
-def check_range(idx: Any, stop: int, name: str, what: str) -> Array:
-    """Return `idx` as an integer array of the active module; on the host its values must lie in [0, stop)."""
+def check_range(idx: Any, stop: int, name: str, what: str, ignored: int | None = None) -> Array:
+    """Return `idx` as an integer array of the array module; on the host its values must lie in [0, stop).
+
+    Those that are `ignored` are not looked at.
+    """
     idx = numeric(idx, name)
     if idx.dtype.kind not in "iu":
         raise ValueError(f"{name}: {what} must be integers in [0, {stop}), got {idx.dtype}")
     if idx.size:
-        _check_range(idx, stop, name, what)
+        _check_range(idx, stop, name, what, ignored)
     return np.asarray(idx)
 
 
-def _check_range(idx: Array, stop: int, name: str, what: str) -> None:
+def _check_range(idx: Array, stop: int, name: str, what: str, ignored: int | None = None) -> None:
     if isinstance(idx, numpy.ndarray):
+        if ignored is not None:
+            idx = numpy.where(idx == ignored, 0, idx)
         low, high = idx.item(idx.argmin()), idx.item(idx.argmax())  # by far the fastest of NumPy's searches
         if low < 0 or high >= stop:
             raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {low if low < 0 else high}")

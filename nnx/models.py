@@ -95,25 +95,32 @@ class Sequential:
     def evaluate(self, x: Any, t: Any, batch_size: int = 1024) -> tuple[float, float | None]:
         """Return the mean loss over all rows, and the accuracy: the share of rows whose largest score is at the label.
 
-        The accuracy is None for a loss layer without a method `accuracy`, as in regression. Like
-        `predict` this leaves the layers as they are.
+        Where the loss layer weights the rows or leaves labels out, both are of all rows together, whatever
+        the batches. The accuracy is None for a loss layer without a method `accuracy`, as in regression.
+        Like `predict` this leaves the layers as they are.
         """
         if self.loss_layer is None:
             raise ValueError(f"{type(self).__name__}.evaluate: there is no loss layer; pass one to the constructor")
         x, t = check_rows(f"{type(self).__name__}.evaluate", x, t)
         if operator.index(batch_size) < 1:
             raise ValueError(f"{type(self).__name__}.evaluate: batch_size must be at least 1, got {batch_size}")
-        loss = hits = 0
+        loss = hits = total = counted = numpy.float64(0)  # the sum over all rows may be beyond float16
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             layer, part = copy.copy(self.loss_layer), t[rows]
             if not hasattr(layer, "targets"):  # which moves the labels itself, once it has looked at them on the host
                 part = asarray(part)
-            # float64: the sum over all rows may be beyond float16
-            loss += layer.forward(self.predict(asarray(x[rows])), part) * numpy.float64(len(part))
+            mean = layer.forward(self.predict(asarray(x[rows])), part)
+            weight = getattr(layer, "weight_sum", None)
+            weight = numpy.float64(len(part)) if weight is None else weight
+            loss, total = loss + mean * weight, total + weight
             if hasattr(layer, "accuracy"):
-                hits += layer.accuracy() * len(part)
-        return float(loss) / len(x), float(hits) / len(x) if hasattr(self.loss_layer, "accuracy") else None
+                kept = getattr(layer, "kept", None)
+                count = len(part) if kept is None else kept.sum()
+                hits, counted = hits + layer.accuracy() * count, counted + count
+        if not total > 0:
+            raise ValueError(f"{type(self).__name__}.evaluate: all labels are left out or have the weight 0")
+        return float(loss / total), float(hits / counted) if hasattr(self.loss_layer, "accuracy") else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for group in Shared(self.params).groups:

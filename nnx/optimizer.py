@@ -1,6 +1,6 @@
 """Optimizers: `update(params, grads)` on lists of arrays, in place; and learning rates that change.
 
-W a parameter, dW its gradient, eps = 1e-7 as in the source. `lr` and the other settings are plain
+W a parameter, dW its gradient, eps = 1e-7 as in the book. `lr` and the other settings are plain
 attributes that may be assigned between steps. On the GPU a step is one launch for all parameters of
 a dtype. The state has the dtype of its parameter; in float16 the squares of small gradients vanish,
 so give the adaptive optimizers float32 weights.
@@ -9,11 +9,13 @@ so give the adaptive optimizers float32 weights.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from nnx import kernels
-from nnx.device import check_weights
+from nnx.device import as_float, check_weights, is_writable
 from nnx.np import Array, np
 
 __all__ = [
@@ -30,38 +32,14 @@ __all__ = [
     "warm_up",
 ]
 
-_EPS = 1e-7
 
+class _Optimizer:
+    """What the optimizers share: settings, and arrays that are remembered beside each parameter (slots)."""
 
-class SGD:
-    """Stochastic gradient descent: W -= lr * dW.
-
-    Parameters
-    ----------
-    lr : float
-        The learning rate.
-    """
-
-    def __init__(self, lr: float = 0.01) -> None:
-        self.lr = lr
-
-    def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place.
-
-        Raises
-        ------
-        TypeError
-            If they hold anything but floating arrays of the active module.
-        ValueError
-            If the lists or the arrays in them do not match; nothing is changed.
-        """
-        kernels.sgd(params, _checked("SGD", params, grads), self.lr)
-
-
-class _Stateful:
-    """What an optimizer remembers: arrays beside each parameter, under the names of `_state`."""
-
-    _state: tuple[str, ...]
+    _settings: tuple[str, ...]
+    _slots: tuple[str, ...] = ()
+    lr: float
+    weight_decay: float
 
     def __init__(self) -> None:
         self.reset()
@@ -69,48 +47,101 @@ class _Stateful:
     def reset(self) -> None:
         """Forget everything; the next update may be for other parameters."""
         self.params: list[Array] | None = None
-        for name in self._state:
+        for name in self._slots:
             setattr(self, name, [])
 
-    def _begin(self, params: Sequence[Array], grads: Sequence[Array]) -> Sequence[Array]:
-        """Return `grads` checked; make the state for new parameters, and refuse others than those it belongs to."""
-        name = type(self).__name__
-        grads = _checked(name, params, grads)
-        if self.params is None:
-            self.params = list(params)
-            for state in self._state:
-                setattr(self, state, [np.zeros(p.shape, p.dtype) for p in params])
-        elif len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+    def check_update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
+        """Raise what `update` would raise for these arrays, and change nothing."""
+        self._checked(params, grads)
+
+    def _checked(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
+        """Return `grads` in the dtypes of `params`, and the settings as Python floats."""
+        settings = [as_float(self, name) for name in self._settings]
+        if not kernels.can_update(params, grads):
+            grads = _matching_grads(type(self).__name__, params, grads)
+        if self.params is not None and (
+            len(params) != len(self.params) or not all(map(operator.is_, params, self.params))
+        ):
             raise ValueError(
-                f"{name}: these {len(params)} params are not the {len(self.params)} arrays that its state belongs to; "
-                "call reset() to start anew with them, or use one optimizer for each model"
+                f"{type(self).__name__}: these {len(params)} params are not the {len(self.params)} arrays that its "
+                "state belongs to; call reset() to start anew with them, or use one optimizer for each model"
             )
-        return grads
+        return grads, settings
+
+    def _prepare(self, params: Any, grads: Any) -> tuple[Sequence[Array], Sequence[Array], list[float]]:
+        """Return lists of arrays and the settings, checked, with the state made where there is none."""
+        params, grads = _as_list(params), _as_list(grads)
+        grads, settings = self._checked(params, grads)
+        if self._slots and self.params is None:
+            self.params = list(params)
+            for name in self._slots:
+                setattr(self, name, [np.zeros(p.shape, p.dtype) for p in params])
+        return params, grads, settings
 
 
-class Momentum(_Stateful):
+class SGD(_Optimizer):
+    """Stochastic gradient descent: W -= lr * dW.
+
+    Parameters
+    ----------
+    lr : float
+        The learning rate.
+    weight_decay : float
+        Decoupled weight decay, of every optimizer: each step also subtracts lr * weight_decay * W, of all
+        parameters, biases too.
+
+    References
+    ----------
+    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
+    """
+
+    _settings = ("lr", "weight_decay")
+
+    def __init__(self, lr: float = 0.01, *, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
+        """Take one step on `params`, in place.
+
+        Raises
+        ------
+        TypeError
+            If they hold anything but floating arrays of the array module, or a setting is no number.
+        ValueError
+            If the lists or the arrays in them do not match, a parameter is read-only, or the state belongs to
+            other parameters. After any error everything is as it was.
+        """
+        params, grads, (lr, weight_decay) = self._prepare(params, grads)
+        kernels.sgd(params, grads, lr, 1 - lr * weight_decay)
+
+
+class Momentum(_Optimizer):
     """SGD with momentum: v = momentum * v - lr * dW; W += v.
 
     Parameters
     ----------
     lr, momentum : float
+    weight_decay : float
+        As of `SGD`.
 
     References
     ----------
     Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
     """
 
-    _state = ("v",)
+    _settings = ("lr", "momentum", "weight_decay")
+    _slots = ("v",)
     v: list[Array]
 
-    def __init__(self, lr: float = 0.01, momentum: float = 0.9) -> None:
+    def __init__(self, lr: float = 0.01, momentum: float = 0.9, *, weight_decay: float = 0.0) -> None:
         super().__init__()
-        self.lr, self.momentum = lr, momentum
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place; the errors are those of `SGD`, and a ValueError for other params."""
-        grads = self._begin(params, grads)
-        kernels.momentum(params, grads, self.v, self.lr, self.momentum)
+        """Take one step on `params`, in place; the errors are those of `SGD`."""
+        params, grads, (lr, momentum, weight_decay) = self._prepare(params, grads)
+        kernels.momentum(params, grads, self.v, lr, momentum, 1 - lr * weight_decay)
 
 
 class Nesterov(Momentum):
@@ -119,6 +150,8 @@ class Nesterov(Momentum):
     Parameters
     ----------
     lr, momentum : float
+    weight_decay : float
+        As of `SGD`.
 
     References
     ----------
@@ -128,69 +161,85 @@ class Nesterov(Momentum):
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        grads = self._begin(params, grads)
-        kernels.nesterov(params, grads, self.v, self.lr, self.momentum)
+        params, grads, (lr, momentum, weight_decay) = self._prepare(params, grads)
+        kernels.nesterov(params, grads, self.v, lr, momentum, 1 - lr * weight_decay)
 
 
-class AdaGrad(_Stateful):
+class AdaGrad(_Optimizer):
     """Steps that shrink where gradients were large: h += dW**2; W -= lr * dW / (sqrt(h) + eps).
 
     Parameters
     ----------
     lr : float
+    eps : float
+        1e-7, as in the book.
+    weight_decay : float
+        As of `SGD`.
 
     References
     ----------
     Duchi, Hazan and Singer, "Adaptive subgradient methods", 2011.
     """
 
-    _state = ("h",)
+    _settings = ("lr", "eps", "weight_decay")
+    _slots = ("h",)
     h: list[Array]
 
-    def __init__(self, lr: float = 0.01) -> None:
+    def __init__(self, lr: float = 0.01, *, eps: float = 1e-7, weight_decay: float = 0.0) -> None:
         super().__init__()
-        self.lr = lr
+        self.lr, self.eps, self.weight_decay = lr, eps, weight_decay
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        grads = self._begin(params, grads)
-        kernels.adagrad(params, grads, self.h, self.lr, _EPS)
+        params, grads, (lr, eps, weight_decay) = self._prepare(params, grads)
+        kernels.adagrad(params, grads, self.h, lr, eps, 1 - lr * weight_decay)
 
 
-class RMSprop(_Stateful):
+class RMSprop(_Optimizer):
     """AdaGrad that forgets: h = decay_rate * h + (1 - decay_rate) * dW**2; W -= lr * dW / (sqrt(h) + eps).
 
     Parameters
     ----------
     lr, decay_rate : float
+    eps : float
+        1e-7, as in the book.
+    weight_decay : float
+        As of `SGD`.
 
     References
     ----------
     Tieleman and Hinton, "Neural networks for machine learning", 2012, lecture 6e.
     """
 
-    _state = ("h",)
+    _settings = ("lr", "decay_rate", "eps", "weight_decay")
+    _slots = ("h",)
     h: list[Array]
 
-    def __init__(self, lr: float = 0.01, decay_rate: float = 0.99) -> None:
+    def __init__(
+        self, lr: float = 0.01, decay_rate: float = 0.99, *, eps: float = 1e-7, weight_decay: float = 0.0
+    ) -> None:
         super().__init__()
-        self.lr, self.decay_rate = lr, decay_rate
+        self.lr, self.decay_rate, self.eps, self.weight_decay = lr, decay_rate, eps, weight_decay
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        grads = self._begin(params, grads)
-        kernels.rmsprop(params, grads, self.h, self.lr, self.decay_rate, _EPS)
+        params, grads, (lr, decay_rate, eps, weight_decay) = self._prepare(params, grads)
+        kernels.rmsprop(params, grads, self.h, lr, decay_rate, eps, 1 - lr * weight_decay)
 
 
-class Adam(_Stateful):
+class Adam(_Optimizer):
     """Momentum and RMSprop together, corrected for their start at 0.
 
-    m += (1 - beta1) * (dW - m); v += (1 - beta2) * (dW**2 - v);
+    m = beta1 * m + (1 - beta1) * dW; v = beta2 * v + (1 - beta2) * dW**2;
     W -= lr * sqrt(1 - beta2**iter) / (1 - beta1**iter) * m / (sqrt(v) + eps).
 
     Parameters
     ----------
     lr, beta1, beta2 : float
+    eps : float
+        1e-7, as in the book.
+    weight_decay : float
+        As of `SGD`.
 
     Attributes
     ----------
@@ -202,14 +251,22 @@ class Adam(_Stateful):
     Kingma and Ba, "Adam: A method for stochastic optimization", 2015, in the order of the end of section 2.
     """
 
-    _state = ("m", "v")
+    _settings = ("lr", "beta1", "beta2", "eps", "weight_decay")
+    _slots = ("m", "v")
     m: list[Array]
     v: list[Array]
-    weight_decay = 0.0
 
-    def __init__(self, lr: float = 0.001, beta1: float = 0.9, beta2: float = 0.999) -> None:
+    def __init__(
+        self,
+        lr: float = 0.001,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        *,
+        eps: float = 1e-7,
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.lr, self.beta1, self.beta2 = lr, beta1, beta2
+        self.lr, self.beta1, self.beta2, self.eps, self.weight_decay = lr, beta1, beta2, eps, weight_decay
 
     def reset(self) -> None:
         """Forget everything; the next update may be for other parameters."""
@@ -218,62 +275,91 @@ class Adam(_Stateful):
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Take one step on `params`, in place."""
-        grads = self._begin(params, grads)
-        self.iter += 1
-        rate = self.lr * math.sqrt(1 - self.beta2**self.iter) / (1 - self.beta1**self.iter)
-        shrink = 1 - self.lr * self.weight_decay
-        kernels.adam(params, grads, self.m, self.v, rate, self.beta1, self.beta2, _EPS, shrink)
+        params, grads, (lr, beta1, beta2, eps, weight_decay) = self._prepare(params, grads)
+        step = self.iter + 1
+        rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        kernels.adam(params, grads, self.m, self.v, rate, beta1, beta2, eps, 1 - lr * weight_decay)
+        self.iter = step
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay: before each of its steps W -= lr * weight_decay * W.
+    """Adam with decoupled weight decay, 0.01 by default: each step also subtracts lr * weight_decay * W.
 
     Parameters
     ----------
     lr, beta1, beta2, weight_decay : float
-        The decay applies to all parameters, biases too.
+    eps : float
+        1e-7, as in the book.
 
     References
     ----------
     Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2.
     """
 
-    def __init__(self, lr: float = 0.001, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float = 0.01) -> None:
-        super().__init__(lr, beta1, beta2)
-        self.weight_decay = weight_decay
+    def __init__(
+        self,
+        lr: float = 0.001,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 0.01,
+        *,
+        eps: float = 1e-7,
+    ) -> None:
+        super().__init__(lr, beta1, beta2, eps=eps, weight_decay=weight_decay)
 
 
-def clip_grads(grads: Sequence[Array], max_norm: float) -> None:
-    """Scale all gradients by max_norm / norm where their common norm exceeds `max_norm`, in place.
+def clip_grads(grads: Iterable[Array], max_norm: float) -> None:
+    """Scale all gradients by max_norm / (norm + 1e-6) where that is below 1, in place, as in the book.
 
-    norm = sqrt(sum of all squares) + 1e-6, as in the source; the GPU is not waited for.
+    norm = sqrt(sum of all squares), which does not overflow; the GPU is not waited for. Where a gradient is
+    infinite or NaN there is no norm, and all gradients are left as they are: `Trainer` reports what
+    becomes of the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `grads` hold anything but writable floating arrays of the array module, or max_norm is not positive;
+        nothing is changed.
 
     References
     ----------
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
     """
+    if not isinstance(max_norm, numbers.Real):
+        raise TypeError(f"clip_grads: max_norm must be a number, got {max_norm!r}")
     if not max_norm > 0:
         raise ValueError(f"clip_grads: max_norm must be positive, got {max_norm}")
+    grads = _as_list(grads)
+    for i, g in enumerate(grads):
+        _check_writable("clip_grads", f"grads[{i}]", g)
     if grads:
         kernels.clip_grads(grads, max_norm)
 
 
-def _checked(name: str, params: Sequence[Array], grads: Sequence[Array]) -> Sequence[Array]:
+def _as_list(arrays: Iterable[Array]) -> list[Array]:
+    return arrays if type(arrays) is list else list(arrays)
+
+
+def _check_writable(name: str, argument: str, array: Array) -> None:
+    check_weights(name, **{argument: array})
+    if not is_writable(array):
+        raise ValueError(f"{name}: {argument} is read-only and cannot be written into; pass a copy, {argument}.copy()")
+
+
+def _matching_grads(name: str, params: Sequence[Array], grads: Sequence[Array]) -> list[Array]:
     """Return `grads` in the dtypes of `params`, having checked that the lists match."""
     if len(params) != len(grads):
         raise ValueError(f"{name}: every parameter needs a gradient, got {len(params)} params and {len(grads)} grads")
-    for p, g in zip(params, grads, strict=True):
-        if not (type(p) is type(g) is Array and p.shape == g.shape and p.dtype is g.dtype and p.dtype.kind == "f"):
-            return [_matching(name, i, *pair) for i, pair in enumerate(zip(params, grads, strict=True))]
-    return grads
+    return [_matching_grad(name, i, p, g) for i, (p, g) in enumerate(zip(params, grads, strict=True))]
 
 
-def _matching(name: str, i: int, p: Array, g: Array) -> Array:
+def _matching_grad(name: str, i: int, p: Array, g: Array) -> Array:
+    _check_writable(name, f"params[{i}]", p)
     native = g.astype(g.dtype.newbyteorder("="), copy=False) if isinstance(g, Array) else g
-    check_weights(name, **{f"params[{i}]": p, f"grads[{i}]": native})
+    check_weights(name, **{f"grads[{i}]": native})
     if p.shape != g.shape:
         raise ValueError(f"{name}: grads[{i}] must have the shape of params[{i}] {p.shape}, got {g.shape}")
-    return g.astype(p.dtype, copy=False)
+    return np.asarray(g.astype(p.dtype, copy=False))  # an array and no subclass
 
 
 # Learning rates: functions of the number of steps taken, for `callbacks.LearningRate` or a loop of your own.

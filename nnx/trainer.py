@@ -24,10 +24,10 @@ from nnx.batches import (
     shares,
 )
 from nnx.callbacks import Bar, Lines, adopt, restore_states, running
-from nnx.device import asarray, fits, gather_bytes, to_cpu
+from nnx.device import asarray, check_weights, fits, gather_bytes, is_writable, to_cpu
 from nnx.distributed import Comm
 from nnx.initializers import check_state, generator, get_state, set_state
-from nnx.np import Array
+from nnx.np import Array, np
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_loss
 from nnx.shared import Shared
@@ -143,6 +143,7 @@ class Trainer:
             self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         callbacks, comm = list(callbacks), self.comm
+        self._check_update()
         numbers = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
         self._join((x, t), checked, **numbers, eval_interval=eval_interval, drop_last=drop_last)
         self._begin(callbacks, max_epoch, (len(x), batch_size, max_iter))
@@ -314,6 +315,18 @@ class Trainer:
         self._callbacks, self._plan = callbacks, plan
         self.max_iter, self.max_epoch = plan[2], self._begun + max_epoch
 
+    def _check_update(self) -> None:
+        """Raise what would make the first update fail, before layers have changed their own state."""
+        params, optimizer = self.model.params, self.optimizer
+        if not callable(getattr(optimizer, "update", None)):
+            raise TypeError(f"Trainer.fit: optimizer must be an object with update(params, grads), got {optimizer!r}")
+        for i, p in enumerate(params):
+            check_weights("Trainer.fit", **{f"params[{i}]": p})
+            if not is_writable(p):
+                raise ValueError(f"Trainer.fit: params[{i}] of {type(self.model).__name__} is read-only; train a copy")
+        if hasattr(optimizer, "check_update"):
+            optimizer.check_update(*Shared(params).merge(params, self.model.grads))
+
     def _join(self, data: Sequence[Array], validation: Sequence[Array], **settings: Any) -> None:
         """See that all ranks are about to do the same, and give them the weights of rank 0."""
         if self.comm.size == 1:
@@ -330,8 +343,9 @@ class Trainer:
         self.comm.broadcast(self.model.params)
 
     def _compare(self) -> None:
-        """See that all ranks have the same weights, which a callback or an optimizer unlike the others' would part."""
-        fingerprints = {f"params[{i}]": fingerprint(p.reshape(-1)) for i, p in enumerate(self.model.params)}
+        """Raise if the ranks' weights have diverged; one NaN is like another, whatever its sign and payload."""
+        params = [np.where(np.isnan(p), np.nan, p) for p in self.model.params]
+        fingerprints = {f"params[{i}]": fingerprint(p.reshape(-1)) for i, p in enumerate(params)}
         self.comm.agree(f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **fingerprints)
 
     def _step(self, x: Array, t: Array, rows: int, shared: Shared, max_grad: float | None, stop: Stop) -> Any:

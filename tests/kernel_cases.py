@@ -20,37 +20,55 @@ def rows_for(*shapes):
     return [(5, 7), (1, 1), (0, 3), (1, 4), *shapes]
 
 
+LISTS = rows_for((2, 3, 4), (9000,))
+MATRICES = [(5, 7), (1, 1), (1, 4), (40, 100), (300, 17), (9, 700)]
+
 # kernel: the shapes it is tried on; the roles of its arguments
 CASES = {
     "add_bias": (rows_for((30, 100)), ["any", "row"]),
     "sigmoid": (rows_for((2, 3, 4), (0,), (9,)), ["any"]),
     "sigmoid_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
+    "relu": (rows_for((2, 3, 4)), ["any"]),
     "relu_grad": (rows_for((2, 3, 4)), ["any", "any"]),
     "tanh_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
     "bias_grad": (rows_for((30, 100), (3000, 3), (5000, 1), (3000, 40), (3, 700), (2, 40000)), ["any", "empty row"]),
     "softmax": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any"]),
     "softmax_grad": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "probability"]),
-    "softmax_loss": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "labels"]),
-    "softmax_loss_grad": ([(5, 7), (1, 1), (4,), (2, 3, 4), (9, 200)], ["probability", "labels", "number"]),
+    "softmax_loss": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any", "labels", "weight"]),
+    "softmax_loss_grad": (
+        [(5, 7), (1, 1), (4,), (2, 3, 4), (9, 200)],
+        ["probability", "labels", "number", "weight"],
+    ),
+    "sigmoid_loss": ([(5, 7), (1, 1), (4,), (2, 3, 4), (3000,)], ["any", "bits", "element weight"]),
+    "sigmoid_loss_grad": ([(5, 7), (1, 1), (4,), (2, 3, 4)], ["probability", "bits", "number", "element weight"]),
+    "squared_error": ([(5, 7), (1, 1), (4,), (2, 3, 4), (3000,)], ["any", "probability", "element weight"]),
+    "squared_error_grad": ([(5, 7), (1, 1), (4,), (2, 3, 4)], ["any", "probability", "number", "element weight"]),
+    "batch_norm": (MATRICES, ["any", "row", "row", "row", "positive row", "rate", "eps"]),
+    "batch_norm_grad": (MATRICES, ["any", "any", "row", "wide row", "wide row", "empty row", "empty row"]),
+    "layer_norm": (MATRICES, ["any", "row", "row", "eps"]),
+    "layer_norm_grad": (MATRICES, ["any", "any", "row", "wide column", "wide column", "empty row", "empty row"]),
     "gelu": (rows_for((2, 3, 4)), ["wide"]),
     "gelu_grad": (rows_for((2, 3, 4)), ["any", "wide"]),
     "dropout": (rows_for((2, 3, 4), (3000, 3)), ["any", "number", "seed", "call"]),
     "embedding": ([(5, 7), (1, 1), (9, 200)], ["any", "indices"]),
     "embedding_grad": ([(5, 7), (1, 1), (9, 300), (1000, 3)], ["row indices", "any", "empty matrix"]),
-    "sgd": (rows_for((2, 3, 4), (9000,)), ["list", "list", "number"]),
-    "momentum": (rows_for((2, 3, 4), (9000,)), ["list", "list", "list", "number", "rate"]),
-    "nesterov": (rows_for((2, 3, 4), (9000,)), ["list", "list", "list", "number", "rate"]),
-    "adagrad": (rows_for((2, 3, 4), (9000,)), ["list", "list", "positive list", "number", "eps"]),
-    "rmsprop": (rows_for((2, 3, 4), (9000,)), ["list", "list", "positive list", "number", "rate", "eps"]),
-    "adam": (rows_for((2, 3, 4), (9000,)), ["list"] * 3 + ["positive list", "number", "rate", "rate", "eps", "rate"]),
-    "clip_grads": (rows_for((2, 3, 4), (9000,)), ["list", "number"]),
+    "sgd": (LISTS, ["list", "list", "number", "rate"]),
+    "momentum": (LISTS, ["list", "list", "list", "number", "rate", "rate"]),
+    "nesterov": (LISTS, ["list", "list", "list", "number", "rate", "rate"]),
+    "adagrad": (LISTS, ["list", "list", "positive list", "number", "eps", "rate"]),
+    "rmsprop": (LISTS, ["list", "list", "positive list", "number", "rate", "eps", "rate"]),
+    "adam": (LISTS, ["list"] * 3 + ["positive list", "number", "rate", "rate", "eps", "rate"]),
+    "clip_grads": (LISTS, ["list", "number"]),
+    "can_update": (LISTS, ["list", "list"]),
+    "all_finite": (LISTS, ["list"]),
+    "gather": ([(5, 7), (1, 1), (9, 200), (4,), (2, 3, 4), (700, 3)], ["any", "row indices"]),
 }
 
 
 ROLES = {"number": 0.25, "rate": 0.9, "eps": 1e-3, "seed": 2**63 + 5, "call": 7}
 
 
-def arguments(roles, shape, dtype, layout, label_dtype="int64"):
+def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
     """The same numbers at every call."""
     rng = numpy.random.default_rng(0)
 
@@ -75,8 +93,20 @@ def arguments(roles, shape, dtype, layout, label_dtype="int64"):
             return np.asarray(rng.integers(0, min(shape[-1], 127), shape[:-1]).astype(label_dtype))
         if role == "probability":
             return array(rng.uniform(size=shape))
-        if role == "row":
-            return array(rng.normal(size=shape[1:]))
+        if role == "bits":
+            return np.asarray(rng.integers(0, 2, shape).astype(label_dtype))
+        if role in ("weight", "element weight"):
+            if not weighted:
+                return None
+            groups = shape if role == "element weight" else shape[:-1]
+            weight = rng.integers(0, 3, groups[:1] or 1).astype("float32" if dtype == "float16" else dtype)
+            return np.asarray(weight / max(1, weight.sum()))
+        if role in ("row", "positive row"):
+            values = rng.normal(size=shape[1:])
+            return array(abs(values) if role == "positive row" else values)
+        if role in ("wide row", "wide column"):  # what the normalizations keep, for float16 in float32
+            size = shape[1:] if role == "wide row" else shape[:1]
+            return np.asarray(rng.uniform(0.5, 2, size).astype("float32" if dtype == "float16" else dtype))
         if role == "empty row":
             return np.full(shape[1:], np.nan, dtype)
         return array(3 * rng.normal(size=shape))

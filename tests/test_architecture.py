@@ -9,7 +9,7 @@ import nnx
 
 ROOT = Path(nnx.__file__).parent
 ORDER = [
-    *("_version", "config", "np", "device", "shared", "kernels.portable", "kernels.cpu", "kernels.cuda", "kernels"),
+    *("_version", "config", "np", "device", "shared", "kernels.portable", "kernels.cuda", "kernels"),
     *("functions", "initializers"),
     *("layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers"),

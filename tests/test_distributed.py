@@ -340,6 +340,8 @@ def test_rank_0_alone_reports():
 def test_all_ranks_stop_together(how, place, ending):
     """Rank 1 has a reason in step 8, the second of the second epoch; the others learn of it in the next."""
     first, second = results(2, "stopped", how)
+    for result in (first, second):  # the sign of a NaN is nobody's promise
+        result["state"] = result["state"].replace("c0ff", "c07f")
     assert first == second
     assert str(first["ending"]).startswith(ending)
     assert first["place"] == place

@@ -76,9 +76,37 @@ def test_clip_grads_at_the_ends_of_the_range():
     clip_grads(grads, 1.0)
     assert float(grads[0][0]) == pytest.approx(0.5)
     clip_grads([], 1.0)
-    bad = [np.asarray([math.nan, 1.0])]
-    clip_grads(bad, 1.0)
-    assert numpy.isnan(to_cpu(bad[0])).all()
+    for dtype in ("float32", "float64"):
+        for value in (math.nan, math.inf, -math.inf):  # there is no norm, and nothing is scaled
+            bad = [np.asarray([value, 7.0], dtype), np.asarray([5.0])]
+            clip_grads(bad, 1.0)
+            numpy.testing.assert_array_equal(to_cpu(bad[0]), [value, 7.0])
+            assert float(bad[1][0]) == 5
+
+
+def test_the_norm_of_float64_gradients_does_not_overflow():
+    grads = [np.asarray([3e200, 4e200]), np.zeros((0, 3)), np.asarray([0.0], "float32")]
+    clip_grads(grads, 1.0)
+    numpy.testing.assert_allclose(to_cpu(grads[0]), [0.6, 0.8], rtol=1e-12)
+    grads = [np.full(4, 1.5e308)]
+    clip_grads(grads, 6.0)
+    numpy.testing.assert_allclose(to_cpu(grads[0]), 3, rtol=1e-12)
+
+
+def test_clip_grads_takes_what_can_be_read_once():
+    grads = [np.asarray([3.0, 4.0])]
+    clip_grads((g for g in grads), 1.0)
+    assert float(grads[0][0]) == pytest.approx(0.6)
+
+
+def test_clip_grads_changes_nothing_where_it_fails():
+    for other in (np.ones(3, int), [1.0, 2.0], None):
+        grads = [np.full(3, 7.0), other]
+        with pytest.raises(TypeError, match=r"clip_grads: grads\[1\] must be"):
+            clip_grads(grads, 1.0)
+        assert float(grads[0][0]) == 7
+    with pytest.raises(TypeError, match="max_norm must be a number, got '1'"):
+        clip_grads([np.full(3, 7.0)], "1")
 
 
 @pytest.mark.parametrize("max_norm", [0, -1, math.nan])
@@ -282,7 +310,7 @@ def test_gradients_of_another_dtype_step_as_in_that_of_the_parameter(name, weigh
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_rate_of_none_changes_nothing(name):
     p = np.ones(3)
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(TypeError, match="lr must be a number, got None"):
         getattr(nnx, name)(lr=None).update([p], [np.ones(3)])
     assert (to_cpu(p) == 1).all()
 

@@ -1,85 +1,15 @@
-"""One name per kernel, bound once to the fastest version of the active device.
+"""One name per kernel, bound once, at import, to the fastest version there is.
 
-Every name is in `portable`, the reference; `cpu` (NumPy) or `cuda` (CuPy) has those that pay there,
-with the same arguments in the same order.
+Every name is in `portable`, the reference; `native` (NumPy) or `cuda` (CuPy) replaces those that pay
+there, with the same arguments in the same order.
 """
+# ruff: noqa: F403 - the names are those of `portable.__all__`, which the others only bind anew
 
-from nnx.np import GPU  # which has also seen to it that CuPy can be had
+from nnx.kernels import portable
+from nnx.kernels.portable import *
+from nnx.np import GPU  # importing it also verifies CuPy
 
 if GPU:
-    from nnx.kernels.cuda import (
-        adagrad,
-        adam,
-        add_bias,
-        bias_grad,
-        clip_grads,
-        dropout,
-        embedding,
-        embedding_grad,
-        gelu,
-        gelu_grad,
-        momentum,
-        nesterov,
-        relu_grad,
-        rmsprop,
-        sgd,
-        sigmoid,
-        sigmoid_grad,
-        softmax,
-        softmax_grad,
-        softmax_loss,
-        softmax_loss_grad,
-        tanh_grad,
-    )
-else:
-    from nnx.kernels.cpu import (
-        adagrad,
-        adam,
-        bias_grad,
-        embedding_grad,
-        momentum,
-        nesterov,
-        rmsprop,
-        sgd,
-        sigmoid,
-        sigmoid_grad,
-        softmax_loss,
-        softmax_loss_grad,
-    )
-    from nnx.kernels.portable import (
-        add_bias,
-        clip_grads,
-        dropout,
-        embedding,
-        gelu,
-        gelu_grad,
-        relu_grad,
-        softmax,
-        softmax_grad,
-        tanh_grad,
-    )
+    from nnx.kernels.cuda import *
 
-__all__ = [
-    "adagrad",
-    "adam",
-    "add_bias",
-    "bias_grad",
-    "clip_grads",
-    "dropout",
-    "embedding",
-    "embedding_grad",
-    "gelu",
-    "gelu_grad",
-    "momentum",
-    "nesterov",
-    "relu_grad",
-    "rmsprop",
-    "sgd",
-    "sigmoid",
-    "sigmoid_grad",
-    "softmax",
-    "softmax_grad",
-    "softmax_loss",
-    "softmax_loss_grad",
-    "tanh_grad",
-]
+__all__ = portable.__all__

@@ -13,7 +13,7 @@ const int BLOCK = TEAM > 256 ? TEAM : 256;  // threads of a block
 
 struct Scratch {  // one for each stream; between launches the counters are 0
     unsigned counters[1024];
-    double partials[32 * 1024], total;
+    double partials[32 * 1024], total[2];
 };
 
 struct Sum { template <class V> __device__ V operator()(V a, V b) const { return a + b; } };
@@ -193,32 +193,48 @@ KERNEL embedding_grad(const Index* idx, const T* dout, T* out, Index rows, Index
         }                                                                                           \
     }
 
-OPTIMIZER(sgd, 2, p -= A(lr) * g, double lr)
-OPTIMIZER(momentum, 3, s = A(momentum) * s - A(lr) * g; p += s, double lr, double momentum)
-OPTIMIZER(nesterov, 3, s = A(momentum) * s - A(lr) * g; p += A(momentum) * s - A(lr) * g, double lr, double momentum)
-OPTIMIZER(adagrad, 3, s += g * g; p -= A(lr) * g / (sqrt(s) + A(eps)), double lr, double eps)
-OPTIMIZER(rmsprop, 3, s = A(decay) * s + A(1 - decay) * g * g; p -= A(lr) * g / (sqrt(s) + A(eps)),
-          double lr, double decay, double eps)
+OPTIMIZER(sgd, 2, p = A(decay_factor) * p - A(lr) * g, double lr, double decay_factor)
+OPTIMIZER(momentum, 3, s = A(momentum) * s - A(lr) * g; p = A(decay_factor) * p + s,
+          double lr, double momentum, double decay_factor)
+OPTIMIZER(nesterov, 3,
+          s = A(momentum) * s - A(lr) * g; p = A(decay_factor) * p + (A(momentum) * s - A(lr) * g),
+          double lr, double momentum, double decay_factor)
+OPTIMIZER(adagrad, 3, s += g * g; p = A(decay_factor) * p - A(lr) * g / (sqrt(s) + A(eps)),
+          double lr, double eps, double decay_factor)
+OPTIMIZER(rmsprop, 3,
+          s = A(decay) * s + A(1 - decay) * g * g; p = A(decay_factor) * p - A(lr) * g / (sqrt(s) + A(eps)),
+          double lr, double decay, double eps, double decay_factor)
 OPTIMIZER(adam, 4,
-          s += A(1 - beta1) * (g - s); r += A(1 - beta2) * (g * g - r);
-          p = A(shrink) * p - A(lr) * s / (sqrt(r) + A(eps)),
-          double lr, double beta1, double beta2, double eps, double shrink)
+          s = A(beta1) * s + A(1 - beta1) * g; r = A(beta2) * r + A(1 - beta2) * (g * g);
+          p = A(decay_factor) * p - A(lr) * s / (sqrt(r) + A(eps)),
+          double lr, double beta1, double beta2, double eps, double decay_factor)
 
-// total = sum(g * g) over all gradients, plus what those of another dtype gave if `add`; up to 1024 blocks, whose
-// sums the last one adds
-KERNEL square_sum(const Index* table, Index chunks, Index add, Scratch* scratch) {
+// Where squares of float64 overflow, the norm is that of the gradients times 2**-700, which are added up as well.
+const double TINY = 1.90109156629516e-211;
+
+// total[scaled] = sum(g * g) over all gradients, plus what those of another dtype gave if `add`; up to 1024 blocks,
+// whose sums the last one adds
+KERNEL square_sum(const Index* table, Index chunks, Index add, Index scaled, Scratch* scratch) {
     double sum = 0;
     for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
-        const T* g = (const T*)table[2 * c];
-        for (int i = threadIdx.x; i < table[2 * c + 1]; i += BLOCK) sum += double(g[i]) * double(g[i]);
+        const T* gs = (const T*)table[2 * c];
+        for (int i = threadIdx.x; i < table[2 * c + 1]; i += BLOCK) {
+            const double g = scaled ? double(gs[i]) * TINY : double(gs[i]);
+            sum += g * g;
+        }
     }
-    if (sum_of_blocks(sum, scratch) && threadIdx.x == 0) scratch->total = add ? scratch->total + sum : sum;
+    if (sum_of_blocks(sum, scratch) && threadIdx.x == 0) {
+        if (!add && !scaled) scratch->total[0] = scratch->total[1] = 0;
+        scratch->total[scaled] += sum;
+        if (sizeof(T) < sizeof(double)) scratch->total[1] += sum * TINY * TINY;  // infinite and NaN in both
+    }
 }
 
-// g *= max_norm / (sqrt(total) + 1e-6) where that is below 1; a NaN is not, and spreads
+// g *= max_norm / (norm + 1e-6) where that is below 1 and the norm a number
 KERNEL clip(const Index* table, const Scratch* scratch, double max_norm) {
-    const double rate = max_norm / (sqrt(scratch->total) + 1e-6);
-    if (rate >= 1) return;
+    const double norm = sqrt(scratch->total[0]), scaled = sqrt(scratch->total[1]);
+    const double rate = isfinite(norm) ? max_norm / (norm + 1e-6) : max_norm * TINY / scaled;
+    if (!(rate < 1) || isinf(scaled)) return;
     const Index* row = table + blockIdx.x * Index(2);
     T* g = (T*)row[0];
     for (int i = threadIdx.x; i < row[1]; i += BLOCK) g[i] = T(A(double(g[i]) * rate));

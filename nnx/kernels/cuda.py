@@ -76,15 +76,16 @@ _sigmoid_grad = _elementwise("sigmoid_grad", "T dout, T y", "dx", "A(dout) * A(y
 _relu_grad = _elementwise("relu_grad", "T dout, T y", "dx", "A(y) > A(0) ? A(dout) : A(0)")
 _tanh_grad = _elementwise("tanh_grad", "T dout, T y", "dx", "A(dout) * (A(1) - A(y) * A(y))")
 _GELU = f"""
-    const A c = max(A(-20), min(A(20), A(x))), cc = c * c, root = A({math.sqrt(2 / math.pi)!r});
-    const A th = tanh(root * c * (A(1) + A(0.044715) * cc)), du = root * (A(1) + A(3 * 0.044715) * cc);
+    const A c = max(A(-30), min(A(30), A(x))), cc = c * c, root = A({math.sqrt(2 / math.pi)!r});
+    const A s = A(1) / (A(1) + exp(A(-2) * root * c * (A(1) + A(0.044715) * cc)));
+    const A du = root * (A(1) + A(3 * 0.044715) * cc);
 """
-_gelu = _elementwise("gelu", "T x", "y", "isnan(A(x)) ? A(x) : (A(x) < A(0) ? c : A(x)) * A(0.5) * (A(1) + th)", _GELU)
+_gelu = _elementwise("gelu", "T x", "y", "isnan(A(x)) ? A(x) : (A(x) < A(0) ? c : A(x)) * s", _GELU)
 _gelu_grad = _elementwise(
     "gelu_grad",
     "T dout, T x",
     "dx",
-    "isnan(A(x)) ? A(x) : A(dout) * A(0.5) * (A(1) + th + c * (A(1) - th * th) * du)",
+    "isnan(A(x)) ? A(x) : A(dout) * (s + c * s * (A(1) - s) * A(2) * du)",
     _GELU,
 )
 _dropout = _elementwise(
@@ -151,7 +152,7 @@ def gelu(x: Array) -> Array:
 
 
 def gelu_grad(dout: Array, x: Array) -> Array:
-    """Return dout * (1 + tanh(u) + x * (1 - tanh(u)**2) * du/dx) / 2."""
+    """Return dout * (s + x * s * (1 - s) * 2 * du/dx), s = (1 + tanh(u)) / 2."""
     return _gelu_grad(dout, x)
 
 
@@ -165,8 +166,10 @@ def embedding(W: Array, idx: Array) -> Array:
     return _embedding(W, idx, *W.shape, cupy.empty((*idx.shape, W.shape[1]), W.dtype))
 
 
-def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
+def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
     """Return (y - onehot(t)) * dout / N; `dout` is a number, or an array without axes, which is not waited for."""
+    if weight is not None:
+        return portable.softmax_loss_grad(y, t, dout, weight)
     _check_shape("softmax_loss_grad: t", t, y.shape[:-1])
     kernel = _softmax_loss_grad_array if isinstance(dout, Array) else _softmax_loss_grad
     return kernel(y, t, dout, y.shape[-1], t.size)
@@ -217,12 +220,14 @@ def softmax(x: Array) -> Array:
     return _softmax(x)
 
 
-def softmax_loss(x: Array, t: Array) -> tuple[Scalar, Array]:
+def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
     """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
 
     A label outside [0, C) makes its row of softmax(x), and so the loss, NaN. The last block to
     finish adds the sums of the others, so that one launch yields both.
     """
+    if weight is not None:
+        return portable.softmax_loss(x, t, weight)
     _check_shape("softmax_loss: t", t, x.shape[:-1])
     t = cupy.ascontiguousarray(t if t.dtype.kind == "i" else t.astype(numpy.int64))
     loss = cupy.empty((), x.dtype)
@@ -272,7 +277,7 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     return None
 
 
-def _at_once(formula: Callable[..., None], lists: int) -> Callable[..., None]:
+def _multi_tensor(formula: Callable[..., None], lists: int) -> Callable[..., None]:
     """Return an optimizer's `formula`, whose first `lists` arguments are lists, as one launch for each dtype."""
 
     @functools.wraps(formula)
@@ -287,25 +292,27 @@ def _at_once(formula: Callable[..., None], lists: int) -> Callable[..., None]:
     return update
 
 
-sgd = _at_once(portable.sgd, 2)
-momentum = _at_once(portable.momentum, 3)
-nesterov = _at_once(portable.nesterov, 3)
-adagrad = _at_once(portable.adagrad, 3)
-rmsprop = _at_once(portable.rmsprop, 3)
-adam = _at_once(portable.adam, 4)
+sgd = _multi_tensor(portable.sgd, 2)
+momentum = _multi_tensor(portable.momentum, 3)
+nesterov = _multi_tensor(portable.nesterov, 3)
+adagrad = _multi_tensor(portable.adagrad, 3)
+rmsprop = _multi_tensor(portable.rmsprop, 3)
+adam = _multi_tensor(portable.adam, 4)
 
 
 def clip_grads(grads: Arrays, max_norm: float) -> None:
-    """Scale all of `grads` by max_norm / norm where their common norm exceeds `max_norm`, in place.
+    """Scale all of `grads` by max_norm / (norm + 1e-6) where that is below 1, in place.
 
-    The sum of squares is float64 and stays on the device, where the second launch finds it.
+    The sums of squares are float64 and stay on the device, where the launches of `clip` find them.
     """
     tables, rest = _tables(grads)
     if rest:
         return portable.clip_grads(grads, max_norm)
     scratch = _scratch(*_here())
     for i, (dtype, table) in enumerate(tables):
-        _kernel("square_sum", dtype)((min(len(table), _BLOCKS),), (_BLOCK,), (table, len(table), i, scratch))
+        for scaled in (0, 1) if dtype == "d" else (0,):
+            blocks = min(len(table), _BLOCKS)
+            _kernel("square_sum", dtype)((blocks,), (_BLOCK,), (table, len(table), i, scaled, scratch))
     for dtype, table in tables:
         _kernel("clip", dtype)((len(table),), (_BLOCK,), (table, scratch, float(max_norm)))
     return None
@@ -331,7 +338,7 @@ def _scratch(*here: int) -> Array:
     """
     if cupy.cuda.get_current_stream().is_capturing():
         raise RuntimeError("nnx: take one step on this stream before it is captured into a graph")
-    return cupy.zeros(512 + 32 * 1024 + 1, numpy.float64)
+    return cupy.zeros(512 + 32 * 1024 + 2, numpy.float64)
 
 
 def _tables(*lists: Sequence[Any]) -> tuple[list[tuple[str, Array]], list[int]]:

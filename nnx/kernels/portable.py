@@ -1,9 +1,9 @@
-"""The kernels in words that NumPy and CuPy share: the reference for `cpu` and `cuda`.
+"""The kernels in words that NumPy and CuPy share: the reference for `native` and `cuda`.
 
-N rows (all leading axes together), C classes; arrays have at least one axis. A kernel owns the
-arrays that it makes and works on them in place; it writes into no argument unless its sentence says
-so. NumPy's floating-point warnings are off exactly where an infinity is the right intermediate;
-CuPy has none.
+N rows (all leading axes together), D features, H outputs, C classes, V rows of a vocabulary; arrays
+have at least one axis. A kernel owns the arrays that it makes and works on them in place; it writes
+into no argument unless its sentence says so. float16 is computed in float32. NumPy's floating-point
+warnings are off exactly where an infinity or a vanishing number is right; CuPy has none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy
 
+from nnx.device import is_writable
 from nnx.np import Array, Scalar, np
 
 Arrays: TypeAlias = Sequence[Array]
@@ -22,48 +23,83 @@ __all__ = [
     "adagrad",
     "adam",
     "add_bias",
+    "all_finite",
+    "batch_norm",
+    "batch_norm_grad",
     "bias_grad",
+    "can_update",
     "clip_grads",
     "dropout",
     "embedding",
     "embedding_grad",
+    "empty",
+    "gather",
     "gelu",
     "gelu_grad",
+    "layer_norm",
+    "layer_norm_grad",
     "momentum",
     "nesterov",
+    "relu",
     "relu_grad",
     "rmsprop",
     "sgd",
     "sigmoid",
     "sigmoid_grad",
+    "sigmoid_loss",
+    "sigmoid_loss_grad",
     "softmax",
     "softmax_grad",
     "softmax_loss",
     "softmax_loss_grad",
+    "squared_error",
+    "squared_error_grad",
     "tanh_grad",
 ]
 
+_TINY = 2.0**-700
+_quiet = numpy.errstate(under="ignore")  # a product that vanishes is 0, and that is right
 
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return an uninitialised C-ordered array."""
+    return np.empty(shape, dtype)
+
+
+def gather(x: Array, idx: Array) -> Array:
+    """Return the rows `idx` of `x`; `take` would first copy all of an `x` that is not contiguous."""
+    return x.take(idx, axis=0) if x.flags.c_contiguous else x[idx]
+
+
+# ---- linear -----------------------------------------------------------------------------------------
+
+
+@_quiet
 def add_bias(y: Array, b: Array) -> None:
     """Add `b` (H,) to every row of `y` (N, H), in place."""
     y += b
 
 
+@_quiet
 def bias_grad(dout: Array, out: Array) -> None:
     """Write the sum of the rows of `dout` (N, H) into `out` (H,)."""
-    np.sum(dout, axis=0, dtype=wide(dout.dtype), out=out)
+    np.sum(dout, axis=0, dtype=accumulation_dtype(dout.dtype), out=out)
+
+
+# ---- activations ------------------------------------------------------------------------------------
 
 
 @numpy.errstate(over="ignore", under="ignore")
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose reciprocal is 0."""
-    y = np.negative(x, dtype=wide(x.dtype))
+    y = np.negative(x, dtype=accumulation_dtype(x.dtype))
     np.exp(y, out=y)
     np.add(y, 1, out=y)
     np.reciprocal(y, out=y)
     return y.astype(x.dtype, copy=False)
 
 
+@_quiet
 def sigmoid_grad(dout: Array, y: Array) -> Array:
     """Return dout * y * (1 - y)."""
     dx = np.subtract(1, y)
@@ -72,11 +108,17 @@ def sigmoid_grad(dout: Array, y: Array) -> Array:
     return dx
 
 
+def relu(x: Array) -> Array:
+    """Return max(x, 0); NaN stays NaN."""
+    return np.maximum(x, 0)
+
+
 def relu_grad(dout: Array, y: Array) -> Array:
     """Return `dout` where y > 0, else 0 (also where `dout` is infinite)."""
     return np.where(y > 0, dout, 0)
 
 
+@_quiet
 def tanh_grad(dout: Array, y: Array) -> Array:
     """Return dout * (1 - y**2)."""
     dx = np.multiply(y, y)
@@ -85,24 +127,135 @@ def tanh_grad(dout: Array, y: Array) -> Array:
     return dx
 
 
+@_quiet
 def gelu(x: Array) -> Array:
     """Return x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 * x**3)."""
-    tanh, c, _ = _gelu_terms(x)
-    return (np.where(x < 0, c, x) * (0.5 * (1 + tanh))).astype(x.dtype, copy=False)
+    s, c, _ = _gelu_terms(x)
+    return (np.where(x < 0, c, x) * s).astype(x.dtype, copy=False)
 
 
+@_quiet
 def gelu_grad(dout: Array, x: Array) -> Array:
-    """Return dout * (1 + tanh(u) + x * (1 - tanh(u)**2) * du/dx) / 2."""
-    tanh, c, du = _gelu_terms(x)
-    return (dout * (0.5 * (1 + tanh + c * (1 - tanh * tanh) * du))).astype(x.dtype, copy=False)
+    """Return dout * (s + x * s * (1 - s) * 2 * du/dx), s = (1 + tanh(u)) / 2."""
+    s, c, du = _gelu_terms(x)
+    return (dout * (s + c * s * (1 - s) * (2 * du))).astype(x.dtype, copy=False)
 
 
 def _gelu_terms(x: Array) -> tuple[Array, Array, Array]:
-    """Return tanh(u), x clipped to where tanh(u) is neither 1 nor -1 exactly, and du/dx."""
-    c = np.clip(x.astype(wide(x.dtype), copy=False), -20, 20)
+    """Return (1 + tanh(u)) / 2 = sigmoid(2 * u), x clipped to where that is neither 0 nor 1 exactly, and du/dx."""
+    c = np.clip(x.astype(accumulation_dtype(x.dtype), copy=False), -30, 30)
     cc = c * c
     root = math.sqrt(2 / math.pi)
-    return np.tanh(root * c * (1 + 0.044715 * cc)), c, root * (1 + 3 * 0.044715 * cc)
+    return sigmoid(2 * root * c * (1 + 0.044715 * cc)), c, root * (1 + 3 * 0.044715 * cc)
+
+
+@_quiet
+def softmax(x: Array) -> Array:
+    """Return exp(x) / sum(exp(x)) over the last axis."""
+    y = _subtract_max(x)
+    np.exp(y, out=y)
+    y /= y.sum(axis=-1, keepdims=True)
+    return y.astype(x.dtype, copy=False)
+
+
+@_quiet
+def softmax_grad(dout: Array, y: Array) -> Array:
+    """Return y * (dout - sum(dout * y)) over the last axis."""
+    dx = dout * y
+    dx -= y * dx.sum(axis=-1, keepdims=True, dtype=accumulation_dtype(y.dtype))
+    return dx
+
+
+@numpy.errstate(invalid="ignore")
+def _subtract_max(x: Array) -> Array:
+    """Return x - max(x) over the last axis, and 0 at the maximum also where that is infinite.
+
+    So an infinite score takes all the weight, as in the limit, and equal infinities share it.
+    """
+    x = x.astype(accumulation_dtype(x.dtype), copy=False)
+    top = x.max(axis=-1, keepdims=True)
+    y = np.subtract(x, top)
+    np.copyto(y, 0, where=x == top)
+    return y
+
+
+# ---- losses: the mean over all elements of t, or with weights, which add up to 1, sum(weight[m] * mean of group m),
+# ---- the elements of t in their order being len(weight) groups of equal size; a group of weight 0 is not looked at
+
+
+@_quiet
+def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
+    """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
+
+    A label outside [0, C) makes its row of softmax(x), and so the loss, NaN.
+    """
+    y = _subtract_max(x)
+    classes = x.shape[-1]
+    valid = ((t >= 0) & (t < classes))[..., None]
+    picked = np.take_along_axis(y, np.where(valid, t[..., None], 0), -1)
+    np.exp(y, out=y)
+    total = y.sum(axis=-1, keepdims=True)
+    loss = _mean(np.where(valid, np.log(total) - picked, np.nan), weight)
+    np.divide(y, np.where(valid, total, np.nan), out=y)
+    return loss.astype(x.dtype), y.astype(x.dtype, copy=False)
+
+
+@_quiet
+def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
+    """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` by x."""
+    dx = np.subtract(y, t[..., None] == np.arange(y.shape[-1]), dtype=y.dtype)
+    return _scale(dx, t.size, dout, weight)
+
+
+@_quiet
+def sigmoid_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
+    """Return the mean of log(1 + exp(z)), z = -x where t is 1 and x where it is 0, and sigmoid(x).
+
+    A label that is neither makes its element of sigmoid(x), and so the loss, NaN.
+    """
+    x = np.where((t == 0) | (t == 1), x, np.nan).astype(x.dtype, copy=False)
+    z = np.where(t == 1, -x, x).astype(accumulation_dtype(x.dtype), copy=False)
+    losses = np.maximum(z, 0) + np.log1p(np.exp(-abs(z)))
+    return _mean(losses, weight).astype(x.dtype), sigmoid(x)
+
+
+@_quiet
+def sigmoid_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
+    """Return (y - t) * dout / N, the gradient of `sigmoid_loss` by x; N elements."""
+    return _scale(np.subtract(y, t, dtype=y.dtype), t.size, dout, weight)
+
+
+@_quiet
+def squared_error(x: Array, t: Array, weight: Array | None) -> Scalar:
+    """Return the mean of (x - t)**2."""
+    return _mean(np.square(x - t, dtype=accumulation_dtype(x.dtype)), weight).astype(x.dtype)
+
+
+@_quiet
+def squared_error_grad(x: Array, t: Array, dout: Any, weight: Array | None) -> Array:
+    """Return 2 * (x - t) * dout / N, the gradient of `squared_error` by x; N elements."""
+    return _scale(x - t, t.size, 2 * dout, weight)
+
+
+def _mean(losses: Array, weight: Array | None) -> Scalar:
+    if weight is None:
+        return losses.mean()
+    groups = losses.reshape(len(weight), -1)
+    return (np.where(weight[:, None] == 0, 0, groups).mean(axis=1) * weight).sum()
+
+
+def _scale(dx: Array, n: int, dout: Any, weight: Array | None) -> Array:
+    """Multiply `dx` in place by what the loss's gradient `dout` and the weights make of each of `n` terms."""
+    if weight is None:
+        return np.multiply(dx, dout / n, out=dx)
+    groups = dx.reshape(len(weight), -1)
+    factors = (weight * (dout * len(weight) / n))[:, None]
+    groups *= factors
+    np.copyto(groups, 0, where=factors == 0)
+    return dx
+
+
+# ---- dropout, normalization, embedding --------------------------------------------------------------
 
 
 def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
@@ -129,100 +282,154 @@ def dropout_keys(ratio: float, seed: int, call: int) -> tuple[int, int, int]:
     return z & 0xFFFFFFFF, z >> 32, math.floor(ratio * 2**32)
 
 
+@_quiet
+def batch_norm(
+    x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
+) -> tuple[Array, Array, Array]:
+    """Return gamma * (x - mean) * rstd + beta for `x` (N, D), and mean and rstd = 1 / sqrt(var + eps) of its columns.
+
+    Moves the running statistics towards these in place: momentum * running + (1 - momentum) * batch, the
+    variance being the unbiased one, which one row has not.
+    """
+    y, mean, rstd, var = _normalize(x, gamma, beta, eps, 0)
+    for running, batch in ((running_mean, mean), (running_var, var * (len(x) / max(1, len(x) - 1)))):
+        if running is running_mean or len(x) > 1:
+            running *= momentum
+            running += (1 - momentum) * batch
+    return y, mean, rstd
+
+
+@_quiet
+def batch_norm_grad(
+    dout: Array, x: Array, gamma: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array
+) -> Array:
+    """Write the sums of dout * xn and of dout over the rows into `dgamma` and `dbeta`, xn = (x - mean) * rstd.
+
+    Return gamma * rstd * (dout - mean(dout) - xn * mean(dout * xn)), the means over the rows.
+    """
+    xn = (x - mean) * rstd
+    sums = [np.sum(terms, axis=0, dtype=xn.dtype) for terms in (dout * xn, dout)]
+    dgamma[...], dbeta[...] = sums
+    dx = gamma * rstd * (dout - sums[1] / len(x) - xn * (sums[0] / len(x)))
+    return dx.astype(x.dtype, copy=False)
+
+
+@_quiet
+def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array]:
+    """Return gamma * (x - mean) * rstd + beta for `x` (N, D), and mean and rstd = 1 / sqrt(var + eps) of its rows."""
+    y, mean, rstd, _ = _normalize(x, gamma, beta, eps, 1)
+    return y, mean[:, 0], rstd[:, 0]
+
+
+@_quiet
+def layer_norm_grad(
+    dout: Array, x: Array, gamma: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array
+) -> Array:
+    """Write the sums of dout * xn and of dout over the rows into `dgamma` and `dbeta`, xn = (x - mean) * rstd.
+
+    Return rstd * (dxn - mean(dxn) - xn * mean(dxn * xn)), dxn = dout * gamma, the means over the features.
+    """
+    rstd = rstd[:, None]
+    xn = (x - mean[:, None]) * rstd
+    bias_grad(dout * xn, dgamma)
+    bias_grad(dout, dbeta)
+    dxn = (dout * gamma).astype(xn.dtype, copy=False)
+    dx = dxn - dxn.mean(axis=1, keepdims=True)
+    dx -= xn * (dxn * xn).mean(axis=1, keepdims=True)
+    dx *= rstd
+    return dx.astype(x.dtype, copy=False)
+
+
+def _normalize(x: Array, gamma: Array, beta: Array, eps: float, axis: int) -> tuple[Array, Array, Array, Array]:
+    """Return gamma * (x - mean) * rstd + beta, and mean, rstd and variance along `axis` in the accumulation dtype."""
+    wide = accumulation_dtype(x.dtype)
+    mean = x.mean(axis=axis, keepdims=axis == 1, dtype=wide)
+    xn = x - mean
+    var = (xn * xn).mean(axis=axis, keepdims=axis == 1)
+    rstd = 1 / np.sqrt(var + eps)
+    xn *= rstd
+    xn *= gamma
+    xn += beta
+    return xn.astype(x.dtype, copy=False), mean, rstd, var
+
+
 def embedding(W: Array, idx: Array) -> Array:
     """Return W[idx]; an index outside [0, V) gives a row of NaN."""
     valid = ((idx >= 0) & (idx < len(W)))[..., None]
     return np.where(valid, W.take(np.where(valid[..., 0], idx, 0), axis=0), np.nan)
 
 
+@_quiet
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i."""
-    total = out if out.itemsize > 2 else np.empty(out.shape, wide(out.dtype))
+    total = out if out.itemsize > 2 else np.empty(out.shape, accumulation_dtype(out.dtype))
     total[...] = 0
     np.add.at(total, idx, dout)
     out[...] = total
 
 
-@numpy.errstate(under="ignore")
-def softmax(x: Array) -> Array:
-    """Return exp(x) / sum(exp(x)) over the last axis."""
-    y = _shifted(x)
-    np.exp(y, out=y)
-    y /= y.sum(axis=-1, keepdims=True)
-    return y.astype(x.dtype, copy=False)
+# ---- optimizers: each formula for every parameter p, its gradient g and its state, in place. decay_factor is
+# ---- 1 - lr * weight_decay, which 0 makes exactly 1. Every argument is looked at before anything is written.
 
 
-def softmax_grad(dout: Array, y: Array) -> Array:
-    """Return y * (dout - sum(dout * y)) over the last axis."""
-    dx = dout * y
-    dx -= y * dx.sum(axis=-1, keepdims=True, dtype=wide(y.dtype))
-    return dx
+def can_update(params: Arrays, grads: Arrays) -> bool:
+    """Return whether every parameter is a writable floating array, and its gradient one of equal dtype and shape."""
+    return len(params) == len(grads) and all(
+        type(p) is type(g) is Array
+        and p.shape == g.shape
+        and p.dtype is g.dtype
+        and p.dtype.kind == "f"
+        and is_writable(p)
+        for p, g in zip(params, grads, strict=True)
+    )
 
 
-@numpy.errstate(under="ignore")
-def softmax_loss(x: Array, t: Array) -> tuple[Scalar, Array]:
-    """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
-
-    A label outside [0, C) makes its row of softmax(x), and so the loss, NaN.
-    """
-    y = _shifted(x)
-    classes = x.shape[-1]
-    valid = ((t >= 0) & (t < classes))[..., None]
-    picked = np.take_along_axis(y, np.where(valid, t[..., None], 0), -1)
-    np.exp(y, out=y)
-    total = y.sum(axis=-1, keepdims=True)
-    loss = np.where(valid, np.log(total) - picked, np.nan).mean()
-    np.divide(y, np.where(valid, total, np.nan), out=y)
-    return loss.astype(x.dtype), y.astype(x.dtype, copy=False)
-
-
-def softmax_loss_grad(y: Array, t: Array, dout: Any) -> Array:
-    """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` by x."""
-    dx = np.subtract(y, t[..., None] == np.arange(y.shape[-1]), dtype=y.dtype)
-    return np.multiply(dx, dout / t.size, out=dx)
-
-
-# The optimizers: each formula for every parameter p, its gradient g and its state, in place.
-
-
-def sgd(params: Arrays, grads: Arrays, lr: float) -> None:
-    """p -= lr * g."""
+@_quiet
+def sgd(params: Arrays, grads: Arrays, lr: float, decay_factor: float) -> None:
+    """p = decay_factor * p - lr * g."""
     for p, g in zip(params, grads, strict=True):
-        np.subtract(p, lr * g, out=p)
+        _step(p, lr * g, decay_factor)
 
 
-def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
-    """v = momentum * v - lr * g; p += v."""
+@_quiet
+def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float, decay_factor: float) -> None:
+    """v = momentum * v - lr * g; p = decay_factor * p + v."""
     for p, g, v in zip(params, grads, vs, strict=True):
         v *= momentum
         v -= lr * g
-        np.add(p, v, out=p)
+        _step(p, -v, decay_factor)
 
 
-def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float) -> None:
-    """v = momentum * v - lr * g; p += momentum * v - lr * g."""
+@_quiet
+def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float, decay_factor: float) -> None:
+    """v = momentum * v - lr * g; p = decay_factor * p + momentum * v - lr * g."""
     for p, g, v in zip(params, grads, vs, strict=True):
         step = lr * g
         v *= momentum
         v -= step
-        np.add(p, momentum * v - step, out=p)
+        _step(p, step - momentum * v, decay_factor)
 
 
-def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float) -> None:
-    """h += g**2; p -= lr * g / (sqrt(h) + eps)."""
+@_quiet
+def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float, decay_factor: float) -> None:
+    """h += g**2; p = decay_factor * p - lr * g / (sqrt(h) + eps)."""
     for p, g, h in zip(params, grads, hs, strict=True):
         h += g * g
-        np.subtract(p, lr * g / (np.sqrt(h) + eps), out=p)
+        _step(p, lr * g / (np.sqrt(h) + eps), decay_factor)
 
 
-def rmsprop(params: Arrays, grads: Arrays, hs: Arrays, lr: float, decay: float, eps: float) -> None:
-    """h = decay * h + (1 - decay) * g**2; p -= lr * g / (sqrt(h) + eps)."""
+@_quiet
+def rmsprop(
+    params: Arrays, grads: Arrays, hs: Arrays, lr: float, decay: float, eps: float, decay_factor: float
+) -> None:
+    """h = decay * h + (1 - decay) * g**2; p = decay_factor * p - lr * g / (sqrt(h) + eps)."""
     for p, g, h in zip(params, grads, hs, strict=True):
         h *= decay
         h += (1 - decay) * (g * g)
-        np.subtract(p, lr * g / (np.sqrt(h) + eps), out=p)
+        _step(p, lr * g / (np.sqrt(h) + eps), decay_factor)
 
 
+@_quiet
 def adam(
     params: Arrays,
     grads: Arrays,
@@ -232,41 +439,47 @@ def adam(
     beta1: float,
     beta2: float,
     eps: float,
-    shrink: float,
+    decay_factor: float,
 ) -> None:
-    """m += (1 - beta1) * (g - m); v += (1 - beta2) * (g**2 - v); p = shrink * p - lr * m / (sqrt(v) + eps)."""
-    for p, g, m, v in zip(params, grads, ms, vs, strict=True):
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        if shrink != 1:
-            np.multiply(p, shrink, out=p)
-        np.subtract(p, lr * m / (np.sqrt(v) + eps), out=p)
+    """p = decay_factor * p - lr * m / (sqrt(v) + eps).
 
-
-def clip_grads(grads: Arrays, max_norm: float) -> None:
-    """Scale all of `grads` by max_norm / norm where their common norm exceeds `max_norm`, in place.
-
-    The sum of squares is float64: it overflows for no float32 gradient.
+    m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g**2.
     """
-    norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads))
-    rate = np.minimum(max_norm / (norm + 1e-6), 1.0)
+    for p, g, m, v in zip(params, grads, ms, vs, strict=True):
+        m *= beta1
+        m += (1 - beta1) * g
+        v *= beta2
+        v += (1 - beta2) * (g * g)
+        _step(p, lr * m / (np.sqrt(v) + eps), decay_factor)
+
+
+def _step(p: Array, step: Array, decay_factor: float) -> None:
+    if decay_factor != 1:
+        np.multiply(p, decay_factor, out=p)
+    np.subtract(p, step, out=p)
+
+
+@numpy.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
+def clip_grads(grads: Arrays, max_norm: float) -> None:
+    """Scale all of `grads` by max_norm / (norm + 1e-6) where that is below 1, in place; not if the norm is no number.
+
+    An infinite or NaN gradient makes the norm no number, and then nothing is scaled. The squares are
+    added in float64; where even these overflow, the norm is taken of the gradients times 2**-700.
+    """
+    whole, scaled = (
+        np.sqrt(sum(np.square(np.multiply(g, s, dtype=np.float64)).sum() for g in grads)) for s in (1.0, _TINY)
+    )
+    rate = np.where(np.isfinite(whole), max_norm / (whole + 1e-6), max_norm * _TINY / scaled)
+    rate = np.where((rate < 1) & (scaled < np.inf), rate, 1.0)  # NaN is not below anything
     for g in grads:
         np.multiply(g, rate, out=g)
 
 
-@numpy.errstate(invalid="ignore")
-def _shifted(x: Array) -> Array:
-    """Return x - max(x) over the last axis, and 0 at the maximum also where that is infinite.
-
-    So an infinite score takes all the weight, as in the limit, and equal infinities share it.
-    """
-    x = x.astype(wide(x.dtype), copy=False)
-    top = x.max(axis=-1, keepdims=True)
-    y = np.subtract(x, top)
-    np.copyto(y, 0, where=x == top)
-    return y
+def all_finite(arrays: Arrays) -> Scalar:
+    """Return whether `arrays` hold neither NaN nor infinity."""
+    return np.stack([np.isfinite(a).all() for a in arrays]).all()
 
 
-def wide(dtype: Any) -> Any:
+def accumulation_dtype(dtype: Any) -> Any:
     """Return the dtype to compute in: float32 for float16, whose range ends at 65504."""
     return np.float32 if dtype == np.float16 else dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnx.device import asfloat, asgrad
-from nnx.kernels import gelu, gelu_grad, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh_grad
+from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh_grad
 from nnx.np import Array, np
 
 __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
@@ -42,7 +42,7 @@ class ReLU:
 
     def forward(self, x: Any) -> Array:
         """Return max(x, 0)."""
-        self.out = np.maximum(asfloat(x, None, "ReLU"), 0)
+        self.out = relu(asfloat(x, None, "ReLU"))
         return self.out
 
     def backward(self, dout: Any) -> Array:

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 from nnx.device import asfloat, asgrad
-from nnx.kernels.portable import wide
+from nnx.kernels.portable import accumulation_dtype
 from nnx.np import Array, np
 
 __all__ = ["Repeat", "Sum"]
@@ -72,4 +72,4 @@ class Sum:
 
 
 def _sum(x: Array) -> Array:
-    return x.sum(axis=0, keepdims=True, dtype=wide(x.dtype)).astype(x.dtype, copy=False)
+    return x.sum(axis=0, keepdims=True, dtype=accumulation_dtype(x.dtype)).astype(x.dtype, copy=False)

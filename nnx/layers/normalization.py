@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from nnx.device import asfloat, asgrad, check_weights
-from nnx.kernels import bias_grad
-from nnx.kernels.portable import wide
+from nnx.kernels import batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
+from nnx.kernels.portable import accumulation_dtype
 from nnx.np import Array, np
 
 __all__ = ["BatchNorm", "LayerNorm"]
 
 
 class _Norm:
-    """y = gamma * (x - mean) / sqrt(var + eps) + beta, with mean and var over the axes that `_axes` names."""
+    """y = gamma * (x - mean) * rstd + beta, rstd = 1 / sqrt(var + eps)."""
 
     param_names = ("gamma", "beta")
-    xn: Array  # (x - mean) / std of the last forward
-    std: Array
-    eps = 1e-5
+    x: Array  # of the last forward, as (N, D)
+    mean: Array  # and what its rows or columns were normalized with
+    rstd: Array
 
-    def __init__(self, gamma: Array, beta: Array) -> None:
+    def __init__(self, gamma: Array, beta: Array, eps: float = 1e-5) -> None:
         name = type(self).__name__
         check_weights(name, gamma=gamma, beta=beta)
         if gamma.ndim != 1 or gamma.shape != beta.shape or gamma.dtype != beta.dtype:
@@ -30,48 +31,20 @@ class _Norm:
             )
         self.params = [gamma, beta]
         self.grads = [np.zeros(gamma.shape, gamma.dtype), np.zeros(beta.shape, beta.dtype)]
+        self.eps = eps
 
-    def _axes(self, ndim: int) -> Any:
-        raise NotImplementedError
-
-    def _input(self, x: Any) -> Array:
+    def _rows(self, x: Any) -> Array:
+        """Return `x` checked, as rows of features, and remember its shape."""
         gamma = self.params[0]
         x = asfloat(x, gamma.dtype, type(self).__name__)
         if x.ndim < 2 or x.shape[-1:] != gamma.shape:
             raise ValueError(f"{type(self).__name__}: x must have shape (N, {len(gamma)}), got {x.shape}")
-        return x
+        self.shape = x.shape
+        return x if x.ndim == 2 else x.reshape(-1, len(gamma))
 
-    def _normalize(self, x: Array, mean: Array, var: Array) -> Array:
-        self.std = np.sqrt(var + self.eps).astype(x.dtype, copy=False)
-        self.xn = x - mean
-        self.xn /= self.std
-        y = self.xn * self.params[0]
-        y += self.params[1]
-        return y
-
-    def forward(self, x: Any) -> Array:
-        """Return x normalized by its own mean and variance, times gamma, plus beta."""
-        x = self._input(x)
-        axes = self._axes(x.ndim)
-        self.mean = x.mean(axis=axes, keepdims=True)
-        self.var = x.var(axis=axes, keepdims=True, dtype=wide(x.dtype))
-        return self._normalize(x, self.mean, self.var)
-
-    def _dxn(self, dout: Any) -> Array:
-        """Write the gradients of gamma and beta; return that of xn."""
-        gamma, xn = self.params[0], self.xn
-        dout = asgrad(self, dout, xn.shape, gamma.dtype)
-        for grad, terms in zip(self.grads, (dout * xn, dout), strict=True):
-            bias_grad(terms.reshape(-1, terms.shape[-1]), grad)
-        return dout * gamma
-
-    def backward(self, dout: Any) -> Array:
-        """Write the gradients; return (dxn - mean(dxn) - xn * mean(dxn * xn)) / std, where dxn = dout * gamma."""
-        dxn, axes = self._dxn(dout), self._axes(self.xn.ndim)
-        dx = dxn - dxn.mean(axis=axes, keepdims=True)
-        dx -= self.xn * (dxn * self.xn).mean(axis=axes, keepdims=True)
-        dx /= self.std
-        return dx
+    def _dout_rows(self, dout: Any) -> Array:
+        dout = asgrad(self, dout, self.shape, self.params[0].dtype)
+        return dout if dout.ndim == 2 else dout.reshape(-1, dout.shape[-1])
 
 
 class LayerNorm(_Norm):
@@ -81,6 +54,7 @@ class LayerNorm(_Norm):
     ----------
     gamma, beta : (D,)
         Scale and shift, of one floating dtype; usually ones and zeros.
+    eps : float
 
     Shapes
     ------
@@ -91,8 +65,16 @@ class LayerNorm(_Norm):
     Ba, Kiros and Hinton, "Layer normalization", 2016.
     """
 
-    def _axes(self, ndim: int) -> Any:
-        return -1
+    def forward(self, x: Any) -> Array:
+        """Return x normalized by the mean and variance of each row, times gamma, plus beta."""
+        self.x = self._rows(x)
+        y, self.mean, self.rstd = layer_norm(self.x, self.params[0], self.params[1], self.eps)
+        return y.reshape(self.shape)
+
+    def backward(self, dout: Any) -> Array:
+        """Write the gradients; return (dxn - mean(dxn) - xn * mean(dxn * xn)) * rstd, where dxn = dout * gamma."""
+        dx = layer_norm_grad(self._dout_rows(dout), self.x, self.params[0], self.mean, self.rstd, *self.grads)
+        return dx.reshape(self.shape)
 
 
 class BatchNorm(_Norm):
@@ -106,12 +88,14 @@ class BatchNorm(_Norm):
         Scale and shift, of one floating dtype; usually ones and zeros.
     momentum : float
         Of the running statistics: running = momentum * running + (1 - momentum) * batch.
+    eps : float
 
     Attributes
     ----------
     running_mean, running_var : (D,)
         0 and 1 at first; the variance is the unbiased one, as in the paper, and float32 for float16
-        weights, whose range it may leave.
+        weights, whose range it may leave. One row has no variance: running_var stays as it is then,
+        with a RuntimeWarning the first time.
 
     Shapes
     ------
@@ -124,31 +108,47 @@ class BatchNorm(_Norm):
 
     state_names = ("running_mean", "running_var")
 
-    def __init__(self, gamma: Array, beta: Array, momentum: float = 0.9) -> None:
-        super().__init__(gamma, beta)
+    def __init__(self, gamma: Array, beta: Array, momentum: float = 0.9, eps: float = 1e-5) -> None:
+        super().__init__(gamma, beta, eps)
         self.momentum = momentum
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
-        self.running_var = np.ones(gamma.shape, wide(gamma.dtype))
-
-    def _axes(self, ndim: int) -> Any:
-        return tuple(range(ndim - 1))
+        self.running_var = np.ones(gamma.shape, accumulation_dtype(gamma.dtype))
+        self._warned = False  # about a batch of one row
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x normalized by its own statistics, or with train_flg=False by the running ones."""
-        x = self._input(x)
-        self.train_flg = train_flg
-        if not train_flg:
-            return self._normalize(x, self.running_mean, self.running_var)
-        if x.size == 0:  # its statistics would make the running ones NaN
-            raise ValueError(f"BatchNorm: the batch is empty, got shape {x.shape}; its mean and variance have no value")
-        y = super().forward(x)
-        rows = y.size // y.shape[-1]
-        unbiased = self.var * (rows / max(1, rows - 1))
-        for running, batch in ((self.running_mean, self.mean), (self.running_var, unbiased)):
-            running *= self.momentum
-            running += (1 - self.momentum) * batch.reshape(-1)
-        return y
+        x, (gamma, beta) = self._rows(x), self.params
+        if train_flg:
+            if len(x) < 2:
+                self._check_rows(x)
+            y, self.mean, self.rstd = batch_norm(
+                x, gamma, beta, self.running_mean, self.running_var, self.momentum, self.eps
+            )
+        else:
+            self.mean, self.rstd = self.running_mean, 1 / np.sqrt(self.running_var + self.eps)
+            y = ((x - self.mean) * self.rstd * gamma + beta).astype(x.dtype, copy=False)
+        self.x, self.train_flg = x, train_flg
+        return y.reshape(self.shape)
 
     def backward(self, dout: Any) -> Array:
         """Write the gradients; return that of x, for the statistics of the last forward."""
-        return super().backward(dout) if self.train_flg else self._dxn(dout) / self.std
+        dout, gamma = self._dout_rows(dout), self.params[0]
+        if self.train_flg:
+            return batch_norm_grad(dout, self.x, gamma, self.mean, self.rstd, *self.grads).reshape(self.shape)
+        bias_grad(dout * ((self.x - self.mean) * self.rstd), self.grads[0])
+        bias_grad(dout, self.grads[1])
+        return (dout * (gamma * self.rstd)).astype(dout.dtype, copy=False).reshape(self.shape)
+
+    def _check_rows(self, x: Array) -> None:
+        if x.size == 0:  # its statistics would make the running ones NaN
+            raise ValueError(
+                f"BatchNorm: the batch is empty, got shape {self.shape}; its mean and variance have no value"
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "BatchNorm: a batch of one row has no variance, so running_var does not learn from it; "
+                "use larger batches, or fit(drop_last=True) where only the last one is so small",
+                RuntimeWarning,
+                stacklevel=3,
+            )
