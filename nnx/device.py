@@ -125,7 +125,7 @@ def as_float(owner: Any, name: str) -> float:
 
 
 def loss_grad(layer: Any, dout: Any) -> Any:
-    """Return `dout`, the gradient of the loss of `layer`, as a Python float; on the GPU an array without axes stays one.
+    """Return `dout`, the gradient of the loss of `layer`, as a Python number; an array on the GPU stays there.
 
     Raises
     ------
