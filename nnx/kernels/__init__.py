@@ -11,5 +11,7 @@ from nnx.np import GPU  # importing it also verifies CuPy
 
 if GPU:
     from nnx.kernels.cuda import *
+else:
+    from nnx.kernels.native import *
 
 __all__ = portable.__all__

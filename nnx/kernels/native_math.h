@@ -11,6 +11,8 @@
 #if IS_FLOAT
 #define BITS uint32_t
 #define FABS __builtin_fabsf
+#define SQRT __builtin_sqrtf
+#define LOG logf
 #define COPYSIGN __builtin_copysignf
 #define MANTISSA_BITS 23
 #define EXPONENT_BIAS 127
@@ -22,6 +24,8 @@
 #else
 #define BITS uint64_t
 #define FABS __builtin_fabs
+#define SQRT __builtin_sqrt
+#define LOG log
 #define COPYSIGN __builtin_copysign
 #define MANTISSA_BITS 52
 #define EXPONENT_BIAS 1023
@@ -84,7 +88,7 @@ INLINE T NAME(exp_bounded)(T x) {
 INLINE T NAME(exp_nonpositive)(T x) { return NAME(exp_bounded)(x < EXP_ZERO ? EXP_ZERO : x); }
 
 /* 1 / (1 + exp(-x)), for x < 0 as exp(x) / (1 + exp(x)): the exponential cannot overflow. Error 2.4 / 2.4. */
-INLINE T NAME(sigmoid)(T x) {
+INLINE T NAME(scalar_sigmoid)(T x) {
     T e = NAME(exp_nonpositive)(-FABS(x));
     return (x < C(0.0) ? e : C(1.0)) / (C(1.0) + e);
 }
@@ -129,7 +133,7 @@ INLINE T NAME(gelu_parts)(T x, T *a) {
 }
 
 /* GELU: x * sigmoid(v). Error 1.5 / 1.6 ulp of max(1, |x|). */
-INLINE T NAME(gelu)(T x) {
+INLINE T NAME(scalar_gelu)(T x) {
     T a, e = NAME(gelu_parts)(x, &a);
     return (x < C(0.0) ? -a * e : x) / (C(1.0) + e);
 }
@@ -142,7 +146,6 @@ INLINE T NAME(gelu_derivative)(T x) {
 }
 
 #undef BITS
-#undef FABS
 #undef COPYSIGN
 #undef MANTISSA_BITS
 #undef EXPONENT_BIAS

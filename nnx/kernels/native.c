@@ -1,0 +1,671 @@
+/* The kernels in C: the Python functions, with the names, arguments and results of those in portable.py.
+
+   Each takes float32 or float64 arrays that are C-contiguous, aligned and of the machine's byte order, and passes any
+   other arguments on to portable's function of its name. The loops are in native_kernels.h. One thread; large arrays
+   are worked on without the GIL. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <numpy/arrayobject.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* A function compiled for several instruction sets, of which the loader picks one. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#define FAST __attribute__((target_clones("avx512f", "avx2", "default")))
+#define INSTRUCTIONS                                                                                                   \
+    (__builtin_cpu_supports("avx512f") ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2")
+#else
+#define FAST
+#define INSTRUCTIONS "baseline"
+#endif
+
+typedef npy_intp Size;
+
+/* ---- labels and indices: integers of 1, 2, 4 or 8 bytes ---- */
+
+typedef struct {
+    const void *data;
+    int itemsize;
+} Labels;
+
+static inline Size label_at(Labels t, Size i) {
+    switch (t.itemsize) {
+    case 1: return ((const int8_t *)t.data)[i];
+    case 2: return ((const int16_t *)t.data)[i];
+    case 4: return ((const int32_t *)t.data)[i];
+    default: return (Size)((const int64_t *)t.data)[i];
+    }
+}
+
+/* The hash of portable.dropout: bits of the index and two keys. */
+static inline __attribute__((always_inline)) uint32_t mix(uint32_t bits) {
+    bits = (bits ^ bits >> 16) * 0x7FEB352Du;
+    bits = (bits ^ bits >> 15) * 0x846CA68Bu;
+    return bits ^ bits >> 16;
+}
+
+static inline __attribute__((always_inline)) uint32_t hash(uint32_t index, uint32_t key, uint32_t other_key) {
+    return mix(mix(index ^ key) ^ other_key);
+}
+
+#define T float
+#define NAME(f) f##_f32
+#define IS_FLOAT 1
+#include "native_kernels.h"
+#define T double
+#define NAME(f) f##_f64
+#define IS_FLOAT 0
+#include "native_kernels.h"
+
+/* ---- arrays ---- */
+
+#define ARRAY(object) ((PyArrayObject *)(object))
+#define DATA(object) ((void *)PyArray_DATA(ARRAY(object)))
+#define SIZE(object) PyArray_SIZE(ARRAY(object))
+#define NDIM(object) PyArray_NDIM(ARRAY(object))
+#define DIM(object, axis) PyArray_DIM(ARRAY(object), axis)
+#define WITHOUT_GIL (1 << 15) /* elements from which on a loop runs without it */
+
+/* Return NPY_FLOAT or NPY_DOUBLE for an array that the loops can read, else 0. */
+static inline int real_type(PyObject *x) {
+    if (!PyArray_CheckExact(x) || !PyArray_ISCARRAY_RO(ARRAY(x)) || NDIM(x) == 0) return 0;
+    const int type = PyArray_TYPE(ARRAY(x));
+    return type == NPY_FLOAT || type == NPY_DOUBLE ? type : 0;
+}
+
+static inline int is_like(PyObject *x, int type, Size size) { return real_type(x) == type && SIZE(x) == size; }
+static inline int is_writable(PyObject *x) { return PyArray_ISWRITEABLE(ARRAY(x)); }
+static inline int same_shape(PyObject *a, PyObject *b) {
+    return NDIM(a) == NDIM(b) && PyArray_CompareLists(PyArray_DIMS(ARRAY(a)), PyArray_DIMS(ARRAY(b)), NDIM(a));
+}
+
+/* Return whether t holds signed integers that label_at can read. */
+static inline int is_labels(PyObject *t) {
+    return PyArray_CheckExact(t) && PyArray_ISCARRAY_RO(ARRAY(t)) && PyTypeNum_ISSIGNED(PyArray_TYPE(ARRAY(t))) &&
+           PyTypeNum_ISINTEGER(PyArray_TYPE(ARRAY(t)));
+}
+
+static inline Labels as_labels(PyObject *t) {
+    return (Labels){DATA(t), (int)PyArray_ITEMSIZE(ARRAY(t))};
+}
+
+static PyObject *new_array(int ndim, const Size *shape, int type);
+#define NEW_LIKE(x, type) new_array(NDIM(x), PyArray_DIMS(ARRAY(x)), type)
+
+static PyObject *scalar(double value, int type) {
+    float single = (float)value;
+    PyArray_Descr *descr = PyArray_DescrFromType(type);
+    PyObject *result = PyArray_Scalar(type == NPY_FLOAT ? (void *)&single : (void *)&value, descr, NULL);
+    Py_DECREF(descr);
+    return result;
+}
+
+/* ---- what every kernel does ---- */
+
+#define KERNEL(name) static PyObject *name(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+
+/* Return what portable's function of this name returns. */
+static PyObject *call_portable(const char *name, PyObject *const *args, Py_ssize_t nargs) {
+    PyObject *result = NULL, *portable = PyImport_ImportModule("nnx.kernels.portable");
+    PyObject *function = portable ? PyObject_GetAttrString(portable, name) : NULL;
+    if (function) result = PyObject_Vectorcall(function, args, nargs, NULL);
+    Py_XDECREF(function);
+    Py_XDECREF(portable);
+    return result;
+}
+
+#define PORTABLE_UNLESS(...) \
+    if (!(__VA_ARGS__)) return call_portable(__func__, args, nargs)
+
+/* Call the loop `name` for the type, without the GIL where there is much to do. */
+#define RUN(type, size, name, ...)                                                                                     \
+    do {                                                                                                               \
+        PyThreadState *released = (size) >= WITHOUT_GIL ? PyEval_SaveThread() : NULL;                                  \
+        if ((type) == NPY_FLOAT)                                                                                       \
+            name##_f32(__VA_ARGS__);                                                                                   \
+        else                                                                                                           \
+            name##_f64(__VA_ARGS__);                                                                                   \
+        if (released) PyEval_RestoreThread(released);                                                                  \
+    } while (0)
+
+/* ---- memory: a few freed blocks are kept for the next arrays, whose pages the system need not clear again ---- */
+
+#define LARGE (1 << 16)          /* bytes from which on an array comes from the cache */
+#define MOST (1 << 28)           /* bytes that the cache holds at most */
+#define SLOTS 48
+#define HEADER 64                /* bytes before an array: the size of its block; keeps the array aligned */
+#define OLD 1024                 /* allocations after which a block that nobody wanted is given back */
+
+typedef struct {
+    char *block;
+    size_t size;
+    unsigned long freed_at;
+} Slot;
+
+static struct {
+    Slot slots[SLOTS]; /* the oldest first */
+    int count;
+    size_t size;
+    unsigned long clock;
+#ifdef Py_GIL_DISABLED
+    PyMutex mutex;
+#endif
+} cache;
+
+#ifdef Py_GIL_DISABLED
+#define LOCK PyMutex_Lock(&cache.mutex)
+#define UNLOCK PyMutex_Unlock(&cache.mutex)
+#else /* the GIL protects the cache: arrays are made and freed with it */
+#define LOCK
+#define UNLOCK
+#endif
+
+static char *take(int slot) {
+    char *block = cache.slots[slot].block;
+    cache.size -= cache.slots[slot].size;
+    memmove(cache.slots + slot, cache.slots + slot + 1, (--cache.count - slot) * sizeof(Slot));
+    return block;
+}
+
+static void *cache_malloc(void *Py_UNUSED(context), size_t size) {
+    char *block = NULL;
+    size_t block_size = size;
+    LOCK;
+    if (cache.count && ++cache.clock - cache.slots[0].freed_at > OLD) free(take(0));
+    for (int i = cache.count - 1; i >= 0 && !block; i--) {
+        const size_t found = cache.slots[i].size;
+        if (size <= found && found - size <= size / 8) block_size = found, block = take(i);
+    }
+    UNLOCK;
+    if (!block) block = aligned_alloc(HEADER, (HEADER + size + HEADER - 1) / HEADER * HEADER);
+    if (!block) return NULL;
+    memcpy(block, &block_size, sizeof block_size);
+    return block + HEADER;
+}
+
+static void cache_free(void *Py_UNUSED(context), void *pointer, size_t Py_UNUSED(size)) {
+    if (!pointer) return;
+    char *block = (char *)pointer - HEADER;
+    size_t size;
+    memcpy(&size, block, sizeof size);
+    LOCK;
+    while (cache.count && (cache.count == SLOTS || cache.size + size > MOST)) free(take(0));
+    if (size <= MOST) {
+        cache.slots[cache.count++] = (Slot){block, size, cache.clock};
+        cache.size += size;
+        block = NULL;
+    }
+    UNLOCK;
+    free(block);
+}
+
+static void *cache_calloc(void *context, size_t count, size_t size) {
+    void *pointer = cache_malloc(context, count * size);
+    return pointer ? memset(pointer, 0, count * size) : NULL;
+}
+
+static void *cache_realloc(void *context, void *pointer, size_t size) {
+    size_t old = 0;
+    if (pointer) memcpy(&old, (char *)pointer - HEADER, sizeof old);
+    void *moved = cache_malloc(context, size);
+    if (moved && pointer) {
+        memcpy(moved, pointer, old < size ? old : size);
+        cache_free(context, pointer, old);
+    }
+    return moved;
+}
+
+static PyDataMem_Handler handler = {"nnx", 1, {NULL, cache_malloc, cache_calloc, cache_realloc, cache_free}};
+static PyObject *handler_capsule;
+
+static PyObject *new_array_of(PyArray_Descr *descr, int ndim, const Size *shape) {
+    npy_intp size = PyArray_MultiplyList(shape, ndim) * PyDataType_ELSIZE(descr);
+    PyObject *before = size >= LARGE ? PyDataMem_SetHandler(handler_capsule) : NULL;
+    if (size >= LARGE && !before) return NULL;
+    PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL, 0, NULL);
+    if (before) {
+        PyObject *ours = PyDataMem_SetHandler(before);
+        Py_DECREF(before);
+        Py_XDECREF(ours);
+    }
+    return array;
+}
+
+static PyObject *new_array(int ndim, const Size *shape, int type) {
+    return new_array_of(PyArray_DescrFromType(type), ndim, shape);
+}
+
+KERNEL(empty) {
+    PyArray_Dims shape = {NULL, 0};
+    PyArray_Descr *descr = NULL;
+    PyObject *result = NULL;
+    PORTABLE_UNLESS(nargs == 2);
+    if (PyArray_IntpConverter(args[0], &shape) && PyArray_DescrConverter(args[1], &descr))
+        result = new_array_of(descr, shape.len, shape.ptr);
+    PyDimMem_FREE(shape.ptr);
+    return result;
+}
+
+/* ---- linear ---- */
+
+KERNEL(add_bias) {
+    const int type = nargs == 2 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && is_writable(args[0]) && NDIM(args[0]) == 2 && NDIM(args[1]) == 1 &&
+                    is_like(args[1], type, DIM(args[0], 1)));
+    RUN(type, SIZE(args[0]), add_bias, DATA(args[0]), DATA(args[1]), DIM(args[0], 0), DIM(args[0], 1));
+    Py_RETURN_NONE;
+}
+
+KERNEL(bias_grad) {
+    const int type = nargs == 2 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && is_like(args[1], type, DIM(args[0], 1)) && NDIM(args[1]) == 1 &&
+                    is_writable(args[1]));
+    RUN(type, SIZE(args[0]), bias_grad, DATA(args[0]), DATA(args[1]), DIM(args[0], 0), DIM(args[0], 1));
+    Py_RETURN_NONE;
+}
+
+/* ---- activations ---- */
+
+#define ELEMENTWISE_KERNEL(name)                                                                                       \
+    KERNEL(name) {                                                                                                     \
+        const int type = nargs == 1 ? real_type(args[0]) : 0;                                                          \
+        PORTABLE_UNLESS(type);                                                                                         \
+        PyObject *y = NEW_LIKE(args[0], type);                                                                         \
+        if (y) RUN(type, SIZE(y), name, DATA(args[0]), DATA(y), SIZE(y));                                              \
+        return y;                                                                                                      \
+    }
+
+/* name(dout, y) */
+#define ELEMENTWISE_GRAD_KERNEL(name)                                                                                  \
+    KERNEL(name) {                                                                                                     \
+        const int type = nargs == 2 ? real_type(args[0]) : 0;                                                          \
+        PORTABLE_UNLESS(type && real_type(args[1]) == type && same_shape(args[0], args[1]));                           \
+        PyObject *dx = NEW_LIKE(args[1], type);                                                                        \
+        if (dx) RUN(type, SIZE(dx), name, DATA(args[0]), DATA(args[1]), DATA(dx), SIZE(dx));                           \
+        return dx;                                                                                                     \
+    }
+
+ELEMENTWISE_KERNEL(sigmoid)
+ELEMENTWISE_GRAD_KERNEL(sigmoid_grad)
+ELEMENTWISE_KERNEL(relu)
+ELEMENTWISE_GRAD_KERNEL(relu_grad)
+ELEMENTWISE_GRAD_KERNEL(tanh_grad)
+ELEMENTWISE_KERNEL(gelu)
+ELEMENTWISE_GRAD_KERNEL(gelu_grad)
+
+#define LAST(x) DIM(x, NDIM(x) - 1)
+
+KERNEL(softmax) {
+    const int type = nargs == 1 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && SIZE(args[0]));
+    PyObject *y = NEW_LIKE(args[0], type);
+    if (y) RUN(type, SIZE(y), softmax, DATA(args[0]), DATA(y), SIZE(y) / LAST(y), LAST(y));
+    return y;
+}
+
+KERNEL(softmax_grad) {
+    const int type = nargs == 2 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && real_type(args[1]) == type && same_shape(args[0], args[1]) && SIZE(args[0]));
+    PyObject *dx = NEW_LIKE(args[1], type);
+    if (dx) RUN(type, SIZE(dx), softmax_grad, DATA(args[0]), DATA(args[1]), DATA(dx), SIZE(dx) / LAST(dx), LAST(dx));
+    return dx;
+}
+
+/* ---- losses ---- */
+
+/* The weights of a loss of `terms` elements; `ready` says whether the loops can take them. */
+typedef struct {
+    Size groups;
+    void *data;
+    int ready;
+} Weight;
+
+static Weight as_weight(PyObject *weight, int type, Size terms) {
+    if (weight == Py_None) return (Weight){1, NULL, terms > 0};
+    const int ready = real_type(weight) == type && NDIM(weight) == 1 && SIZE(weight) && terms && terms % SIZE(weight) == 0;
+    return (Weight){ready ? SIZE(weight) : 1, ready ? DATA(weight) : NULL, ready};
+}
+
+/* Return whether `dout` is a number that C reads like Python, and read it. */
+static int read_number(PyObject *dout, double *value) {
+    if (PyFloat_CheckExact(dout)) *value = PyFloat_AS_DOUBLE(dout);
+    else if (PyLong_CheckExact(dout)) *value = PyLong_AsDouble(dout);
+    else return 0;
+    if (*value == -1 && PyErr_Occurred()) return PyErr_Clear(), 0;
+    return 1;
+}
+
+/* Call the loss's loop `name` without the GIL where there is much to do, and store what it returns. */
+#define RUN_LOSS(result, type, size, name, ...)                                                                        \
+    do {                                                                                                               \
+        PyThreadState *released = (size) >= WITHOUT_GIL ? PyEval_SaveThread() : NULL;                                  \
+        result = (type) == NPY_FLOAT ? name##_f32(__VA_ARGS__) : name##_f64(__VA_ARGS__);                              \
+        if (released) PyEval_RestoreThread(released);                                                                  \
+    } while (0)
+
+/* Return the loss as a scalar of the type, and y, in a tuple. */
+static PyObject *loss_and(double loss, int type, PyObject *y) {
+    PyObject *value = scalar(loss, type), *result = value ? PyTuple_Pack(2, value, y) : NULL;
+    Py_XDECREF(value);
+    Py_DECREF(y);
+    return result;
+}
+
+KERNEL(softmax_loss) {
+    const int type = nargs == 3 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && SIZE(args[0]) && is_labels(args[1]) && SIZE(args[1]) * LAST(args[0]) == SIZE(args[0]));
+    const Weight w = as_weight(args[2], type, SIZE(args[1]));
+    PORTABLE_UNLESS(w.ready);
+    double loss;
+    PyObject *x = args[0], *y = NEW_LIKE(x, type);
+    if (!y) return NULL;
+    RUN_LOSS(loss, type, SIZE(x), softmax_loss, DATA(x), as_labels(args[1]), DATA(y), SIZE(args[1]), LAST(x), w.groups,
+             w.data);
+    return loss_and(loss, type, y);
+}
+
+KERNEL(softmax_loss_grad) {
+    double dout;
+    const int type = nargs == 4 && read_number(args[2], &dout) ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && SIZE(args[0]) && is_labels(args[1]) && SIZE(args[1]) * LAST(args[0]) == SIZE(args[0]));
+    const Weight w = as_weight(args[3], type, SIZE(args[1]));
+    PORTABLE_UNLESS(w.ready);
+    PyObject *y = args[0], *dx = NEW_LIKE(y, type);
+    if (dx)
+        RUN(type, SIZE(y), softmax_loss_grad, DATA(y), as_labels(args[1]), dout, DATA(dx), SIZE(args[1]), LAST(y),
+            w.groups, w.data);
+    return dx;
+}
+
+KERNEL(sigmoid_loss) {
+    const int type = nargs == 3 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && is_labels(args[1]) && same_shape(args[0], args[1]));
+    const Weight w = as_weight(args[2], type, SIZE(args[0]));
+    PORTABLE_UNLESS(w.ready);
+    double loss;
+    PyObject *x = args[0], *y = NEW_LIKE(x, type);
+    if (!y) return NULL;
+    RUN_LOSS(loss, type, SIZE(x), sigmoid_loss, DATA(x), as_labels(args[1]), DATA(y), SIZE(x), w.groups, w.data);
+    return loss_and(loss, type, y);
+}
+
+KERNEL(sigmoid_loss_grad) {
+    double dout;
+    const int type = nargs == 4 && read_number(args[2], &dout) ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && is_labels(args[1]) && same_shape(args[0], args[1]));
+    const Weight w = as_weight(args[3], type, SIZE(args[0]));
+    PORTABLE_UNLESS(w.ready);
+    PyObject *y = args[0], *dx = NEW_LIKE(y, type);
+    if (dx)
+        RUN(type, SIZE(y), sigmoid_loss_grad, DATA(y), as_labels(args[1]), dout, DATA(dx), SIZE(y), w.groups, w.data);
+    return dx;
+}
+
+KERNEL(squared_error) {
+    const int type = nargs == 3 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && real_type(args[1]) == type && same_shape(args[0], args[1]));
+    const Weight w = as_weight(args[2], type, SIZE(args[0]));
+    PORTABLE_UNLESS(w.ready);
+    double loss;
+    RUN_LOSS(loss, type, SIZE(args[0]), squared_error, DATA(args[0]), DATA(args[1]), SIZE(args[0]), w.groups, w.data);
+    return scalar(loss, type);
+}
+
+KERNEL(squared_error_grad) {
+    double dout;
+    const int type = nargs == 4 && read_number(args[2], &dout) ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && real_type(args[1]) == type && same_shape(args[0], args[1]));
+    const Weight w = as_weight(args[3], type, SIZE(args[0]));
+    PORTABLE_UNLESS(w.ready);
+    PyObject *x = args[0], *dx = NEW_LIKE(x, type);
+    if (dx) RUN(type, SIZE(x), squared_error_grad, DATA(x), DATA(args[1]), dout, DATA(dx), SIZE(x), w.groups, w.data);
+    return dx;
+}
+
+/* ---- dropout, normalization, embedding ---- */
+
+/* The keys are those of portable.dropout_keys. */
+KERNEL(dropout) {
+    const int type = nargs == 4 ? real_type(args[0]) : 0;
+    double ratio;
+    PORTABLE_UNLESS(type && read_number(args[1], &ratio) && 0 <= ratio && ratio < 1 && PyLong_CheckExact(args[2]) &&
+                    PyLong_CheckExact(args[3]));
+    uint64_t z = PyLong_AsUnsignedLongLongMask(args[2]) + 0x9E3779B97F4A7C15u * PyLong_AsUnsignedLongLongMask(args[3]);
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    const uint32_t keys[] = {(uint32_t)z, (uint32_t)(z >> 32), (uint32_t)(ratio * 4294967296.0)};
+    PyObject *x = args[0], *y = NEW_LIKE(x, type);
+    if (y) RUN(type, SIZE(x), dropout, DATA(x), DATA(y), SIZE(x), keys);
+    return y;
+}
+
+/* Return whether the arrays args[first], ..., args[last] are vectors of n numbers of the type. */
+static int are_vectors(PyObject *const *args, int first, int last, int type, Size n) {
+    for (int i = first; i <= last; i++)
+        if (!is_like(args[i], type, n) || NDIM(args[i]) != 1) return 0;
+    return 1;
+}
+
+/* Return y, mean and rstd in a tuple, or nothing if one is missing. */
+static PyObject *normalized(PyObject *y, PyObject *mean, PyObject *rstd) {
+    PyObject *result = y && mean && rstd ? PyTuple_Pack(3, y, mean, rstd) : NULL;
+    Py_XDECREF(y);
+    Py_XDECREF(mean);
+    Py_XDECREF(rstd);
+    return result;
+}
+
+KERNEL(batch_norm) {
+    double momentum, eps;
+    const int type = nargs == 7 && read_number(args[5], &momentum) && read_number(args[6], &eps) ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && SIZE(args[0]) && are_vectors(args, 1, 4, type, DIM(args[0], 1)) &&
+                    is_writable(args[3]) && is_writable(args[4]));
+    PyObject *x = args[0], *y = NEW_LIKE(x, type), *mean = NEW_LIKE(args[1], type), *rstd = NEW_LIKE(args[1], type);
+    void *scale = PyMem_Malloc(DIM(x, 1) * PyArray_ITEMSIZE(ARRAY(x)));
+    if (!scale) PyErr_NoMemory();
+    if (scale && y && mean && rstd)
+        RUN(type, SIZE(x), batch_norm, DATA(x), DATA(args[1]), DATA(args[2]), DATA(args[3]), DATA(args[4]), momentum,
+            eps, DATA(y), DATA(mean), DATA(rstd), scale, DIM(x, 0), DIM(x, 1));
+    else
+        Py_CLEAR(y);
+    PyMem_Free(scale);
+    return normalized(y, mean, rstd);
+}
+
+KERNEL(batch_norm_grad) {
+    const int type = nargs == 7 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && real_type(args[1]) == type && same_shape(args[0], args[1]) &&
+                    SIZE(args[0]) && are_vectors(args, 2, 6, type, DIM(args[0], 1)) && is_writable(args[5]) &&
+                    is_writable(args[6]));
+    PyObject *x = args[1], *dx = NEW_LIKE(x, type);
+    void *scratch = PyMem_Malloc(3 * DIM(x, 1) * PyArray_ITEMSIZE(ARRAY(x)));
+    if (!scratch) {
+        Py_CLEAR(dx);
+        PyErr_NoMemory();
+    }
+    if (dx)
+        RUN(type, SIZE(x), batch_norm_grad, DATA(args[0]), DATA(x), DATA(args[2]), DATA(args[3]), DATA(args[4]),
+            DATA(args[5]), DATA(args[6]), DATA(dx), scratch, DIM(x, 0), DIM(x, 1));
+    PyMem_Free(scratch);
+    return dx;
+}
+
+KERNEL(layer_norm) {
+    double eps;
+    const int type = nargs == 4 && read_number(args[3], &eps) ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && SIZE(args[0]) && are_vectors(args, 1, 2, type, DIM(args[0], 1)));
+    PyObject *x = args[0], *y = NEW_LIKE(x, type);
+    PyObject *mean = new_array(1, PyArray_DIMS(ARRAY(x)), type), *rstd = new_array(1, PyArray_DIMS(ARRAY(x)), type);
+    if (y && mean && rstd)
+        RUN(type, SIZE(x), layer_norm, DATA(x), DATA(args[1]), DATA(args[2]), eps, DATA(y), DATA(mean), DATA(rstd),
+            DIM(x, 0), DIM(x, 1));
+    return normalized(y, mean, rstd);
+}
+
+KERNEL(layer_norm_grad) {
+    const int type = nargs == 7 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && real_type(args[1]) == type && same_shape(args[0], args[1]) &&
+                    SIZE(args[0]) && are_vectors(args, 2, 2, type, DIM(args[0], 1)) &&
+                    are_vectors(args, 3, 4, type, DIM(args[0], 0)) && are_vectors(args, 5, 6, type, DIM(args[0], 1)) &&
+                    is_writable(args[5]) && is_writable(args[6]));
+    PyObject *x = args[1], *dx = NEW_LIKE(x, type);
+    if (dx)
+        RUN(type, SIZE(x), layer_norm_grad, DATA(args[0]), DATA(x), DATA(args[2]), DATA(args[3]), DATA(args[4]),
+            DATA(args[5]), DATA(args[6]), DATA(dx), DIM(x, 0), DIM(x, 1));
+    return dx;
+}
+
+KERNEL(embedding) {
+    const int type = nargs == 2 ? real_type(args[0]) : 0;
+    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && is_labels(args[1]) && NDIM(args[1]) < NPY_MAXDIMS);
+    Size shape[NPY_MAXDIMS + 1];
+    const int ndim = NDIM(args[1]);
+    memcpy(shape, PyArray_DIMS(ARRAY(args[1])), ndim * sizeof(Size));
+    shape[ndim] = DIM(args[0], 1);
+    PyObject *W = args[0], *y = new_array(ndim + 1, shape, type);
+    if (y) RUN(type, SIZE(y), embedding, DATA(W), as_labels(args[1]), DATA(y), SIZE(args[1]), DIM(W, 0), DIM(W, 1));
+    return y;
+}
+
+KERNEL(embedding_grad) {
+    const int type = nargs == 3 ? real_type(args[1]) : 0;
+    PORTABLE_UNLESS(type && real_type(args[2]) == type && is_labels(args[0]) && NDIM(args[0]) == 1 &&
+                    NDIM(args[1]) == 2 && NDIM(args[2]) == 2 && DIM(args[1], 1) == DIM(args[2], 1) &&
+                    DIM(args[1], 0) == SIZE(args[0]) && is_writable(args[2]));
+    const Labels idx = as_labels(args[0]);
+    const Size rows = DIM(args[2], 0);
+    for (Size i = 0; i < SIZE(args[0]); i++) PORTABLE_UNLESS(0 <= label_at(idx, i) && label_at(idx, i) < rows);
+    RUN(type, SIZE(args[2]), embedding_grad, idx, DATA(args[1]), DATA(args[2]), SIZE(args[0]), rows, DIM(args[2], 1));
+    Py_RETURN_NONE;
+}
+
+/* ---- optimizers ---- */
+
+/* Return the element i of the list `lists[j]` if it is an array of the loops like that of lists[0], else NULL. */
+static PyObject *array_at(PyObject *const *lists, int j, Py_ssize_t i) {
+    PyObject *first = PyList_GET_ITEM(lists[0], i), *array = PyList_GET_ITEM(lists[j], i);
+    const int type = real_type(first);
+    const int ready = type && real_type(array) == type && same_shape(first, array) && (j == 1 || is_writable(array));
+    return ready ? array : NULL;
+}
+
+/* Return whether the `count` arguments are lists of equal length, whose arrays array_at returns. */
+static int are_lists(PyObject *const *lists, int count) {
+    for (int j = 0; j < count; j++)
+        if (!PyList_CheckExact(lists[j]) || PyList_GET_SIZE(lists[j]) != PyList_GET_SIZE(lists[0])) return 0;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(lists[0]); i++)
+        for (int j = 0; j < count; j++)
+            if (!array_at(lists, j, i)) return 0;
+    return 1;
+}
+
+KERNEL(can_update) {
+    if (nargs == 2 && are_lists(args, 2)) Py_RETURN_TRUE;
+    return call_portable(__func__, args, nargs);
+}
+
+/* An optimizer of so many lists of arrays and settings. */
+#define OPTIMIZER_KERNEL(name, lists, settings)                                                                        \
+    KERNEL(name) {                                                                                                     \
+        double s[settings];                                                                                            \
+        int ready = nargs == lists + settings && are_lists(args, lists);                                               \
+        for (int k = 0; k < settings && ready; k++) ready = read_number(args[lists + k], s + k);                       \
+        PORTABLE_UNLESS(ready);                                                                                        \
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); i++) {                                                    \
+            char *a[4] = {NULL};                                                                                       \
+            PyObject *p = PyList_GET_ITEM(args[0], i);                                                                 \
+            for (int j = 0; j < lists; j++) a[j] = DATA(PyList_GET_ITEM(args[j], i));                                  \
+            RUN(PyArray_TYPE(ARRAY(p)), SIZE(p), name, a, SIZE(p), s);                                                 \
+        }                                                                                                              \
+        Py_RETURN_NONE;                                                                                                \
+    }
+
+OPTIMIZER_KERNEL(sgd, 2, 2)
+OPTIMIZER_KERNEL(momentum, 3, 3)
+OPTIMIZER_KERNEL(nesterov, 3, 3)
+OPTIMIZER_KERNEL(adagrad, 3, 3)
+OPTIMIZER_KERNEL(rmsprop, 3, 4)
+OPTIMIZER_KERNEL(adam, 4, 5)
+
+static double square_sum(PyObject *grads, double scale) {
+    double sum = 0, part;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads); i++) {
+        PyObject *g = PyList_GET_ITEM(grads, i);
+        RUN_LOSS(part, PyArray_TYPE(ARRAY(g)), SIZE(g), square_sum, DATA(g), SIZE(g), scale);
+        sum += part;
+    }
+    return sum;
+}
+
+KERNEL(clip_grads) {
+    const double tiny = 0x1p-700;
+    double max_norm;
+    PORTABLE_UNLESS(nargs == 2 && are_lists(args, 1) && read_number(args[1], &max_norm));
+    double norm = sqrt(square_sum(args[0], 1)), rate = max_norm / (norm + 1e-6);
+    if (!isfinite(norm)) {
+        norm = sqrt(square_sum(args[0], tiny));
+        rate = isfinite(norm) ? max_norm * tiny / norm : 1;
+    }
+    for (Py_ssize_t i = 0; rate < 1 && i < PyList_GET_SIZE(args[0]); i++) {
+        PyObject *g = PyList_GET_ITEM(args[0], i);
+        RUN(PyArray_TYPE(ARRAY(g)), SIZE(g), scale, DATA(g), SIZE(g), rate);
+    }
+    Py_RETURN_NONE;
+}
+
+KERNEL(all_finite) {
+    PORTABLE_UNLESS(nargs == 1 && are_lists(args, 1));
+    int finite = 1;
+    for (Py_ssize_t i = 0; finite && i < PyList_GET_SIZE(args[0]); i++) {
+        PyObject *a = PyList_GET_ITEM(args[0], i);
+        RUN_LOSS(finite, PyArray_TYPE(ARRAY(a)), SIZE(a), all_finite, DATA(a), SIZE(a));
+    }
+    return PyBool_FromLong(finite);
+}
+
+/* ---- the module ---- */
+
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, "As nnx.kernels.portable." #name "."}
+
+static PyMethodDef methods[] = {
+    METHOD(empty), METHOD(add_bias), METHOD(bias_grad), METHOD(sigmoid), METHOD(sigmoid_grad), METHOD(relu),
+    METHOD(relu_grad), METHOD(tanh_grad), METHOD(gelu), METHOD(gelu_grad), METHOD(softmax), METHOD(softmax_grad),
+    METHOD(softmax_loss), METHOD(softmax_loss_grad), METHOD(sigmoid_loss), METHOD(sigmoid_loss_grad),
+    METHOD(squared_error), METHOD(squared_error_grad), METHOD(dropout), METHOD(batch_norm), METHOD(batch_norm_grad),
+    METHOD(layer_norm), METHOD(layer_norm_grad), METHOD(embedding), METHOD(embedding_grad), METHOD(can_update),
+    METHOD(sgd), METHOD(momentum), METHOD(nesterov), METHOD(adagrad), METHOD(rmsprop), METHOD(adam),
+    METHOD(clip_grads), METHOD(all_finite), {NULL, NULL, 0, NULL},
+};
+
+static int exec_module(PyObject *module) {
+    import_array1(-1);
+    if (!handler_capsule) handler_capsule = PyCapsule_New(&handler, "mem_handler", NULL);
+    PyObject *names = handler_capsule ? PyList_New(0) : NULL;
+    int status = names ? 0 : -1;
+    for (PyMethodDef *method = methods; !status && method->ml_name; method++) {
+        PyObject *name = PyUnicode_FromString(method->ml_name);
+        status = name ? PyList_Append(names, name) : -1;
+        Py_XDECREF(name);
+    }
+    if (!status) status = PyModule_AddObjectRef(module, "__all__", names);
+    Py_XDECREF(names);
+    return status ? status : PyModule_AddStringConstant(module, "INSTRUCTIONS", INSTRUCTIONS);
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec_module},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "nnx.kernels.native", .m_methods = methods, .m_slots = slots,
+    .m_doc = "The kernels in C, on NumPy's C API.",
+};
+
+PyMODINIT_FUNC PyInit_native(void) { return PyModuleDef_Init(&definition); }
