@@ -111,18 +111,16 @@ def check_range(idx: Any, stop: int, name: str, what: str, ignored: int | None =
     idx = numeric(idx, name)
     if idx.dtype.kind not in "iu":
         raise ValueError(f"{name}: {what} must be integers in [0, {stop}), got {idx.dtype}")
-    if idx.size:
-        _check_range(idx, stop, name, what, ignored)
+    _check_range(idx, stop, name, what, ignored)
     return np.asarray(idx)
 
 
 def _check_range(idx: Array, stop: int, name: str, what: str, ignored: int | None = None) -> None:
-    if isinstance(idx, numpy.ndarray):
-        if ignored is not None:
-            idx = numpy.where(idx == ignored, 0, idx)
-        low, high = idx.item(idx.argmin()), idx.item(idx.argmax())  # by far the fastest of NumPy's searches
-        if low < 0 or high >= stop:
-            raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {low if low < 0 else high}")
+    if ignored is not None:
+        idx = idx[idx != ignored] if isinstance(idx, numpy.ndarray) else idx
+    if not kernels.in_range(idx, stop):
+        low, high = idx.min(), idx.max()
+        raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {low if low < 0 else high}")
 
 
 def _is_one_hot(t: numpy.ndarray, indices: numpy.ndarray) -> bool:

@@ -25,7 +25,10 @@ MATRICES = [(5, 7), (1, 1), (1, 4), (40, 100), (300, 17), (9, 700)]
 
 # kernel: the shapes it is tried on; the roles of its arguments
 CASES = {
-    "add_bias": (rows_for((30, 100)), ["any", "row"]),
+    "affine": (rows_for((30, 100)), ["any", "weights", "row of 3"]),
+    "affine_grad": (rows_for((30, 100)), ["any", "rows of 3", "empty weights", "empty row of 3"]),
+    "input_grad": (rows_for((30, 100)), ["rows of 3", "weights"]),
+    "in_range": (rows_for((30, 100)), ["labels", "count"]),
     "sigmoid": (rows_for((2, 3, 4), (0,), (9,)), ["any"]),
     "sigmoid_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
     "relu": (rows_for((2, 3, 4)), ["any"]),
@@ -65,7 +68,14 @@ CASES = {
 }
 
 
-ROLES = {"number": 0.25, "rate": 0.9, "eps": 1e-3, "seed": 2**63 + 5, "call": 7}
+PARTS = {  # of a product (N, D) @ (D, 3)
+    "weights": lambda shape: (shape[1], 3),
+    "row of 3": lambda shape: (3,),
+    "rows of 3": lambda shape: (shape[0], 3),
+    "empty weights": lambda shape: (shape[1], 3),
+    "empty row of 3": lambda shape: (3,),
+}
+ROLES = {"count": 3, "number": 0.25, "rate": 0.9, "eps": 1e-3, "seed": 2**63 + 5, "call": 7}
 
 
 def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
@@ -101,6 +111,9 @@ def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
             groups = shape if role == "element weight" else shape[:-1]
             weight = rng.integers(0, 3, groups[:1] or 1).astype("float32" if dtype == "float16" else dtype)
             return np.asarray(weight / max(1, weight.sum()))
+        if role in PARTS:
+            part = PARTS[role](shape)
+            return np.full(part, np.nan, dtype) if role.startswith("empty") else array(rng.normal(size=part))
         if role in ("row", "positive row"):
             values = rng.normal(size=shape[1:])
             return array(abs(values) if role == "positive row" else values)

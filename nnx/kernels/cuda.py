@@ -29,7 +29,8 @@ from nnx.np import Array, Scalar
 __all__ = [
     "adagrad",
     "adam",
-    "add_bias",
+    "affine",
+    "affine_grad",
     "bias_grad",
     "clip_grads",
     "dropout",
@@ -121,9 +122,20 @@ _softmax_loss_grad, _softmax_loss_grad_array = (
 )
 
 
-def add_bias(y: Array, b: Array) -> None:
-    """Add `b` (H,) to every row of `y` (N, H), in place."""
-    _add_bias(b, y)
+def affine(x: Array, W: Array, b: Array | None) -> Array:
+    """Return x @ W + b of `x` (N, D), `W` (D, H) and `b` (H,) or None."""
+    y = x.dot(W)
+    if b is not None:
+        _add_bias(b, y)
+    return y
+
+
+def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
+    """Write x.T @ dout into `dW` (D, H), and the sum of the rows of `dout` (N, H) into `db` (H,) or nowhere."""
+    _check_shape("affine_grad: dW", dW, (x.shape[1], dout.shape[1]))  # CuPy would fill any array of this size
+    x.T.dot(dout, dW)
+    if db is not None:
+        bias_grad(dout, db)
 
 
 def sigmoid(x: Array) -> Array:

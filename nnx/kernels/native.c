@@ -248,14 +248,42 @@ KERNEL(empty) {
     return result;
 }
 
+KERNEL(in_range) {
+    const Py_ssize_t stop = nargs == 2 && PyLong_CheckExact(args[1]) ? PyLong_AsSsize_t(args[1]) : -1;
+    PORTABLE_UNLESS(stop >= 0 && is_labels(args[0]));
+    const Labels idx = as_labels(args[0]);
+    const Size n = SIZE(args[0]);
+    int inside = 1;
+    for (Size i = 0; i < n; i++) inside &= (size_t)label_at(idx, i) < (size_t)stop;
+    return PyBool_FromLong(inside);
+}
+
 /* ---- linear ---- */
 
-KERNEL(add_bias) {
-    const int type = nargs == 2 ? real_type(args[0]) : 0;
-    PORTABLE_UNLESS(type && is_writable(args[0]) && NDIM(args[0]) == 2 && NDIM(args[1]) == 1 &&
-                    is_like(args[1], type, DIM(args[0], 1)));
-    RUN(type, SIZE(args[0]), add_bias, DATA(args[0]), DATA(args[1]), DIM(args[0], 0), DIM(args[0], 1));
-    Py_RETURN_NONE;
+/* Return whether x is a matrix of the type that NumPy's product takes, in any layout. */
+static inline int is_matrix(PyObject *x, int type) {
+    return PyArray_CheckExact(x) && NDIM(x) == 2 && PyArray_TYPE(ARRAY(x)) == type && PyArray_ISNOTSWAPPED(ARRAY(x));
+}
+
+/* Return a @ b, or b.T in place of b, in a new array. */
+static PyObject *product(PyObject *a, PyObject *b, int transposed) {
+    const Size shape[] = {DIM(a, 0), DIM(b, !transposed)};
+    PyObject *out = new_array(2, shape, PyArray_TYPE(ARRAY(a)));
+    PyObject *right = transposed ? PyArray_Transpose(ARRAY(b), NULL) : Py_NewRef(b);
+    PyObject *result = out && right ? PyArray_MatrixProduct2(a, right, ARRAY(out)) : NULL;
+    Py_XDECREF(right);
+    Py_XDECREF(out);
+    return result;
+}
+
+KERNEL(affine) {
+    const int type = nargs == 3 && PyArray_CheckExact(args[0]) ? PyArray_TYPE(ARRAY(args[0])) : 0;
+    PORTABLE_UNLESS((type == NPY_FLOAT || type == NPY_DOUBLE) && is_matrix(args[0], type) && is_matrix(args[1], type) &&
+                    (args[2] == Py_None || (NDIM(args[2]) == 1 && is_like(args[2], type, DIM(args[1], 1)))));
+    PyObject *y = product(args[0], args[1], 0);
+    if (y && args[2] != Py_None)
+        RUN(type, SIZE(y), add_bias, DATA(y), DATA(args[2]), DIM(y, 0), DIM(y, 1));
+    return y;
 }
 
 KERNEL(bias_grad) {
@@ -264,6 +292,27 @@ KERNEL(bias_grad) {
                     is_writable(args[1]));
     RUN(type, SIZE(args[0]), bias_grad, DATA(args[0]), DATA(args[1]), DIM(args[0], 0), DIM(args[0], 1));
     Py_RETURN_NONE;
+}
+
+KERNEL(affine_grad) {
+    const int type = nargs == 4 ? real_type(args[1]) : 0;
+    PORTABLE_UNLESS(type && is_matrix(args[0], type) && NDIM(args[1]) == 2 && is_matrix(args[2], type) &&
+                    (args[3] == Py_None || (is_like(args[3], type, DIM(args[1], 1)) && NDIM(args[3]) == 1 &&
+                                            is_writable(args[3]))));
+    PyObject *x_T = PyArray_Transpose(ARRAY(args[0]), NULL);
+    PyObject *dW = x_T ? PyArray_MatrixProduct2(x_T, args[1], ARRAY(args[2])) : NULL;
+    Py_XDECREF(x_T);
+    if (!dW) return NULL;
+    Py_DECREF(dW);
+    if (args[3] != Py_None)
+        RUN(type, SIZE(args[1]), bias_grad, DATA(args[1]), DATA(args[3]), DIM(args[1], 0), DIM(args[1], 1));
+    Py_RETURN_NONE;
+}
+
+KERNEL(input_grad) {
+    const int type = nargs == 2 && PyArray_CheckExact(args[0]) ? PyArray_TYPE(ARRAY(args[0])) : 0;
+    PORTABLE_UNLESS((type == NPY_FLOAT || type == NPY_DOUBLE) && is_matrix(args[0], type) && is_matrix(args[1], type));
+    return product(args[0], args[1], 1);
 }
 
 /* ---- activations ---- */
@@ -631,7 +680,7 @@ KERNEL(all_finite) {
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, "As nnx.kernels.portable." #name "."}
 
 static PyMethodDef methods[] = {
-    METHOD(empty), METHOD(add_bias), METHOD(bias_grad), METHOD(sigmoid), METHOD(sigmoid_grad), METHOD(relu),
+    METHOD(empty), METHOD(in_range), METHOD(affine), METHOD(affine_grad), METHOD(input_grad), METHOD(bias_grad), METHOD(sigmoid), METHOD(sigmoid_grad), METHOD(relu),
     METHOD(relu_grad), METHOD(tanh_grad), METHOD(gelu), METHOD(gelu_grad), METHOD(softmax), METHOD(softmax_grad),
     METHOD(softmax_loss), METHOD(softmax_loss_grad), METHOD(sigmoid_loss), METHOD(sigmoid_loss_grad),
     METHOD(squared_error), METHOD(squared_error_grad), METHOD(dropout), METHOD(batch_norm), METHOD(batch_norm_grad),

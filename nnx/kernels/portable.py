@@ -22,7 +22,8 @@ Arrays: TypeAlias = Sequence[Array]
 __all__ = [
     "adagrad",
     "adam",
-    "add_bias",
+    "affine",
+    "affine_grad",
     "all_finite",
     "batch_norm",
     "batch_norm_grad",
@@ -36,6 +37,8 @@ __all__ = [
     "gather",
     "gelu",
     "gelu_grad",
+    "in_range",
+    "input_grad",
     "layer_norm",
     "layer_norm_grad",
     "momentum",
@@ -71,13 +74,34 @@ def gather(x: Array, idx: Array) -> Array:
     return x.take(idx, axis=0) if x.flags.c_contiguous else x[idx]
 
 
+def in_range(idx: Array, stop: int) -> bool:
+    """Return whether integers lie in [0, stop); those on the GPU are not looked at, which would stop it."""
+    return not isinstance(idx, numpy.ndarray) or idx.size == 0 or (idx.min() >= 0 and idx.max() < stop)
+
+
 # ---- linear -----------------------------------------------------------------------------------------
 
 
 @_quiet
-def add_bias(y: Array, b: Array) -> None:
-    """Add `b` (H,) to every row of `y` (N, H), in place."""
-    y += b
+def affine(x: Array, W: Array, b: Array | None) -> Array:
+    """Return x @ W + b of `x` (N, D), `W` (D, H) and `b` (H,) or None."""
+    y = x.dot(W)
+    if b is not None:
+        y += b
+    return y
+
+
+@_quiet
+def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
+    """Write x.T @ dout into `dW` (D, H), and the sum of the rows of `dout` (N, H) into `db` (H,) or nowhere."""
+    x.T.dot(dout, dW)
+    if db is not None:
+        bias_grad(dout, db)
+
+
+def input_grad(dout: Array, W: Array) -> Array:
+    """Return dout @ W.T."""
+    return dout.dot(W.T)
 
 
 @_quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnx.device import asfloat, asgrad, check_weights
-from nnx.kernels import add_bias, bias_grad
+from nnx.kernels import affine, affine_grad, input_grad
 from nnx.np import Array, np
 
 __all__ = ["Affine", "MatMul"]
@@ -57,11 +57,11 @@ class MatMul:
                 + ("; make it a row with x[None], or a column with x[:, None]" if x.ndim == 1 else "")
             )
         self.x = x
-        y = (x if x.ndim == 2 else _rows(x)).dot(W)
-        if len(self.params) > 1:
-            add_bias(y, self.params[1])
-        if x.ndim > 2:
-            y = y.reshape(*x.shape[:-1], W.shape[1])
+        b = self.params[1] if len(self.params) > 1 else None
+        if x.ndim == 2:
+            y = affine(x, W, b)
+        else:
+            y = affine(_rows(x), W, b).reshape(*x.shape[:-1], W.shape[1])
         self.shape = y.shape
         return y
 
@@ -71,14 +71,10 @@ class MatMul:
         dout = asgrad(self, dout, self.shape, W.dtype)
         if x.ndim > 2:
             x, dout = _rows(x), _rows(dout)
-        if dW.shape != W.shape:  # CuPy would fill any array of this size
-            raise ValueError(f"{type(self).__name__}: grads[0] must have the shape of W {W.shape}, got {dW.shape}")
-        x.T.dot(dout, dW)
-        if len(self.grads) > 1:
-            bias_grad(dout, self.grads[1])
+        affine_grad(x, dout, dW, self.grads[1] if len(self.grads) > 1 else None)
         if not self.input_grad:
             return None
-        dx = dout.dot(W.T)
+        dx = input_grad(dout, W)
         return dx if self.x.ndim == 2 else dx.reshape(self.x.shape)
 
 
