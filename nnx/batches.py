@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -33,7 +33,8 @@ class MeanLoss:
     Losses of equally many rows are added up by themselves, so that a step costs one addition.
     """
 
-    def __init__(self, state: Any = ()) -> None:
+    def __init__(self, state: Iterable[Any] = ()) -> None:
+        state = list(state)
         self.totals: dict[int, Any] = {int(rows): _double(total) for rows, total, _ in state}
         self.counts: dict[int, int] = {int(rows): int(count) for rows, _, count in state}
 
@@ -174,11 +175,12 @@ def _check_finite(name: str, data: Array, dtype: Any) -> Array:
     return data
 
 
-def all_finite(params: Sequence[Array]) -> bool:
+def all_finite(params: Iterable[Array]) -> bool:
     """Return whether `params` hold neither NaN nor infinity.
 
     The sum of their squares, one pass of BLAS each, says so unless it overflows; asks the device once.
     """
+    params = list(params)
     if math.isfinite(sum((np.vdot(p, p) for p in params), numpy.float64(0))):
         return True
     return bool(np.stack([np.isfinite(p).all() for p in params]).all())

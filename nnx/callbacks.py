@@ -291,6 +291,7 @@ def running(trainer: Any, callbacks: list[Any]) -> Iterator[Callable[[str], None
             raise TypeError(f"Trainer.fit: a callback must be an object, got the class {callback.__name__}")
         if not any(hasattr(callback, event) for event in _EVENTS):
             raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
+        checkpoint.attribute_names(callback, "state_names")
         if getattr(callback, "needs_validation", False) and trainer.validation is None:
             name = type(callback).__name__
             raise ValueError(f"{name}: there is no validation loss to follow; pass fit(validation=(x, t))")
@@ -324,7 +325,7 @@ def restore_states(callbacks: list[Any], saved: Any) -> None:
         state = next((s for s in left if s[0] == name), None)
         if state is not None and hasattr(callback, "state_names"):
             left.remove(state)
-            mine = {n: getattr(callback, n) for n in callback.state_names}
+            mine = {n: getattr(callback, n) for n in checkpoint.attribute_names(callback, "state_names")}
             if lines := checkpoint.compare(name, mine, state[1]):
                 raise ValueError("\n  ".join(["Trainer.fit: what was saved of the callbacks does not fit:", *lines]))
             plan += [(callback, n, value) for n, value in state[1].items()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def save(
     trainer: Any = None,
     *,
     keys: Mapping[str, str | None] | None = None,
-    transpose: Collection[str] = (),
+    transpose: Iterable[str] = (),
 ) -> None:
     """Write the arrays of `model` to the safetensors file `path`, with what `optimizer` and `trainer` remember.
 
@@ -56,7 +56,7 @@ def save(
         Of an optimizer its public attributes, as far as they are numbers, strings, arrays or lists of these.
     keys : dict of name in the file to name in the model, or None
         Renames arrays, as for `load`.
-    transpose : collection of names in the file
+    transpose : iterable of names in the file
         Arrays to be saved transposed.
 
     Raises
@@ -65,6 +65,8 @@ def save(
         If the file cannot be written, for example to a full disk.
     ValueError
         If `keys` or `transpose` name what is not there, or two arrays of a layer have one name.
+    TypeError
+        If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is none.
     """
     path = Path(path)
     arrays, others = remembered(model)
@@ -89,7 +91,7 @@ def load(
     trainer: Any = None,
     *,
     keys: Mapping[str, str | None] | None = None,
-    transpose: Collection[str] = (),
+    transpose: Iterable[str] = (),
 ) -> None:
     """Read the safetensors file `path` into the arrays of `model`, and into `optimizer` and `trainer`.
 
@@ -106,7 +108,7 @@ def load(
         To go on as those did that were saved; what is not asked for stays unread.
     keys : dict of name in the file to name in the model, or None
         For names that differ. None in place of the model's name leaves an array of the file out.
-    transpose : collection of names in the file
+    transpose : iterable of names in the file
         Arrays that lie there transposed.
 
     Raises
@@ -115,6 +117,8 @@ def load(
         If the file cannot be read.
     ValueError
         If it is damaged, or does not fit: the error lists every difference. Nothing has been changed.
+    TypeError
+        For `keys` or `transpose`, as `save`.
     """
     path = Path(path)
     with storage.opened(path) as file:
@@ -170,18 +174,36 @@ def remembered(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]
         arrays[name] = array
 
     for path, layer in _walk(model, "", set()):
-        names = getattr(layer, "param_names", ())
+        names = attribute_names(layer, "param_names")
         for i, p in enumerate(layer.params):
             place, flipped = places(p) if p.size else (id(p), None)
             if place not in known:
                 put(layer, path + (names[i] if i < len(names) else f"params.{i}"), p)
             known |= {place, flipped}
-        for name in getattr(layer, "state_names", ()):
+        for name in attribute_names(layer, "state_names"):
             if isinstance(getattr(layer, name), Array):
                 put(layer, path + name, getattr(layer, name))
             else:
                 others[path + name] = layer, name
     return arrays, others
+
+
+def name_list(what: str, names: Any) -> list[str]:
+    """Return the strings in `names`, any iterable of them, as a list; `what` opens the message of a TypeError."""
+    if isinstance(names, Iterable) and not isinstance(names, str):
+        names = list(names)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise TypeError(f"{what} must be a list of names, such as ['W', 'b'], got {names!r}")
+
+
+def attribute_names(holder: Any, attribute: str) -> list[str]:
+    """Return the names in the attribute `param_names` or `state_names` of a layer or callback, which may lack it."""
+    names = getattr(holder, attribute, ())
+    what = f"{type(holder).__name__}.{attribute}"
+    if isinstance(names, Iterator):  # every save reads it
+        raise TypeError(f"{what} must be a list of names, such as ['W', 'b'], got an iterator, which can be read once")
+    return name_list(what, names)
 
 
 def compare(where: str, mine: Any, saved: Any) -> list[str]:
@@ -293,14 +315,18 @@ def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collec
 
 
 def _as_in_file(
-    path: Path, arrays: Mapping[str, Array], keys: Mapping[str, str | None] | None, transpose: Collection[str]
+    path: Path, arrays: Mapping[str, Array], keys: Mapping[str, str | None] | None, transpose: Iterable[str]
 ) -> dict[str, Array]:
     """Return the model's arrays under the names, and turned as, they have in the file."""
-    in_file = {own: name for name, own in (keys or {}).items() if own is not None}
-    if len(in_file) + [*(keys or {}).values()].count(None) < len(keys or {}):
+    keys = {} if keys is None else keys
+    if not isinstance(keys, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, str | None) for k, v in keys.items()
+    ):
+        raise TypeError(f"{path}: keys must be a dict of names in the file to names in the model or None, got {keys!r}")
+    transpose = name_list(f"{path}: transpose", transpose)
+    in_file = {own: name for name, own in keys.items() if own is not None}
+    if len(in_file) + [*keys.values()].count(None) < len(keys):
         raise ValueError(f"{path}: keys gives an array of the model several names in the file")
-    if isinstance(transpose, str):
-        raise TypeError(f"{path}: transpose must be a list of names, got the string {transpose!r}")
     if unknown := in_file.keys() - arrays.keys():
         raise ValueError(f"{path}: keys names {_listed(unknown)}, and the model has {_listed(arrays)}")
     named = {in_file.get(own, own): array for own, array in arrays.items()}

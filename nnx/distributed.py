@@ -32,7 +32,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -166,7 +166,7 @@ class Comm:
         start = self.rank * least + min(self.rank, more)
         return slice(start, start + least + (self.rank < more))
 
-    def broadcast(self, arrays: Sequence[Array]) -> None:
+    def broadcast(self, arrays: Iterable[Array]) -> None:
         """Write the arrays of rank 0, on either device, into those of the other ranks.
 
         Raises
@@ -176,6 +176,7 @@ class Comm:
         """
         if self.size == 1:
             return
+        arrays = list(arrays)
         layout = {f"array {i}": f"{a.shape} {a.dtype}" for i, a in enumerate(arrays)}
         self.agree("Comm.broadcast", **{"the number of arrays": len(arrays)}, **layout)
         for a in arrays:
@@ -185,7 +186,7 @@ class Comm:
             if self.rank > 0:
                 a[...] = host if isinstance(a, numpy.ndarray) else asarray(host)
 
-    def average(self, grads: Sequence[Array], share: float) -> None:
+    def average(self, grads: Iterable[Array], share: float) -> None:
         """Make the gradients of this rank's rows, in place, those of the whole batch: the sum of grads * share.
 
         All ranks get the same bits.
@@ -197,19 +198,21 @@ class Comm:
         share : float
             This rank's part of the rows of the batch. A rank without rows passes 0; its `grads` are not read.
         """
+        grads = list(grads)
         for g, mean in zip(grads, self.reduce(grads, share)[0], strict=True):
             if mean is not g:
                 g[...] = mean
 
-    def reduce(self, grads: Sequence[Array], share: float, *scalars: Any) -> tuple[list[Array], list[float]]:
+    def reduce(self, grads: Iterable[Array], share: float, *scalars: Any) -> tuple[list[Array], list[float]]:
         """Return what `average` writes, and the sums of `scalars`, by one all-reduce for each dtype.
 
         The gradients lie in a buffer that the next call overwrites, which saves a copy; `grads` are only read.
         float16 is summed, and so returned, in float32 and then written into `grads`. The scalars travel in the
         dtype of the largest gradients; on the GPU they are waited for.
         """
+        grads = list(grads)
         if self.size == 1:
-            return list(grads), [float(s) for s in scalars]
+            return grads, [float(s) for s in scalars]
         layout = (tuple((g.shape, g.dtype) for g in grads), len(scalars))
         if layout not in self._plans:
             if len(self._plans) == _MODELS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy
@@ -57,35 +58,80 @@ def check_state(rng: Any, state: dict[str, Any]) -> None:
         raise ValueError(f"no state of a generator: its position is {max(pos)}")
 
 
-def normal(shape: tuple[int, ...], std: float = 0.01, dtype: Any = numpy.float32, rng: Any = None) -> Array:
+def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.float32, rng: Any = None) -> Array:
     """Return normal numbers of mean 0 and standard deviation `std`, as the source draws its weights.
 
     Parameters
     ----------
-    shape : tuple of int
+    shape : int or iterable of int
     std : float
-    dtype : a floating dtype
+        Finite, 0 or more.
+    dtype : float16, float32 or float64
     rng : seed, numpy.random.Generator or None
         None is NumPy's global generator, which nnx never seeds.
+
+    Raises
+    ------
+    TypeError
+        If `dtype` is not one of these, or `std` not a number.
+    ValueError
+        If `std` is negative, infinite or NaN.
     """
-    return asarray(std * generator(rng).standard_normal(shape), dtype)
+    try:
+        valid = math.isfinite(std) and std >= 0
+    except TypeError as error:
+        raise TypeError(f"normal: std must be a number, got {std!r}") from error
+    if not valid:
+        raise ValueError(f"normal: std must be finite and at least 0, got {std}")
+    return _normal("normal", shape, float(std), dtype, rng)
 
 
-def xavier(shape: tuple[int, int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return normal numbers of standard deviation sqrt(2 / (D + H)), which suit sigmoid and tanh.
+def xavier(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
+    """Return normal numbers (D, H) of standard deviation sqrt(2 / (D + H)), which suit sigmoid and tanh.
+
+    The parameters are those of `normal`; a shape other than (D, H) is a ValueError.
 
     References
     ----------
     Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010, eq. 12.
     """
-    return normal(shape, math.sqrt(2 / (shape[0] + shape[1])), dtype, rng)
+    D, H = _fans("xavier", shape)
+    return _normal("xavier", (D, H), math.sqrt(2 / (D + H)), dtype, rng)
 
 
-def he(shape: tuple[int, int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return normal numbers of standard deviation sqrt(2 / D), which suit ReLU.
+def he(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
+    """Return normal numbers (D, H) of standard deviation sqrt(2 / D), which suit ReLU.
+
+    The parameters are those of `normal`; a shape other than (D, H) is a ValueError.
 
     References
     ----------
     He et al., "Delving deep into rectifiers", 2015, eq. 10.
     """
-    return normal(shape, math.sqrt(2 / shape[0]), dtype, rng)
+    D, H = _fans("he", shape)
+    return _normal("he", (D, H), math.sqrt(2 / D), dtype, rng)
+
+
+def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: Any) -> Array:
+    try:
+        known = numpy.dtype(dtype)
+    except (TypeError, ValueError):
+        known = None
+    if known not in (numpy.float16, numpy.float32, numpy.float64):  # one in the other byte order equals none of them
+        raise TypeError(
+            f"{name}: dtype must be float16, float32 or float64, got {dtype!r}; weights are floating numbers, "
+            "convert the result with astype(...) if you need others"
+        )
+    shape = tuple(shape) if isinstance(shape, Iterable) else shape
+    return asarray(std * generator(rng).standard_normal(shape), known)
+
+
+def _fans(name: str, shape: Any) -> tuple[int, int]:
+    """Return D and H of a weight's shape."""
+    axes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    if len(axes) != 2 or not min(axes) >= 1:
+        raise ValueError(
+            f"{name}: shape must be (D, H), inputs and outputs of at least 1, got {axes}; "
+            "for other shapes pass a standard deviation to normal(shape, std)"
+        )
+    return axes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from nnx.device import address
@@ -19,7 +19,8 @@ def places(p: Array) -> tuple[Any, Any]:
 class Shared:
     """Which of `params` are one array in memory, found once, and their summed gradients."""
 
-    def __init__(self, params: Sequence[Array]) -> None:
+    def __init__(self, params: Iterable[Array]) -> None:
+        params = list(params)
         groups: dict[Any, list[tuple[int, bool]]] = {}
         for i, p in enumerate(params):
             place, flipped = places(p)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -70,7 +70,7 @@ def check_gradients(layer: Any, *inputs: Any, rtol: float = 1e-5, eps: float = 1
 
 
 def check_layer(
-    make: Callable[[Any], Any], *inputs: Any, dtypes: Sequence[Any] = (numpy.float32, numpy.float64)
+    make: Callable[[Any], Any], *inputs: Any, dtypes: Iterable[Any] = (numpy.float32, numpy.float64)
 ) -> None:
     """Check that a layer keeps the rules that models, optimizers and trainers rely on.
 
@@ -84,8 +84,10 @@ def check_layer(
         Returns a new layer whose parameters have that dtype, the same numbers at every call.
     inputs : the arguments of `forward`, on the host
         Two or more rows each. Floating arrays are cast to the dtype that is tried, integers stay.
-    dtypes : dtypes to try
+    dtypes : dtypes to try, at least one
     """
+    if isinstance(dtypes, str) or not isinstance(dtypes, Iterable) or not (dtypes := list(dtypes)):
+        raise TypeError(f"check_layer: dtypes must be a list of dtypes, such as ['float32'], got {dtypes!r}")
     check_gradients(make(np.float64), *inputs)
     for dtype in dtypes:
         arrays = [_as_input(a, dtype) for a in inputs]

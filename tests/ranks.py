@@ -113,7 +113,7 @@ def threads(comm):
 
 @job
 def mixed(comm):
-    """Average and broadcast arrays of all kinds of dtype and layout, unlike on each rank."""
+    """Average and broadcast arrays of all kinds of dtype and layout, unlike on each rank, given as iterators."""
     rng = numpy.random.default_rng(comm.rank)
     kinds = [("float32", (40, 30)), ("float16", (200,)), ("float64", (3, 4)), ("float32", ()), ("float64", (0, 2))]
     arrays = [np.asarray(rng.standard_normal(shape), dtype) for dtype, shape in kinds]
@@ -122,12 +122,12 @@ def mixed(comm):
     share = [0.0, 0.25, 0.75][comm.rank + 3 - comm.size] if comm.size > 1 else 1.0
     for g in grads if share == 0 else []:
         g[...] = math.nan  # what a rank without rows has there is not looked at
-    views, sums = comm.reduce(grads, share, np.asarray(comm.rank + 0.5), 1)
+    views, sums = comm.reduce(iter(grads), share, np.asarray(comm.rank + 0.5), 1)
     reduced = [to_cpu(a).ravel().tolist() for a in views]
-    comm.average(grads, share)
+    comm.average(iter(grads), share)
     averaged = [to_cpu(a).ravel().tolist() for a in grads]
     before = [to_cpu(a).ravel().tolist() for a in arrays]
-    comm.broadcast(arrays)
+    comm.broadcast(iter(arrays))
     sent = [to_cpu(a).ravel().tolist() for a in arrays]
     return {"share": share, "before": before, "reduced": reduced, "averaged": averaged, "sums": sums, "sent": sent}
 

@@ -360,6 +360,63 @@ def test_keys_that_name_nothing_are_refused_both_ways(options, words, tmp_path):
         checkpoint.load(path, net, **options)
 
 
+def square_net(value):
+    W = numpy.arange(9, dtype="float32").reshape(3, 3) * value
+    return Sequential([Affine(asarray(W), np.zeros(3, "float32")), Affine(asarray(W + 1), np.zeros(3, "float32"))])
+
+
+@pytest.mark.parametrize("of", [iter, tuple, set, dict.fromkeys, numpy.array, lambda names: (n for n in names)])
+def test_transpose_may_be_any_iterable_of_names(of, tmp_path):
+    path, net, again = tmp_path / "net.safetensors", square_net(1), square_net(0)
+    names = ["layers.0.W", "layers.1.W"]
+    checkpoint.save(path, net, transpose=of(names))
+    for name, p in zip(names, net.params[::2], strict=True):
+        numpy.testing.assert_array_equal(safetensors.load_file(path)[name], to_cpu(p).T)
+    checkpoint.load(path, again, transpose=of(names))
+    assert_equal(again, net)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"transpose": "W"}, r"transpose must be a list of names, such as \['W', 'b'\], got 'W'"),
+        ({"transpose": b"W"}, r"transpose must be a list of names, such as .*, got \[87\]"),
+        ({"transpose": [0]}, r"transpose must be a list of names, such as .*, got \[0\]"),
+        ({"transpose": 3}, r"transpose must be a list of names, such as .*, got 3"),
+        ({"transpose": None}, r"transpose must be a list of names, such as .*, got None"),
+        ({"keys": "W"}, "keys must be a dict of names in the file to names in the model or None, got 'W'"),
+        ({"keys": zip("ab", ["W", "b"], strict=True)}, "keys must be a dict of names in the file to names in the mod"),
+        ({"keys": {0: "layers.0.W"}}, r"keys must be a dict of names .*, got \{0: 'layers\.0\.W'\}"),
+        ({"keys": {"a": 0}}, "keys must be a dict of names"),
+    ],
+)
+def test_keys_and_transpose_that_are_no_names_are_refused(options, words, tmp_path):
+    path, net = tmp_path / "net.safetensors", square_net(1)
+    with pytest.raises(TypeError, match=words):
+        checkpoint.save(path, net, **options)
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(path, net)
+    with pytest.raises(TypeError, match=words):
+        checkpoint.load(path, net, **options)
+
+
+@pytest.mark.parametrize("attribute", ["param_names", "state_names"])
+@pytest.mark.parametrize("names", ["weight", iter(["weight"]), 3, (0,)])
+def test_names_of_a_layer_must_be_a_list(attribute, names, tmp_path):
+    layer = type("Own", (MatMul,), {attribute: names})(np.ones((2, 2), "float32"))
+    with pytest.raises(TypeError, match=rf"Own\.{attribute} must be a list of names"):
+        checkpoint.save(tmp_path / "net.safetensors", Sequential([layer]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_a_callback_must_be_a_list():
+    callback = type("Own", (), {"state_names": "count", "on_step": lambda self, trainer: None})()
+    trainer = new_trainer()
+    with pytest.raises(TypeError, match=r"Own\.state_names must be a list of names, such as .*, got 'count'"):
+        fit(trainer, callbacks=[callback])
+    assert trainer.current_epoch == trainer.iteration == 0
+
+
 # What does not fit
 
 

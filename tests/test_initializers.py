@@ -46,3 +46,67 @@ def test_one_generator_goes_on_drawing():
 def test_generator_says_what_it_takes():
     with pytest.raises(TypeError, match=r"rng must be a seed, .* or None, got 'dice'"):
         generator("dice")
+
+
+@pytest.mark.parametrize("initializer", [normal, xavier, he])
+@pytest.mark.parametrize("dtype", ["float16", "f4", float, numpy.float64, numpy.dtype("float32")])
+def test_floating_dtypes(initializer, dtype):
+    W = initializer((3, 4), dtype=dtype, rng=0)
+    assert W.dtype == numpy.dtype(dtype)
+    assert float(abs(W).min()) > 0
+
+
+OTHERS = ["int32", int, "uint8", "U5", str, bool, "complex64", "O", "M8[s]", "x", 7]
+OTHERS += [numpy.dtype(name).newbyteorder() for name in ("float16", "float32", "float64")]
+if numpy.dtype(numpy.longdouble).itemsize > 8:
+    OTHERS.append(numpy.longdouble)
+
+
+@pytest.mark.parametrize("initializer", [normal, xavier, he])
+@pytest.mark.parametrize("dtype", OTHERS)
+def test_dtypes_that_weights_cannot_have(initializer, dtype):
+    words = rf"{initializer.__name__}: dtype must be float16, float32 or float64, got .*astype"
+    with pytest.raises(TypeError, match=words):
+        initializer((3, 4), dtype=dtype)
+
+
+def test_a_net_has_a_floating_dtype():
+    with pytest.raises(TypeError, match="dtype must be float16, float32 or float64, got 'int32'"):
+        TwoLayerNet(2, 3, 3, dtype="int32")
+
+
+@pytest.mark.parametrize("initializer", [xavier, he])
+@pytest.mark.parametrize("shape", [3, (3,), (), (3, 4, 5), (0, 3), (3, 0), (-3, 4), (2, 2, 3, 3)])
+def test_fans_need_two_axes(initializer, shape):
+    with pytest.raises(ValueError, match=rf"{initializer.__name__}: shape must be \(D, H\), .* normal\(shape, std\)"):
+        initializer(shape)
+
+
+@pytest.mark.parametrize("initializer", [normal, xavier, he])
+def test_a_shape_may_be_any_iterable(initializer):
+    want = to_cpu(initializer((3, 4), rng=0))
+    for shape in ([3, 4], iter((3, 4)), numpy.array([3, 4])):
+        numpy.testing.assert_array_equal(to_cpu(initializer(shape, rng=0)), want)
+
+
+def test_normal_takes_any_shape():
+    assert normal(3).shape == (3,)
+    assert normal((2, 3, 4)).shape == (2, 3, 4)
+    assert normal((0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("std", [0, 0.5, numpy.float32(0.5), np.asarray(0.5)])
+def test_std_may_be_any_number(std):
+    numpy.testing.assert_array_equal(to_cpu(normal((3, 4), std, rng=0)), to_cpu(normal((3, 4), float(std), rng=0)))
+
+
+@pytest.mark.parametrize("std", [-0.1, math.nan, math.inf])
+def test_std_that_is_no_deviation(std):
+    with pytest.raises(ValueError, match=f"normal: std must be finite and at least 0, got {std}"):
+        normal((3, 4), std)
+
+
+@pytest.mark.parametrize("std", ["0.1", None, 1j, [0.1, 0.2], numpy.array([0.1, 0.2])])
+def test_std_that_is_no_number(std):
+    with pytest.raises(TypeError, match="normal: std must be a number, got "):
+        normal((3, 4), std)

@@ -126,6 +126,15 @@ class HalfProduct(Product):
         return dout * self.b, dout * self.a * 1.001
 
 
+def test_check_layer_takes_any_iterable_of_dtypes():
+    tried = []
+    check_layer(lambda dtype: tried.append(dtype) or Lookup(dtype), numpy.array([0, 2]), dtypes=iter(["float32"]))
+    assert "float32" in tried
+    for dtypes in ("float32", numpy.float32, (), iter(())):
+        with pytest.raises(TypeError, match=r"check_layer: dtypes must be a list of dtypes, such as \['float32'\]"):
+            check_layer(Lookup, numpy.array([0, 2]), dtypes=dtypes)
+
+
 def test_check_layer_knows_several_inputs_and_integers(rng):
     check_layer(lambda dtype: Product(), X, rng.standard_normal(X.shape))
     check_layer(Lookup, numpy.array([0, 2, 2, 1]))
