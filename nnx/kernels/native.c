@@ -276,11 +276,19 @@ static PyObject *product(PyObject *a, PyObject *b, int transposed) {
     return result;
 }
 
+/* After numpy.seterr NumPy's product may raise where a number vanishes, which portable knows to be right. */
+#define PORTABLE_IF_FLAGGED(result)                                                                                    \
+    if (!(result) && (PyErr_ExceptionMatches(PyExc_FloatingPointError) || PyErr_ExceptionMatches(PyExc_Warning))) {    \
+        PyErr_Clear();                                                                                                 \
+        return call_portable(__func__, args, nargs);                                                                   \
+    }
+
 KERNEL(affine) {
     const int type = nargs == 3 && PyArray_CheckExact(args[0]) ? PyArray_TYPE(ARRAY(args[0])) : 0;
     PORTABLE_UNLESS((type == NPY_FLOAT || type == NPY_DOUBLE) && is_matrix(args[0], type) && is_matrix(args[1], type) &&
                     (args[2] == Py_None || (NDIM(args[2]) == 1 && is_like(args[2], type, DIM(args[1], 1)))));
     PyObject *y = product(args[0], args[1], 0);
+    PORTABLE_IF_FLAGGED(y);
     if (y && args[2] != Py_None)
         RUN(type, SIZE(y), add_bias, DATA(y), DATA(args[2]), DIM(y, 0), DIM(y, 1));
     return y;
@@ -302,6 +310,7 @@ KERNEL(affine_grad) {
     PyObject *x_T = PyArray_Transpose(ARRAY(args[0]), NULL);
     PyObject *dW = x_T ? PyArray_MatrixProduct2(x_T, args[1], ARRAY(args[2])) : NULL;
     Py_XDECREF(x_T);
+    PORTABLE_IF_FLAGGED(dW);
     if (!dW) return NULL;
     Py_DECREF(dW);
     if (args[3] != Py_None)
@@ -312,7 +321,9 @@ KERNEL(affine_grad) {
 KERNEL(input_grad) {
     const int type = nargs == 2 && PyArray_CheckExact(args[0]) ? PyArray_TYPE(ARRAY(args[0])) : 0;
     PORTABLE_UNLESS((type == NPY_FLOAT || type == NPY_DOUBLE) && is_matrix(args[0], type) && is_matrix(args[1], type));
-    return product(args[0], args[1], 1);
+    PyObject *dx = product(args[0], args[1], 1);
+    PORTABLE_IF_FLAGGED(dx);
+    return dx;
 }
 
 /* ---- activations ---- */

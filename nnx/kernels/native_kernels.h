@@ -61,7 +61,7 @@ FAST static void NAME(bias_grad)(const T *restrict dout, T *restrict out, Size r
     }
 
 ELEMENTWISE(sigmoid, NAME(scalar_sigmoid)(x[i]))
-ELEMENTWISE_GRAD(sigmoid_grad, d * y[i] * (1 - y[i]))
+ELEMENTWISE_GRAD(sigmoid_grad, (1 - y[i]) * y[i] * d)
 ELEMENTWISE(relu, x[i] <= 0 ? 0 : x[i])
 ELEMENTWISE_GRAD(relu_grad, y[i] > 0 ? d : 0)
 ELEMENTWISE_GRAD(tanh_grad, d * (1 - y[i] * y[i]))

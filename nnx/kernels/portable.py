@@ -99,6 +99,7 @@ def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
         bias_grad(dout, db)
 
 
+@_quiet
 def input_grad(dout: Array, W: Array) -> Array:
     """Return dout @ W.T."""
     return dout.dot(W.T)

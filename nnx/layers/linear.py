@@ -58,10 +58,7 @@ class MatMul:
             )
         self.x = x
         b = self.params[1] if len(self.params) > 1 else None
-        if x.ndim == 2:
-            y = affine(x, W, b)
-        else:
-            y = affine(_rows(x), W, b).reshape(*x.shape[:-1], W.shape[1])
+        y = affine(x, W, b) if x.ndim == 2 else affine(_rows(x), W, b).reshape(*x.shape[:-1], W.shape[1])
         self.shape = y.shape
         return y
 

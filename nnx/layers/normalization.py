@@ -69,12 +69,12 @@ class LayerNorm(_Norm):
         """Return x normalized by the mean and variance of each row, times gamma, plus beta."""
         self.x = self._rows(x)
         y, self.mean, self.rstd = layer_norm(self.x, self.params[0], self.params[1], self.eps)
-        return y.reshape(self.shape)
+        return y if len(self.shape) == 2 else y.reshape(self.shape)
 
     def backward(self, dout: Any) -> Array:
         """Write the gradients; return (dxn - mean(dxn) - xn * mean(dxn * xn)) * rstd, where dxn = dout * gamma."""
         dx = layer_norm_grad(self._dout_rows(dout), self.x, self.params[0], self.mean, self.rstd, *self.grads)
-        return dx.reshape(self.shape)
+        return dx if len(self.shape) == 2 else dx.reshape(self.shape)
 
 
 class BatchNorm(_Norm):
@@ -128,13 +128,14 @@ class BatchNorm(_Norm):
             self.mean, self.rstd = self.running_mean, 1 / np.sqrt(self.running_var + self.eps)
             y = ((x - self.mean) * self.rstd * gamma + beta).astype(x.dtype, copy=False)
         self.x, self.train_flg = x, train_flg
-        return y.reshape(self.shape)
+        return y if len(self.shape) == 2 else y.reshape(self.shape)
 
     def backward(self, dout: Any) -> Array:
         """Write the gradients; return that of x, for the statistics of the last forward."""
         dout, gamma = self._dout_rows(dout), self.params[0]
         if self.train_flg:
-            return batch_norm_grad(dout, self.x, gamma, self.mean, self.rstd, *self.grads).reshape(self.shape)
+            dx = batch_norm_grad(dout, self.x, gamma, self.mean, self.rstd, *self.grads)
+            return dx if len(self.shape) == 2 else dx.reshape(self.shape)
         bias_grad(dout * ((self.x - self.mean) * self.rstd), self.grads[0])
         bias_grad(dout, self.grads[1])
         return (dout * (gamma * self.rstd)).astype(dout.dtype, copy=False).reshape(self.shape)
