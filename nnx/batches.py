@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import mmap
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,21 +10,25 @@ from typing import Any
 import numpy
 
 from nnx.device import asarray, check_rows, to_cpu
+from nnx.kernels import gather
 from nnx.models import Sequential
 from nnx.np import Array, np
 from nnx.shared import places
 
 __all__ = [
     "MeanLoss",
-    "all_finite",
     "batches",
     "check_data",
     "check_placed",
     "check_settings",
     "fingerprint",
+    "parameter_dtype",
     "placed",
     "shares",
 ]
+
+_PIECE_BYTES = 1 << 22  # of data that are checked, cast and copied at a time
+_COLUMN_CHUNK_BYTES = 1 << 24  # of rows gathered at a time from a file in Fortran order, each time from all its pages
 
 
 class MeanLoss:
@@ -66,49 +70,111 @@ def _double(loss: Any) -> Any:
 
 
 def batches(
-    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int
+    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, dtype: Any = None
 ) -> Iterator[tuple[Array, Array, int]]:
     """Yield the rows of `x` and `t` in `order`, `batch_size` at a time, and how many there are.
 
-    As many whole batches as `bytes_at_once` holds are gathered together and handed out as slices.
+    As many whole batches as `bytes_at_once` holds are gathered together and handed out as slices,
+    floating ones in `dtype`.
     """
+    if _is_mapped_in_columns(x) or _is_mapped_in_columns(t):
+        bytes_at_once = max(bytes_at_once, _COLUMN_CHUNK_BYTES)
     batch_bytes = (x.nbytes + t.nbytes) // len(x) * batch_size
     chunk = max(1, bytes_at_once // max(1, batch_bytes)) * batch_size
     rows = order if isinstance(x, numpy.ndarray) else asarray(order)
     for start in range(0, len(order), chunk):
         part = rows[start : start + chunk]
-        xs, ts = asarray(x.take(part, axis=0)), asarray(t.take(part, axis=0))
+        xs, ts = _gather_rows(x, part, dtype), _gather_rows(t, part, dtype)
         for i in range(0, len(xs), batch_size):
             yield (batch := xs[i : i + batch_size]), ts[i : i + batch_size], len(batch)
 
 
+def _gather_rows(data: Array, rows: Array, dtype: Any) -> Array:
+    """Return the `rows` of `data` on the device in C order, floating ones in `dtype`."""
+    if _is_mapped_in_columns(data):
+        ascending = rows.argsort()  # the elements of neighboring rows share pages and cache lines
+        gathered = numpy.empty((len(rows), *data.shape[1:]), data.dtype)
+        gathered[ascending] = gather(data, rows[ascending])
+    else:
+        gathered = gather(data, rows)
+    return asarray(gathered).astype(_step_dtype(data, dtype), copy=False)
+
+
 def shares(
-    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, comm: Any
+    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, comm: Any, dtype: Any = None
 ) -> Iterator[tuple[Array, Array, int]]:
     """Yield this rank's slice of each of `batches`, which may have no row, and the rows of the whole batch."""
     whole = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     mine = [rows[comm.slice(len(rows))] for rows in whole]
     most = len(mine[0]) if mine and len(mine[0]) else 1
-    gathered = batches(x, t, numpy.concatenate([order[:0], *mine]), most, bytes_at_once)
+    gathered = batches(x, t, numpy.concatenate([order[:0], *mine]), most, bytes_at_once, dtype)
     for rows, part in zip(whole, mine, strict=True):  # only the last part may be shorter, as `batches` has it
         xs, ts, _ = next(gathered) if len(part) else (x[:0], t[:0], 0)
         yield xs, ts, len(rows)
 
 
-def check_data(name: str, model: Any, data: Any) -> tuple[Array, Array]:
-    """Return the x and t of `data` as the steps take them, where they lie, or raise before anything is changed."""
+def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[Array, Array]:
+    """Validate `data` and return its x and t, on the host or the device, ready to be gathered from.
+
+    Floating data are cast to the dtype of the parameters. Host data whose rows are not contiguous are
+    copied to C order, because a gather from columns takes about ten times as long. Memory-mapped files are
+    neither cast nor copied; `batches` casts their rows. With `copy=False` nothing is.
+    """
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
     if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
         raise ValueError(f"{name}: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor")
     x, t = check_rows(name, *data)
-    dtypes = {p.dtype for p in model.params}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None  # cast once what every step would cast
-    x, t = _check_finite(f"{name}: x", x, dtype), _check_finite(f"{name}: t", t, dtype)
+    dtype = parameter_dtype(model)
+    x, t = (_check_finite(f"{name}: {n}", a, dtype, copy) for n, a in (("x", x), ("t", t)))
     targets = getattr(getattr(model, "loss_layer", None), "targets", None)
     if targets is not None and hasattr(model, "predict"):
-        t = targets(to_cpu(t), (len(x), *model.predict(asarray(_samples(x))).shape[1:]))
+        sample = asarray(_samples(x))
+        shape = model.predict(sample.astype(_step_dtype(x, dtype), copy=False)).shape[1:]
+        if _is_mapped(t):  # only checked: converted labels may be larger than the file
+            try:
+                for _, part in _row_pieces(t):
+                    targets(part, (len(part), *shape))
+            except ValueError:
+                targets(to_cpu(t), (len(t), *shape))  # raises for all rows: the message holds their shape
+                raise
+        else:
+            t = targets(to_cpu(t), (len(x), *shape))
     return x, t
+
+
+def parameter_dtype(model: Any) -> Any:
+    """Return the dtype that all parameters of `model` have, or None if they differ."""
+    dtypes = {p.dtype for p in model.params}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _step_dtype(data: Array, dtype: Any) -> Any:
+    """Return the dtype that batches of `data` have: `dtype` for floating data, unless it is None."""
+    return data.dtype if dtype is None or data.dtype.kind != "f" else dtype
+
+
+def _is_mapped(data: Any) -> bool:
+    """Return whether `data` is a memory-mapped file, or a view of one."""
+    while isinstance(data, numpy.ndarray):
+        data = data.base
+    return isinstance(data.obj if isinstance(data, memoryview) else data, mmap.mmap)
+
+
+def _rows_contiguous(data: Array) -> bool:
+    """Return whether each row is C-contiguous; the rows themselves may be any distance apart."""
+    return bool(data[:1].flags.c_contiguous)
+
+
+def _is_mapped_in_columns(data: Array) -> bool:
+    return not _rows_contiguous(data) and _is_mapped(data)
+
+
+def _row_pieces(data: Array) -> Iterator[tuple[int, Array]]:
+    """Yield the rows of `data` a few megabytes at a time, each piece with the number of its first row."""
+    rows = max(1, _PIECE_BYTES // max(1, data.nbytes // len(data)))
+    for start in range(0, len(data), rows):
+        yield start, data[start : start + rows]
 
 
 def placed(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -139,9 +205,11 @@ def check_placed(model: Any, before: tuple[dict[str, Any], dict[str, Any]]) -> N
 
 def _samples(x: Array) -> Array:
     """Return rows that stand for all: the first, or those of the least and the largest integer, maybe no index."""
-    if x.dtype.kind not in "iu" or not x.size or isinstance(x, numpy.memmap):  # which is not read for that
+    if x.dtype.kind not in "iu" or not x.size or _is_mapped(x):  # which is not read for that
         return x[:1]
-    return x[[int(i) // (x.size // len(x)) for i in (x.argmin(), x.argmax())]]
+    axes = tuple(range(1, x.ndim))  # argmin over all axes would copy an x that is not contiguous
+    low, high = (x.min(axis=axes), x.max(axis=axes)) if axes else (x, x)
+    return x[[int(low.argmin()), int(high.argmax())]]
 
 
 def check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: Any) -> None:
@@ -160,30 +228,26 @@ def check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float |
 
 
 @numpy.errstate(over="ignore")
-def _check_finite(name: str, data: Array, dtype: Any) -> Array:
-    """Return floating `data` in `dtype`, having looked for NaN and infinity, also those that the cast makes."""
-    if data.dtype.kind != "f":
+def _check_finite(name: str, data: Array, dtype: Any, copy: bool) -> Array:
+    """Return `data` cast and copied as in `check_data`; raise for NaN and infinity, also those that the cast makes."""
+    dtype, floating = _step_dtype(data, dtype), data.dtype.kind == "f"
+    module: Any = np if isinstance(data, np.ndarray) else numpy
+    ready = data.dtype == dtype and (_rows_contiguous(data) or not isinstance(data, numpy.ndarray))
+    result = data if ready or not copy or _is_mapped(data) else module.empty(data.shape, dtype)
+    if result is data and not floating:
         return data
-    if dtype is not None:
-        data = data.astype(dtype, copy=False)
-    finite = np.isfinite if isinstance(data, np.ndarray) else numpy.isfinite
-    if not finite(data).all():
-        row = int(numpy.argwhere(~numpy.isfinite(to_cpu(data)))[0, 0])
-        raise ValueError(
-            f"{name} holds NaN or infinity in {data.dtype}, first in row {row}; clean or leave out such rows"
-        )
-    return data
-
-
-def all_finite(params: Iterable[Array]) -> bool:
-    """Return whether `params` hold neither NaN nor infinity.
-
-    The sum of their squares, one pass of BLAS each, says so unless it overflows; asks the device once.
-    """
-    params = list(params)
-    if math.isfinite(sum((np.vdot(p, p) for p in params), numpy.float64(0))):
-        return True
-    return bool(np.stack([np.isfinite(p).all() for p in params]).all())
+    for start, part in _row_pieces(data):
+        if result is data:
+            part = part.astype(dtype, copy=False)
+        else:
+            result[start : start + len(part)] = part
+            part = result[start : start + len(part)]
+        if floating and not module.isfinite(part).all():
+            row = start + int(numpy.argwhere(~numpy.isfinite(to_cpu(part)))[0, 0])
+            raise ValueError(
+                f"{name} holds NaN or infinity in {dtype}, first in row {row}; clean or leave out such rows"
+            )
+    return result
 
 
 def fingerprint(data: Array) -> str:

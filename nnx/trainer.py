@@ -14,12 +14,12 @@ import numpy
 from nnx import checkpoint
 from nnx.batches import (
     MeanLoss,
-    all_finite,
     batches,
     check_data,
     check_placed,
     check_settings,
     fingerprint,
+    parameter_dtype,
     placed,
     shares,
 )
@@ -27,6 +27,7 @@ from nnx.callbacks import Bar, Lines, adopt, restore_states, running
 from nnx.device import asarray, check_weights, fits, gather_bytes, is_writable, to_cpu
 from nnx.distributed import Comm
 from nnx.initializers import check_state, generator, get_state, set_state
+from nnx.kernels import all_finite
 from nnx.np import Array, np
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_loss
@@ -103,7 +104,11 @@ class Trainer:
         Parameters
         ----------
         x, t : arrays of N rows
-            Moved to the device once where they fit, else batch by batch.
+            Moved to the device once where they fit, else batch by batch. Copied once, in C order and in the
+            dtype of the parameters, if they are floating in another dtype or if their rows are not contiguous
+            (Fortran order, most DataFrames, x[:, ::2]); column slices x[:, :n] and reversed rows are used where
+            they lie. Memory-mapped files are never copied: the checks read a few megabytes at a time, and each
+            batch is read, and cast, when it is due; from Fortran order 16 MB of rows at a time.
         max_epoch : int
             Epochs to train, after those of earlier calls.
         batch_size : int
@@ -137,7 +142,7 @@ class Trainer:
         check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
         checked: Sequence[Array] = ()
         if validation is not None:
-            checked = check_data("Trainer.fit: validation", self.model, validation)
+            checked = check_data("Trainer.fit: validation", self.model, validation, copy=False)
             if not hasattr(self.model, "evaluate"):
                 raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
             self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
@@ -152,6 +157,7 @@ class Trainer:
             callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
         x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
         shared, losses, bytes_at_once = Shared(self.model.params), self._losses, gather_bytes(x)
+        dtype = parameter_dtype(self.model)
         before: Any = placed(self.model)
         saves = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
         with postponed(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, running(self, callbacks) as call:
@@ -176,7 +182,8 @@ class Trainer:
                         self._order = generator(self.rng).permutation(len(x))[: max_iter * batch_size]
                         comm.broadcast([self._order])
                     data = (x, t, self._order, batch_size, bytes_at_once)
-                    steps = enumerate(shares(*data, comm) if comm.size > 1 else batches(*data), self.iteration + 1)
+                    parts = shares(*data, comm, dtype) if comm.size > 1 else batches(*data, dtype)
+                    steps = enumerate(parts, self.iteration + 1)
                     for iteration, (xs, ts, rows) in steps:
                         losses.add(self._step(xs, ts, rows, shared, max_grad, stop), rows)
                         self.iteration = iteration  # now that it is done

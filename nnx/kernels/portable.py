@@ -502,7 +502,7 @@ def clip_grads(grads: Arrays, max_norm: float) -> None:
 
 def all_finite(arrays: Arrays) -> Scalar:
     """Return whether `arrays` hold neither NaN nor infinity."""
-    return np.stack([np.isfinite(a).all() for a in arrays]).all()
+    return np.stack([np.isfinite(a).all() for a in arrays]).all() if arrays else True
 
 
 def accumulation_dtype(dtype: Any) -> Any:
