@@ -356,6 +356,7 @@ ELEMENTWISE_KERNEL(gelu)
 ELEMENTWISE_GRAD_KERNEL(gelu_grad)
 
 #define LAST(x) DIM(x, NDIM(x) - 1)
+#define SIZED(x) (PyArray_CheckExact(x) && NDIM(x) && SIZE(x))
 
 KERNEL(softmax) {
     const int type = nargs == 1 ? real_type(args[0]) : 0;
@@ -413,55 +414,31 @@ static PyObject *loss_and(double loss, int type, PyObject *y) {
     return result;
 }
 
-KERNEL(softmax_loss) {
-    const int type = nargs == 3 ? real_type(args[0]) : 0;
-    PORTABLE_UNLESS(type && SIZE(args[0]) && is_labels(args[1]) && SIZE(args[1]) * LAST(args[0]) == SIZE(args[0]));
-    const Weight w = as_weight(args[2], type, SIZE(args[1]));
-    PORTABLE_UNLESS(w.ready);
-    double loss;
-    PyObject *x = args[0], *y = NEW_LIKE(x, type);
-    if (!y) return NULL;
-    RUN_LOSS(loss, type, SIZE(x), softmax_loss, DATA(x), as_labels(args[1]), DATA(y), SIZE(args[1]), LAST(x), w.groups,
-             w.data);
-    return loss_and(loss, type, y);
-}
+/* A loss for labels, and its gradient, of scores with so many classes to a label. */
+#define CLASS_LOSS_KERNELS(name, classes)                                                                              \
+    KERNEL(name) {                                                                                                     \
+        PyObject *x = args[0], *t = args[1], *y;                                                                       \
+        const int type = nargs == 3 && SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
+        const Weight w = type ? as_weight(args[2], type, SIZE(t)) : (Weight){0};                                       \
+        PORTABLE_UNLESS(w.ready);                                                                                      \
+        double loss;                                                                                                   \
+        if (!(y = NEW_LIKE(x, type))) return NULL;                                                                     \
+        RUN_LOSS(loss, type, SIZE(x), name, DATA(x), as_labels(t), DATA(y), SIZE(t), classes, w.groups, w.data);       \
+        return loss_and(loss, type, y);                                                                                \
+    }                                                                                                                  \
+    KERNEL(name##_grad) {                                                                                              \
+        PyObject *x = args[0], *t = args[1], *dx;                                                                      \
+        double dout;                                                                                                   \
+        const int type = nargs == 4 && SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
+        const Weight w = type ? as_weight(args[3], type, SIZE(t)) : (Weight){0};                                       \
+        PORTABLE_UNLESS(w.ready && read_number(args[2], &dout));                                                       \
+        if ((dx = NEW_LIKE(x, type)))                                                                                  \
+            RUN(type, SIZE(x), name##_grad, DATA(x), as_labels(t), dout, DATA(dx), SIZE(t), classes, w.groups, w.data); \
+        return dx;                                                                                                     \
+    }
 
-KERNEL(softmax_loss_grad) {
-    double dout;
-    const int type = nargs == 4 && read_number(args[2], &dout) ? real_type(args[0]) : 0;
-    PORTABLE_UNLESS(type && SIZE(args[0]) && is_labels(args[1]) && SIZE(args[1]) * LAST(args[0]) == SIZE(args[0]));
-    const Weight w = as_weight(args[3], type, SIZE(args[1]));
-    PORTABLE_UNLESS(w.ready);
-    PyObject *y = args[0], *dx = NEW_LIKE(y, type);
-    if (dx)
-        RUN(type, SIZE(y), softmax_loss_grad, DATA(y), as_labels(args[1]), dout, DATA(dx), SIZE(args[1]), LAST(y),
-            w.groups, w.data);
-    return dx;
-}
-
-KERNEL(sigmoid_loss) {
-    const int type = nargs == 3 ? real_type(args[0]) : 0;
-    PORTABLE_UNLESS(type && is_labels(args[1]) && same_shape(args[0], args[1]));
-    const Weight w = as_weight(args[2], type, SIZE(args[0]));
-    PORTABLE_UNLESS(w.ready);
-    double loss;
-    PyObject *x = args[0], *y = NEW_LIKE(x, type);
-    if (!y) return NULL;
-    RUN_LOSS(loss, type, SIZE(x), sigmoid_loss, DATA(x), as_labels(args[1]), DATA(y), SIZE(x), w.groups, w.data);
-    return loss_and(loss, type, y);
-}
-
-KERNEL(sigmoid_loss_grad) {
-    double dout;
-    const int type = nargs == 4 && read_number(args[2], &dout) ? real_type(args[0]) : 0;
-    PORTABLE_UNLESS(type && is_labels(args[1]) && same_shape(args[0], args[1]));
-    const Weight w = as_weight(args[3], type, SIZE(args[0]));
-    PORTABLE_UNLESS(w.ready);
-    PyObject *y = args[0], *dx = NEW_LIKE(y, type);
-    if (dx)
-        RUN(type, SIZE(y), sigmoid_loss_grad, DATA(y), as_labels(args[1]), dout, DATA(dx), SIZE(y), w.groups, w.data);
-    return dx;
-}
+CLASS_LOSS_KERNELS(softmax_loss, LAST(x))
+CLASS_LOSS_KERNELS(sigmoid_loss, 1)
 
 KERNEL(squared_error) {
     const int type = nargs == 3 ? real_type(args[0]) : 0;
@@ -535,24 +512,6 @@ KERNEL(batch_norm) {
     return normalized(y, mean, rstd);
 }
 
-KERNEL(batch_norm_grad) {
-    const int type = nargs == 7 ? real_type(args[0]) : 0;
-    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && real_type(args[1]) == type && same_shape(args[0], args[1]) &&
-                    SIZE(args[0]) && are_vectors(args, 2, 6, type, DIM(args[0], 1)) && is_writable(args[5]) &&
-                    is_writable(args[6]));
-    PyObject *x = args[1], *dx = NEW_LIKE(x, type);
-    void *scratch = PyMem_Malloc(3 * DIM(x, 1) * PyArray_ITEMSIZE(ARRAY(x)));
-    if (!scratch) {
-        Py_CLEAR(dx);
-        PyErr_NoMemory();
-    }
-    if (dx)
-        RUN(type, SIZE(x), batch_norm_grad, DATA(args[0]), DATA(x), DATA(args[2]), DATA(args[3]), DATA(args[4]),
-            DATA(args[5]), DATA(args[6]), DATA(dx), scratch, DIM(x, 0), DIM(x, 1));
-    PyMem_Free(scratch);
-    return dx;
-}
-
 KERNEL(layer_norm) {
     double eps;
     const int type = nargs == 4 && read_number(args[3], &eps) ? real_type(args[0]) : 0;
@@ -565,18 +524,29 @@ KERNEL(layer_norm) {
     return normalized(y, mean, rstd);
 }
 
-KERNEL(layer_norm_grad) {
-    const int type = nargs == 7 ? real_type(args[0]) : 0;
-    PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && real_type(args[1]) == type && same_shape(args[0], args[1]) &&
-                    SIZE(args[0]) && are_vectors(args, 2, 2, type, DIM(args[0], 1)) &&
-                    are_vectors(args, 3, 4, type, DIM(args[0], 0)) && are_vectors(args, 5, 6, type, DIM(args[0], 1)) &&
-                    is_writable(args[5]) && is_writable(args[6]));
-    PyObject *x = args[1], *dx = NEW_LIKE(x, type);
-    if (dx)
-        RUN(type, SIZE(x), layer_norm_grad, DATA(args[0]), DATA(x), DATA(args[2]), DATA(args[3]), DATA(args[4]),
-            DATA(args[5]), DATA(args[6]), DATA(dx), DIM(x, 0), DIM(x, 1));
-    return dx;
-}
+/* name(dout, x, gamma, mean, rstd, dgamma, dbeta), the statistics along this axis. */
+#define NORM_GRAD_KERNEL(name, axis)                                                                                   \
+    KERNEL(name) {                                                                                                     \
+        const int type = nargs == 7 ? real_type(args[0]) : 0;                                                          \
+        PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && real_type(args[1]) == type && same_shape(args[0], args[1]) &&    \
+                        SIZE(args[0]) && are_vectors(args, 2, 2, type, DIM(args[0], 1)) &&                             \
+                        are_vectors(args, 3, 4, type, DIM(args[0], axis)) &&                                           \
+                        are_vectors(args, 5, 6, type, DIM(args[0], 1)) && is_writable(args[5]) &&                      \
+                        is_writable(args[6]));                                                                         \
+        PyObject *x = args[1], *dx = NEW_LIKE(x, type);                                                                \
+        void *scratch = PyMem_Malloc(3 * DIM(x, 1) * PyArray_ITEMSIZE(ARRAY(x)));                                      \
+        if (!scratch) PyErr_NoMemory();                                                                                \
+        if (dx && scratch)                                                                                             \
+            RUN(type, SIZE(x), name, DATA(args[0]), DATA(x), DATA(args[2]), DATA(args[3]), DATA(args[4]),              \
+                DATA(args[5]), DATA(args[6]), DATA(dx), scratch, DIM(x, 0), DIM(x, 1));                                \
+        else                                                                                                           \
+            Py_CLEAR(dx);                                                                                              \
+        PyMem_Free(scratch);                                                                                           \
+        return dx;                                                                                                     \
+    }
+
+NORM_GRAD_KERNEL(batch_norm_grad, 1)
+NORM_GRAD_KERNEL(layer_norm_grad, 0)
 
 KERNEL(embedding) {
     const int type = nargs == 2 ? real_type(args[0]) : 0;

@@ -178,7 +178,8 @@ FAST static void NAME(softmax_loss_grad)(const T *restrict y, Labels t, double d
     }
 }
 
-FAST static double NAME(sigmoid_loss)(const T *restrict x, Labels t, T *restrict y, Size n, Size groups, const T *weight) {
+FAST static double NAME(sigmoid_loss)(const T *restrict x, Labels t, T *restrict y, Size n, Size Py_UNUSED(classes),
+                                      Size groups, const T *weight) {
     T labels[BLOCK], losses[BLOCK];
     double loss = 0;
     for (Size first = 0; first < n; first += BLOCK, x += BLOCK, y += BLOCK) {
@@ -196,8 +197,8 @@ FAST static double NAME(sigmoid_loss)(const T *restrict x, Labels t, T *restrict
 }
 
 /* dx = (y - t) * factor, where factor = dout / n, times its weight. */
-FAST static void NAME(sigmoid_loss_grad)(const T *restrict y, Labels t, double dout, T *restrict dx, Size n, Size groups,
-                                         const T *weight) {
+FAST static void NAME(sigmoid_loss_grad)(const T *restrict y, Labels t, double dout, T *restrict dx, Size n,
+                                         Size Py_UNUSED(classes), Size groups, const T *weight) {
     T labels[BLOCK];
     const Size group = n / groups;
     for (Size m = 0, i = 0; m < groups; m++) {
@@ -328,7 +329,7 @@ FAST static void NAME(layer_norm)(const T *restrict x, const T *restrict gamma, 
 
 FAST static void NAME(layer_norm_grad)(const T *restrict dout, const T *restrict x, const T *restrict gamma,
                                        const T *restrict means, const T *restrict rstds, T *restrict dgamma,
-                                       T *restrict dbeta, T *restrict dx, Size rows, Size d) {
+                                       T *restrict dbeta, T *restrict dx, T *Py_UNUSED(scratch), Size rows, Size d) {
     memset(dgamma, 0, d * sizeof(T));
     memset(dbeta, 0, d * sizeof(T));
     for (Size r = 0; r < rows; r++, dout += d, x += d, dx += d) {
