@@ -33,6 +33,7 @@ CASES = {
     "sigmoid_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
     "relu": (rows_for((2, 3, 4)), ["any"]),
     "relu_grad": (rows_for((2, 3, 4)), ["any", "any"]),
+    "tanh": (rows_for((2, 3, 4)), ["any"]),
     "tanh_grad": (rows_for((2, 3, 4)), ["any", "probability"]),
     "bias_grad": (rows_for((30, 100), (3000, 3), (5000, 1), (3000, 40), (3, 700), (2, 40000)), ["any", "empty row"]),
     "softmax": (rows_for((4,), (2, 3, 4), (70, 3), (9, 200), (3, 300), (2, 5000)), ["any"]),

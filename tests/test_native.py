@@ -62,6 +62,7 @@ def test_labels_of_any_integer_dtype(monkeypatch, name, label_dtype):
 
 ELEMENTWISE = {
     "sigmoid": lambda x: 1 / (1 + numpy.exp(-x)),
+    "tanh": numpy.tanh,
     "relu": lambda x: numpy.where(x <= 0, 0, x),
     "gelu": lambda x: x / (1 + numpy.exp(-2 * _u(x))),
 }
@@ -83,7 +84,7 @@ def _gelu_slope(x):
 
 
 @pytest.mark.parametrize("dtype", REAL)
-@pytest.mark.parametrize("name", ["sigmoid", "relu", "gelu", "softmax", "dropout"])
+@pytest.mark.parametrize("name", ["sigmoid", "relu", "tanh", "gelu", "softmax", "dropout"])
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 2**20 + 3])
 def test_any_number_of_elements_and_alignment(name, n, dtype):
     more = (0.3, 5, 7) if name == "dropout" else ()
@@ -103,7 +104,7 @@ def test_float32_is_right_to_3_ulp(name):
     x = numpy.concatenate([x, -x])
     expected = ELEMENTWISE[name](numpy.maximum(x.astype("float64"), -1e3))
     error, tiny = abs(getattr(native, name)(x) - expected), numpy.finfo("float32").tiny
-    scale = numpy.maximum(1, abs(x)) if name == "gelu" else numpy.maximum(expected, tiny).astype("float32")
+    scale = numpy.maximum(1, abs(x)) if name == "gelu" else numpy.maximum(abs(expected), tiny).astype("float32")
     error[error <= tiny] = 0
     assert (error / numpy.spacing(scale)).max() <= (4 if name == "gelu" else 3)
 

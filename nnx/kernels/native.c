@@ -104,12 +104,12 @@ static PyObject *scalar(double value, int type) {
 
 /* ---- what every kernel does ---- */
 
-#define KERNEL(name) static PyObject *name(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+#define KERNEL(name) static PyObject *py_##name(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 
-/* Return what portable's function of this name returns. */
-static PyObject *call_portable(const char *name, PyObject *const *args, Py_ssize_t nargs) {
+/* Return what the function of portable returns that this one, py_NAME, stands for. */
+static PyObject *call_portable(const char *py_name, PyObject *const *args, Py_ssize_t nargs) {
     PyObject *result = NULL, *portable = PyImport_ImportModule("nnx.kernels.portable");
-    PyObject *function = portable ? PyObject_GetAttrString(portable, name) : NULL;
+    PyObject *function = portable ? PyObject_GetAttrString(portable, py_name + strlen("py_")) : NULL;
     if (function) result = PyObject_Vectorcall(function, args, nargs, NULL);
     Py_XDECREF(function);
     Py_XDECREF(portable);
@@ -351,6 +351,7 @@ ELEMENTWISE_KERNEL(sigmoid)
 ELEMENTWISE_GRAD_KERNEL(sigmoid_grad)
 ELEMENTWISE_KERNEL(relu)
 ELEMENTWISE_GRAD_KERNEL(relu_grad)
+ELEMENTWISE_KERNEL(tanh)
 ELEMENTWISE_GRAD_KERNEL(tanh_grad)
 ELEMENTWISE_KERNEL(gelu)
 ELEMENTWISE_GRAD_KERNEL(gelu_grad)
@@ -658,11 +659,11 @@ KERNEL(all_finite) {
 
 /* ---- the module ---- */
 
-#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, "As nnx.kernels.portable." #name "."}
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, "As nnx.kernels.portable." #name "."}
 
 static PyMethodDef methods[] = {
     METHOD(empty), METHOD(in_range), METHOD(affine), METHOD(affine_grad), METHOD(input_grad), METHOD(bias_grad), METHOD(sigmoid), METHOD(sigmoid_grad), METHOD(relu),
-    METHOD(relu_grad), METHOD(tanh_grad), METHOD(gelu), METHOD(gelu_grad), METHOD(softmax), METHOD(softmax_grad),
+    METHOD(relu_grad), METHOD(tanh), METHOD(tanh_grad), METHOD(gelu), METHOD(gelu_grad), METHOD(softmax), METHOD(softmax_grad),
     METHOD(softmax_loss), METHOD(softmax_loss_grad), METHOD(sigmoid_loss), METHOD(sigmoid_loss_grad),
     METHOD(squared_error), METHOD(squared_error_grad), METHOD(dropout), METHOD(batch_norm), METHOD(batch_norm_grad),
     METHOD(layer_norm), METHOD(layer_norm_grad), METHOD(embedding), METHOD(embedding_grad), METHOD(can_update),

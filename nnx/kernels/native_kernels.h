@@ -64,6 +64,7 @@ ELEMENTWISE(sigmoid, NAME(scalar_sigmoid)(x[i]))
 ELEMENTWISE_GRAD(sigmoid_grad, (1 - y[i]) * y[i] * d)
 ELEMENTWISE(relu, x[i] <= 0 ? 0 : x[i])
 ELEMENTWISE_GRAD(relu_grad, y[i] > 0 ? d : 0)
+ELEMENTWISE(tanh, NAME(scalar_tanh)(x[i]))
 ELEMENTWISE_GRAD(tanh_grad, d * (1 - y[i] * y[i]))
 ELEMENTWISE(gelu, NAME(scalar_gelu)(x[i]))
 ELEMENTWISE_GRAD(gelu_grad, d * NAME(gelu_derivative)(y[i]))
@@ -116,11 +117,23 @@ FAST static void NAME(softmax_grad)(const T *restrict dout, const T *restrict y,
 
 /* ---- losses: t has n elements in `groups` equal groups, whose weights are `weight`, or NULL for one group ---- */
 
-INLINE void NAME(read_labels)(Labels t, Size first, Size count, T *restrict labels) {
-    if (t.itemsize == 8)
-        for (Size i = 0; i < count; i++) labels[i] = (T)((const int64_t *)t.data)[first + i];
-    else
-        for (Size i = 0; i < count; i++) labels[i] = (T)label_at(t, first + i);
+/* Read labels that are 0 or 1 as numbers; return whether all are. */
+INLINE int NAME(read_labels)(Labels t, Size first, Size count, T *restrict labels) {
+    int64_t other_bits = 0;
+#define READ(type)                                                                                                     \
+    for (Size i = 0; i < count; i++) {                                                                                 \
+        const type label = ((const type *)t.data)[first + i];                                                          \
+        other_bits |= label & ~(type)1;                                                                                \
+        labels[i] = (T)(int32_t)label; /* 64 bits have no conversion in AVX2 */                                        \
+    }
+    switch (t.itemsize) {
+    case 1: READ(int8_t) break;
+    case 2: READ(int16_t) break;
+    case 4: READ(int32_t) break;
+    default: READ(int64_t)
+    }
+#undef READ
+    return other_bits == 0;
 }
 
 /* Return the sum of the `count` losses of the elements from `first` on, times their weights. */
@@ -180,17 +193,21 @@ FAST static void NAME(softmax_loss_grad)(const T *restrict y, Labels t, double d
 
 FAST static double NAME(sigmoid_loss)(const T *restrict x, Labels t, T *restrict y, Size n, Size Py_UNUSED(classes),
                                       Size groups, const T *weight) {
-    T labels[BLOCK], losses[BLOCK];
+    T labels[BLOCK], exps[BLOCK], losses[BLOCK];
     double loss = 0;
     for (Size first = 0; first < n; first += BLOCK, x += BLOCK, y += BLOCK) {
         const Size count = n - first < BLOCK ? n - first : BLOCK;
-        NAME(read_labels)(t, first, count, labels);
+        const int valid = NAME(read_labels)(t, first, count, labels);
         for (Size i = 0; i < count; i++) {
-            const T score = labels[i] == 0 || labels[i] == 1 ? x[i] : (T)NAN;
-            const T z = labels[i] == 1 ? -score : score, e = NAME(exp_nonpositive)(-FABS(score));
-            losses[i] = (z > 0 ? z : 0) + NAME(log1p01)(e);
-            y[i] = (score < 0 ? e : 1) / (1 + e);
+            exps[i] = NAME(exp_nonpositive)(-FABS(x[i]));
+            y[i] = (x[i] < 0 ? exps[i] : 1) / (1 + exps[i]);
         }
+        for (Size i = 0; i < count; i++) {
+            const T z = x[i] * (1 - 2 * labels[i]);
+            losses[i] = (z > 0 ? z : 0) + NAME(log1p01)(exps[i]);
+        }
+        for (Size i = 0; i < count && !valid; i++)
+            if (labels[i] != 0 && labels[i] != 1) losses[i] = y[i] = (T)NAN;
         loss += NAME(add_losses)(losses, first, count, n / groups, weight);
     }
     return loss / (n / groups);

@@ -95,7 +95,7 @@ INLINE T NAME(scalar_sigmoid)(T x) {
 
 /* tanh(x): |x| < 0.625 by x + x^3 P(x^2) / Q(x^2) (float: Pade approximant, double: Cephes), otherwise by
    1 - 2 exp(-2|x|) / (1 + exp(-2|x|)). Both share one division. Error 1.5 / 1.5. */
-INLINE T NAME(tanh)(T x) {
+INLINE T NAME(scalar_tanh)(T x) {
     T a = FABS(x), z = x * x, e = NAME(exp_nonpositive)(C(-2.0) * a);
 #if IS_FLOAT
     T p = C(-14.0 / 15.0) * z - C(21.0);

@@ -57,6 +57,7 @@ __all__ = [
     "softmax_loss_grad",
     "squared_error",
     "squared_error_grad",
+    "tanh",
     "tanh_grad",
 ]
 
@@ -141,6 +142,12 @@ def relu(x: Array) -> Array:
 def relu_grad(dout: Array, y: Array) -> Array:
     """Return `dout` where y > 0, else 0 (also where `dout` is infinite)."""
     return np.where(y > 0, dout, 0)
+
+
+@_quiet
+def tanh(x: Array) -> Array:
+    """Return tanh(x)."""
+    return np.tanh(x)
 
 
 @_quiet

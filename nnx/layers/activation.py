@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnx.device import asfloat, asgrad
-from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh_grad
+from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh, tanh_grad
 from nnx.np import Array, np
 
 __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
@@ -62,7 +62,7 @@ class Tanh:
 
     def forward(self, x: Any) -> Array:
         """Return tanh(x)."""
-        self.out = np.tanh(asfloat(x, None, "Tanh"))
+        self.out = tanh(asfloat(x, None, "Tanh"))
         return self.out
 
     def backward(self, dout: Any) -> Array:
