@@ -54,7 +54,7 @@ def cross_entropy_error(y: Any, t: Any) -> Scalar:
     y = asfloat(y, None, "cross_entropy_error")
     t = class_indices(t, y.shape, "cross_entropy_error")
     picked = np.take_along_axis(y, t[..., None], -1)
-    with numpy.errstate(divide="ignore"):
+    with numpy.errstate(divide="ignore", under="ignore"):
         return -np.log(picked).mean()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asfloat, asgrad
+from nnx.device import asfloat, asgrad, quiet
 from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh_grad
 from nnx.np import Array, np
 
@@ -60,6 +60,7 @@ class Tanh:
         self.params: list[Array] = []
         self.grads: list[Array] = []
 
+    @quiet
     def forward(self, x: Any) -> Array:
         """Return tanh(x)."""
         self.out = np.tanh(asfloat(x, None, "Tanh"))

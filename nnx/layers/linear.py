@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asfloat, asgrad, check_weights
+from nnx.device import asfloat, asgrad, check_weights, quiet
 from nnx.kernels import add_bias, bias_grad
 from nnx.np import Array, np
 
@@ -47,6 +47,7 @@ class MatMul:
         self.grads = [np.zeros(W.shape, W.dtype)]
         self.input_grad = input_grad
 
+    @quiet
     def forward(self, x: Any) -> Array:
         """Return x @ W, plus b in `Affine`."""
         W = self.params[0]
@@ -65,6 +66,7 @@ class MatMul:
         self.shape = y.shape
         return y
 
+    @quiet
     def backward(self, dout: Any) -> Array | None:
         """Write the gradients of W, x.T @ dout, and in `Affine` of b, the sum of dout's rows; return dout @ W.T."""
         W, x, dW = self.params[0], self.x, self.grads[0]
