@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import numbers
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -221,13 +222,15 @@ def check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float |
         raise ValueError(f"Trainer.fit: max_epoch must be at least 0, got {max_epoch}")
     if not 1 <= batch_size <= rows:
         raise ValueError(f"Trainer.fit: batch_size must be 1 to {rows}, the number of rows, got {batch_size}")
+    if not isinstance(max_grad, numbers.Real | None):
+        raise TypeError(f"Trainer.fit: max_grad must be a number, or None, got {max_grad!r}")
     if max_grad is not None and not max_grad > 0:
         raise ValueError(f"Trainer.fit: max_grad must be positive, or None, got {max_grad}")
     if eval_interval is not None and eval_interval < 1:
         raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
 
 
-@numpy.errstate(over="ignore")
+@numpy.errstate(over="ignore", under="ignore")
 def _check_finite(name: str, data: Array, dtype: Any, copy: bool) -> Array:
     """Return `data` cast and copied as in `check_data`; raise for NaN and infinity, also those that the cast makes."""
     dtype, floating = _step_dtype(data, dtype), data.dtype.kind == "f"

@@ -21,6 +21,8 @@ from nnx.np import Array, np
 
 _ARRAYS = (Array, numpy.ndarray)
 _cupy: Any = np  # CuPy ships no types; used only where GPU is True
+quiet = numpy.errstate(under="ignore")  # decorates what may underflow: a product that vanishes is 0, and right
+_FLOAT32, _FLOAT64 = numpy.dtype("float32"), numpy.dtype("float64")
 _LARGE = 1 << 26  # bytes, from which CuPy's pinned copy of what it uploads, never given back, would be felt
 
 __all__ = ["asarray", "show_config", "synchronize", "to_cpu", "to_gpu"]
@@ -63,12 +65,15 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
         y: Any = np.empty(x.shape, native, order="F" if x.flags.fnc else "C")
         y.set(x)
         return y
-    return np.asarray(x, dtype)
+    with numpy.errstate(under="ignore"):
+        return np.asarray(x, dtype)
 
 
 def numeric(x: Any, name: str) -> Array:
     """Return `x` as an array of real numbers where it lies: lists become host arrays."""
     if not isinstance(x, _ARRAYS):
+        for part in x if isinstance(x, list | tuple) else ():
+            check_unmasked(part, name)
         given = x
         try:
             x = numpy.asarray(given)
@@ -77,8 +82,7 @@ def numeric(x: Any, name: str) -> Array:
         if x.dtype.kind == "O":
             held = " of what fits no number dtype" if isinstance(given, list | tuple) else ""
             raise TypeError(f"{name}: expected real numbers, got {_kind(given)}{held}")
-    if type(x) not in _ARRAYS and getattr(x, "mask", None) is not None and x.mask.any():  # a numpy.ma.MaskedArray
-        raise TypeError(f"{name}: expected an array without a mask; fill the masked elements with filled(...)")
+    check_unmasked(x, name)
     if x.dtype.kind not in "fiub":
         raise TypeError(
             f"{name}: expected real numbers, got {x.dtype}; convert with astype(...) or leave out what is no number"
@@ -86,17 +90,24 @@ def numeric(x: Any, name: str) -> Array:
     return x
 
 
+def check_unmasked(x: Any, name: str) -> None:
+    """Raise a TypeError if `x` is a numpy.ma.MaskedArray with masked elements."""
+    if isinstance(x, _ARRAYS) and type(x) not in _ARRAYS and numpy.any(getattr(x, "mask", False)):
+        raise TypeError(f"{name}: expected an array without a mask; fill the masked elements with filled(...)")
+
+
 def asfloat(x: Any, dtype: Any, name: str) -> Array:
     """Return `x` as a floating array of the active module.
 
     `dtype=None` keeps a floating dtype and makes integers `result_type(x, float32)`.
     """
-    if type(x) is Array and (x.dtype is dtype or (dtype is None and x.dtype.kind == "f" and x.dtype.isnative)):
+    if type(x) is Array and (x.dtype is dtype or (dtype is None and (x.dtype is _FLOAT32 or x.dtype is _FLOAT64))):
         return x  # nothing to do, as at nearly every call of every layer
     x = asarray(x, name=name)
     if dtype is None:
         dtype = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.result_type(x.dtype, np.float32)
-    return x.astype(dtype, copy=False)
+    with numpy.errstate(under="ignore"):
+        return x.astype(dtype, copy=False)
 
 
 def asgrad(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -144,19 +155,23 @@ def loss_grad(layer: Any, dout: Any) -> Any:
 
 
 def check_weights(name: str, **weights: Any) -> None:
-    """Raise a TypeError unless every weight is a floating array of the active module, without masked elements.
+    """Raise a TypeError unless every weight is a floating array of the active module, and computes as such.
 
     Nothing is converted: a converted copy would no longer be the array that another layer shares,
-    and integer weights would swallow their gradients.
+    and integer weights would swallow their gradients. A numpy.memmap computes as an array, a
+    numpy.matrix or numpy.ma.MaskedArray does not.
     """
     for argument, weight in weights.items():
-        if not isinstance(weight, Array) or weight.dtype.kind != "f" or not weight.dtype.isnative:
+        if (
+            not isinstance(weight, Array)
+            or weight.dtype.kind != "f"
+            or not weight.dtype.isnative
+            or type(weight).__mul__ is not Array.__mul__
+        ):
             raise TypeError(
                 f"{name}: {argument} must be a {np.__name__} array of a floating dtype, got {_kind(weight)}; "
                 f"make it with nnx.asarray({argument}, dtype='float32')"
             )
-        if type(weight) is not Array:
-            numeric(weight, f"{name}: {argument}")
 
 
 def is_writable(x: Array) -> bool:

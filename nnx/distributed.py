@@ -221,7 +221,8 @@ class Comm:
         views, flats = self._plans[layout]
         for g, view in zip(grads, views, strict=True):
             if share:
-                np.multiply(g, float(share), out=view, dtype=view.dtype)
+                with numpy.errstate(under="ignore"):
+                    np.multiply(g, float(share), out=view, dtype=view.dtype)
             else:
                 view[...] = 0
         for i, scalar in enumerate(scalars):

@@ -14,6 +14,8 @@ from nnx import kernels
 from nnx.device import asfloat, numeric
 from nnx.np import Array, Scalar, np
 
+_INT64 = numpy.dtype("int64")
+
 __all__ = ["cross_entropy_error", "relu", "sigmoid", "softmax"]
 
 
@@ -54,7 +56,7 @@ def cross_entropy_error(y: Any, t: Any) -> Scalar:
     y = asfloat(y, None, "cross_entropy_error")
     t = class_indices(t, y.shape, "cross_entropy_error")
     picked = np.take_along_axis(y, t[..., None], -1)
-    with numpy.errstate(divide="ignore"):
+    with numpy.errstate(divide="ignore", under="ignore"):
         return -np.log(picked).mean()
 
 
@@ -78,8 +80,9 @@ def class_indices(
     ValueError
         If shape, dtype or values are none of these, or the batch is empty.
     """
-    if type(t) is not Array:
-        t = numeric(t, name)
+    if type(t) is Array and t.dtype is _INT64 and t.shape == shape[:-1] and t.size and kernels.in_range(t, shape[-1]):
+        return t  # as at nearly every call
+    t = numeric(t, name)
     if not shape:
         raise ValueError(f"{name}: scores must have an axis for the classes, got a single number")
     rows, classes = shape[:-1], shape[-1]

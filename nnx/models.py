@@ -113,14 +113,15 @@ class Sequential:
             mean = layer.forward(self.predict(asarray(x[rows])), part)
             weight = getattr(layer, "weight_sum", None)
             weight = numpy.float64(len(part)) if weight is None else weight
-            loss, total = loss + mean * weight, total + weight
+            with numpy.errstate(under="ignore"):
+                loss, total = loss + mean * weight, total + weight
             if hasattr(layer, "accuracy"):
                 kept = getattr(layer, "kept", None)
                 count = len(part) if kept is None else kept.sum()
                 hits, counted = hits + layer.accuracy() * count, counted + count
         if not total > 0:
             raise ValueError(f"{type(self).__name__}.evaluate: all labels are left out or have the weight 0")
-        return float(loss / total), float(hits / counted) if hasattr(self.loss_layer, "accuracy") else None
+        return float(loss) / float(total), float(hits) / float(counted) if hasattr(self.loss_layer, "accuracy") else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for group in Shared(self.params).groups:

@@ -16,6 +16,7 @@ B = _rng.standard_normal(3)
 LABELS = numpy.array([0, 2, 1, 1, 2])
 ONE_HOT = numpy.eye(3, dtype=numpy.int32)[LABELS]
 SCORES = _rng.standard_normal((5, 3))
+ROW_WEIGHTS = numpy.array([0.5, 0, 2, 1, 0.25])
 
 
 def _weights(dtype, *arrays):
@@ -55,12 +56,20 @@ CASES = {
         (lambda dtype: layers.SoftmaxWithLoss(), (SCORES, ONE_HOT)),
         (lambda dtype: layers.SoftmaxWithLoss(), (X3, numpy.array([[0, 1, 2], [3, 3, 0]]))),
         (lambda dtype: layers.SoftmaxWithLoss(), (_rng.standard_normal((3, 200)), LABELS[:3])),
+        (lambda dtype: layers.SoftmaxWithLoss(), (SCORES, LABELS, ROW_WEIGHTS)),
+        (lambda dtype: layers.SoftmaxWithLoss([1, 0.5, 2], ignore_label=1), (SCORES, ONE_HOT, ROW_WEIGHTS)),
+        (lambda dtype: layers.SoftmaxWithLoss(ignore_label=-1), (X3, numpy.array([[0, -1, 2], [3, 3, -1]]))),
     ],
     "SigmoidWithLoss": [
         (lambda dtype: layers.SigmoidWithLoss(), (SCORES[:, 0], LABELS % 2)),
         (lambda dtype: layers.SigmoidWithLoss(), (SCORES, ONE_HOT.astype(bool))),
+        (lambda dtype: layers.SigmoidWithLoss(), (SCORES, ONE_HOT, ROW_WEIGHTS)),
+        (lambda dtype: layers.SigmoidWithLoss([1, 3], ignore_label=2), (SCORES, ONE_HOT + numpy.eye(5, 3, dtype=int))),
     ],
-    "MeanSquaredError": [(lambda dtype: layers.MeanSquaredError(), (SCORES, _rng.standard_normal((5, 3))))],
+    "MeanSquaredError": [
+        (lambda dtype: layers.MeanSquaredError(), (SCORES, _rng.standard_normal((5, 3)))),
+        (lambda dtype: layers.MeanSquaredError(), (SCORES, _rng.standard_normal((5, 3)), ROW_WEIGHTS)),
+    ],
     "Repeat": [(lambda dtype: layers.Repeat(3), (X[:1],))],
     "Sum": [(lambda dtype: layers.Sum(), (X3,))],
 }

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy
 
-from nnx.device import is_writable
+from nnx.device import is_writable, quiet
 from nnx.np import Array, Scalar, np
 
 Arrays: TypeAlias = Sequence[Array]
@@ -62,7 +62,6 @@ __all__ = [
 ]
 
 _TINY = 2.0**-700
-_quiet = numpy.errstate(under="ignore")  # a product that vanishes is 0, and that is right
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -83,7 +82,7 @@ def in_range(idx: Array, stop: int) -> bool:
 # ---- linear -----------------------------------------------------------------------------------------
 
 
-@_quiet
+@quiet
 def affine(x: Array, W: Array, b: Array | None) -> Array:
     """Return x @ W + b of `x` (N, D), `W` (D, H) and `b` (H,) or None."""
     y = x.dot(W)
@@ -92,7 +91,7 @@ def affine(x: Array, W: Array, b: Array | None) -> Array:
     return y
 
 
-@_quiet
+@quiet
 def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
     """Write x.T @ dout into `dW` (D, H), and the sum of the rows of `dout` (N, H) into `db` (H,) or nowhere."""
     x.T.dot(dout, dW)
@@ -100,13 +99,13 @@ def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
         bias_grad(dout, db)
 
 
-@_quiet
+@quiet
 def input_grad(dout: Array, W: Array) -> Array:
     """Return dout @ W.T."""
     return dout.dot(W.T)
 
 
-@_quiet
+@quiet
 def bias_grad(dout: Array, out: Array) -> None:
     """Write the sum of the rows of `dout` (N, H) into `out` (H,)."""
     np.sum(dout, axis=0, dtype=accumulation_dtype(dout.dtype), out=out)
@@ -125,7 +124,7 @@ def sigmoid(x: Array) -> Array:
     return y.astype(x.dtype, copy=False)
 
 
-@_quiet
+@quiet
 def sigmoid_grad(dout: Array, y: Array) -> Array:
     """Return dout * y * (1 - y)."""
     dx = np.subtract(1, y)
@@ -144,13 +143,13 @@ def relu_grad(dout: Array, y: Array) -> Array:
     return np.where(y > 0, dout, 0)
 
 
-@_quiet
+@quiet
 def tanh(x: Array) -> Array:
     """Return tanh(x)."""
     return np.tanh(x)
 
 
-@_quiet
+@quiet
 def tanh_grad(dout: Array, y: Array) -> Array:
     """Return dout * (1 - y**2)."""
     dx = np.multiply(y, y)
@@ -159,14 +158,14 @@ def tanh_grad(dout: Array, y: Array) -> Array:
     return dx
 
 
-@_quiet
+@quiet
 def gelu(x: Array) -> Array:
     """Return x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 * x**3)."""
     s, c, _ = _gelu_terms(x)
     return (np.where(x < 0, c, x) * s).astype(x.dtype, copy=False)
 
 
-@_quiet
+@quiet
 def gelu_grad(dout: Array, x: Array) -> Array:
     """Return dout * (s + x * s * (1 - s) * 2 * du/dx), s = (1 + tanh(u)) / 2."""
     s, c, du = _gelu_terms(x)
@@ -181,7 +180,7 @@ def _gelu_terms(x: Array) -> tuple[Array, Array, Array]:
     return sigmoid(2 * root * c * (1 + 0.044715 * cc)), c, root * (1 + 3 * 0.044715 * cc)
 
 
-@_quiet
+@quiet
 def softmax(x: Array) -> Array:
     """Return exp(x) / sum(exp(x)) over the last axis."""
     y = _subtract_max(x)
@@ -190,7 +189,7 @@ def softmax(x: Array) -> Array:
     return y.astype(x.dtype, copy=False)
 
 
-@_quiet
+@quiet
 def softmax_grad(dout: Array, y: Array) -> Array:
     """Return y * (dout - sum(dout * y)) over the last axis."""
     dx = dout * y
@@ -215,7 +214,7 @@ def _subtract_max(x: Array) -> Array:
 # ---- the elements of t in their order being len(weight) groups of equal size; a group of weight 0 is not looked at
 
 
-@_quiet
+@quiet
 def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
     """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
 
@@ -232,14 +231,14 @@ def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Arra
     return loss.astype(x.dtype), y.astype(x.dtype, copy=False)
 
 
-@_quiet
+@quiet
 def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
     """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` by x."""
     dx = np.subtract(y, t[..., None] == np.arange(y.shape[-1]), dtype=y.dtype)
     return _scale(dx, t.size, dout, weight)
 
 
-@_quiet
+@quiet
 def sigmoid_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
     """Return the mean of log(1 + exp(z)), z = -x where t is 1 and x where it is 0, and sigmoid(x).
 
@@ -251,22 +250,33 @@ def sigmoid_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Arra
     return _mean(losses, weight).astype(x.dtype), sigmoid(x)
 
 
-@_quiet
+@quiet
 def sigmoid_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
     """Return (y - t) * dout / N, the gradient of `sigmoid_loss` by x; N elements."""
     return _scale(np.subtract(y, t, dtype=y.dtype), t.size, dout, weight)
 
 
-@_quiet
+@quiet
 def squared_error(x: Array, t: Array, weight: Array | None) -> Scalar:
     """Return the mean of (x - t)**2."""
-    return _mean(np.square(x - t, dtype=accumulation_dtype(x.dtype)), weight).astype(x.dtype)
+    return _mean(np.square(_difference(x, t, weight)), weight).astype(x.dtype)
 
 
-@_quiet
+@quiet
 def squared_error_grad(x: Array, t: Array, dout: Any, weight: Array | None) -> Array:
     """Return 2 * (x - t) * dout / N, the gradient of `squared_error` by x; N elements."""
-    return _scale(x - t, t.size, 2 * dout, weight)
+    return _scale(_difference(x, t, weight), t.size, 2 * dout, weight).astype(x.dtype, copy=False)
+
+
+def _difference(x: Array, t: Array, weight: Array | None) -> Array:
+    """Return x - t in the accumulation dtype, and 0 in the groups of weight 0, which may hold anything."""
+    wide = accumulation_dtype(x.dtype)
+    if weight is None:
+        return np.subtract(x, t, dtype=wide)
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        groups = np.subtract(x, t, dtype=wide).reshape(len(weight), -1)
+    np.copyto(groups, 0, where=weight[:, None] == 0)
+    return groups.reshape(x.shape)
 
 
 def _mean(losses: Array, weight: Array | None) -> Scalar:
@@ -277,14 +287,14 @@ def _mean(losses: Array, weight: Array | None) -> Scalar:
 
 
 def _scale(dx: Array, n: int, dout: Any, weight: Array | None) -> Array:
-    """Multiply `dx` in place by what the loss's gradient `dout` and the weights make of each of `n` terms."""
+    """Return `dx`, and may write into it, times what the loss's gradient `dout` and the weights make of `n` terms."""
+    wide = accumulation_dtype(dx.dtype)
     if weight is None:
-        return np.multiply(dx, dout / n, out=dx)
-    groups = dx.reshape(len(weight), -1)
-    factors = (weight * (dout * len(weight) / n))[:, None]
-    groups *= factors
-    np.copyto(groups, 0, where=factors == 0)
-    return dx
+        return np.multiply(dx, dout / n, out=dx, dtype=wide)
+    groups = dx.reshape(len(weight), -1)  # a copy where dx is not C-ordered
+    np.copyto(groups, 0, where=weight[:, None] == 0)
+    np.multiply(groups, (weight * (dout * len(weight) / n))[:, None], out=groups, dtype=wide)
+    return groups.reshape(dx.shape)
 
 
 # ---- dropout, normalization, embedding --------------------------------------------------------------
@@ -314,7 +324,7 @@ def dropout_keys(ratio: float, seed: int, call: int) -> tuple[int, int, int]:
     return z & 0xFFFFFFFF, z >> 32, math.floor(ratio * 2**32)
 
 
-@_quiet
+@quiet
 def batch_norm(
     x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
 ) -> tuple[Array, Array, Array]:
@@ -331,7 +341,7 @@ def batch_norm(
     return y, mean, rstd
 
 
-@_quiet
+@quiet
 def batch_norm_grad(
     dout: Array, x: Array, gamma: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array
 ) -> Array:
@@ -346,14 +356,14 @@ def batch_norm_grad(
     return dx.astype(x.dtype, copy=False)
 
 
-@_quiet
+@quiet
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array]:
     """Return gamma * (x - mean) * rstd + beta for `x` (N, D), and mean and rstd = 1 / sqrt(var + eps) of its rows."""
     y, mean, rstd, _ = _normalize(x, gamma, beta, eps, 1)
     return y, mean[:, 0], rstd[:, 0]
 
 
-@_quiet
+@quiet
 def layer_norm_grad(
     dout: Array, x: Array, gamma: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array
 ) -> Array:
@@ -391,7 +401,7 @@ def embedding(W: Array, idx: Array) -> Array:
     return np.where(valid, W.take(np.where(valid[..., 0], idx, 0), axis=0), np.nan)
 
 
-@_quiet
+@quiet
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i."""
     total = out if out.itemsize > 2 else np.empty(out.shape, accumulation_dtype(out.dtype))
@@ -416,14 +426,14 @@ def can_update(params: Arrays, grads: Arrays) -> bool:
     )
 
 
-@_quiet
+@quiet
 def sgd(params: Arrays, grads: Arrays, lr: float, decay_factor: float) -> None:
     """p = decay_factor * p - lr * g."""
     for p, g in zip(params, grads, strict=True):
         _step(p, lr * g, decay_factor)
 
 
-@_quiet
+@quiet
 def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float, decay_factor: float) -> None:
     """v = momentum * v - lr * g; p = decay_factor * p + v."""
     for p, g, v in zip(params, grads, vs, strict=True):
@@ -432,7 +442,7 @@ def momentum(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: flo
         _step(p, -v, decay_factor)
 
 
-@_quiet
+@quiet
 def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: float, decay_factor: float) -> None:
     """v = momentum * v - lr * g; p = decay_factor * p + momentum * v - lr * g."""
     for p, g, v in zip(params, grads, vs, strict=True):
@@ -442,7 +452,7 @@ def nesterov(params: Arrays, grads: Arrays, vs: Arrays, lr: float, momentum: flo
         _step(p, step - momentum * v, decay_factor)
 
 
-@_quiet
+@quiet
 def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float, decay_factor: float) -> None:
     """h += g**2; p = decay_factor * p - lr * g / (sqrt(h) + eps)."""
     for p, g, h in zip(params, grads, hs, strict=True):
@@ -450,7 +460,7 @@ def adagrad(params: Arrays, grads: Arrays, hs: Arrays, lr: float, eps: float, de
         _step(p, lr * g / (np.sqrt(h) + eps), decay_factor)
 
 
-@_quiet
+@quiet
 def rmsprop(
     params: Arrays, grads: Arrays, hs: Arrays, lr: float, decay: float, eps: float, decay_factor: float
 ) -> None:
@@ -461,7 +471,7 @@ def rmsprop(
         _step(p, lr * g / (np.sqrt(h) + eps), decay_factor)
 
 
-@_quiet
+@quiet
 def adam(
     params: Arrays,
     grads: Arrays,

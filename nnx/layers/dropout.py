@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asfloat, asgrad
+from nnx.device import asfloat, asgrad, quiet
 from nnx.initializers import generator
 from nnx.kernels import dropout
 from nnx.np import Array, np
@@ -52,7 +52,7 @@ class Dropout:
         x = asfloat(x, None, "Dropout")
         self.shape, self.dtype, self.train_flg = x.shape, x.dtype, train_flg
         if not train_flg:
-            return np.multiply(x, 1 - self.dropout_ratio, dtype=x.dtype)
+            return self._scale(x)
         self.calls += 1
         return dropout(x, self.dropout_ratio, self.seed, self.calls)
 
@@ -60,8 +60,12 @@ class Dropout:
         """Return dout under the mask, or the scale, of the last forward."""
         dout = asgrad(self, dout, self.shape, self.dtype)
         if not self.train_flg:
-            return np.multiply(dout, 1 - self.dropout_ratio, dtype=dout.dtype)
+            return self._scale(dout)
         return dropout(dout, self.dropout_ratio, self.seed, self.calls)
+
+    @quiet
+    def _scale(self, x: Array) -> Array:
+        return np.multiply(x, 1 - self.dropout_ratio, dtype=x.dtype)
 
     @property
     def mask(self) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from nnx.device import asfloat, asgrad
+from nnx.device import asfloat, asgrad, quiet
 from nnx.kernels.portable import accumulation_dtype
 from nnx.np import Array, np
 
@@ -71,5 +71,6 @@ class Sum:
         return np.repeat(asgrad(self, dout, (1, *x.shape[1:]), x.dtype), len(x), axis=0)
 
 
+@quiet
 def _sum(x: Array) -> Array:
     return x.sum(axis=0, keepdims=True, dtype=accumulation_dtype(x.dtype)).astype(x.dtype, copy=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from nnx.device import asfloat, loss_grad, numeric
+from nnx.device import asfloat, loss_grad, numeric, quiet
 from nnx.functions import check_range, class_indices
 from nnx.kernels import (
     embedding,
@@ -50,8 +50,12 @@ class _Loss:
         self.params: list[Array] = []
         self.grads: list[Array] = []
 
+    @quiet
     def _set_weight(self, weight: Any, elements: Array | None = None) -> None:
-        """Keep the argument `weight` of forward, None or of t's leading axes, and the weights of its `elements`."""
+        """Keep the argument `weight` of forward, None or of t's leading axes, times the weights of t's `elements`.
+
+        They are float64 until they are divided by their sum, so that their scale makes no difference.
+        """
         name, t = type(self).__name__, self.t
         if weight is not None:
             weight = _check_weight(numeric(weight, f"{name}: weight"), f"{name}: weight")
@@ -60,7 +64,7 @@ class _Loss:
                     f"{name}: weight must have the leading axes of t {t.shape}, one number for each row, "
                     f"got shape {weight.shape}"
                 )
-            weight = asfloat(weight, accumulation_dtype(self.x.dtype), name)
+            weight = asfloat(weight, np.float64, name)
             if elements is not None:
                 elements = elements * weight.reshape(*weight.shape, *[1] * (t.ndim - weight.ndim))
         weight = weight if elements is None else elements
@@ -68,13 +72,16 @@ class _Loss:
             self.weight = self.weight_sum = None
             return
         total = weight.sum()
-        self.weight = weight.reshape(-1) / np.where(total == 0, 1, total)
+        share = weight.reshape(-1) / np.where(total == 0, 1, total)
+        self.weight = share.astype(accumulation_dtype(self.x.dtype), copy=False)
         self.weight_sum = total * (t.size // weight.size)
 
 
 class _ClassLoss(_Loss):
     """A loss for labels: weights of the classes, and a label that is left out."""
 
+    class_weight: Array | None = None
+    ignore_label: int | None = None
     kept: Array | None = None  # where the labels of the last forward are not ignore_label
 
     def __init__(self, class_weight: Any = None, ignore_label: int | None = None) -> None:
@@ -84,7 +91,7 @@ class _ClassLoss(_Loss):
             class_weight = _check_weight(numeric(class_weight, f"{name}: class_weight"), f"{name}: class_weight")
             if class_weight.ndim != 1:
                 raise ValueError(f"{name}: class_weight must be one number a class, got shape {class_weight.shape}")
-            class_weight = asfloat(class_weight, None, name)
+            class_weight = asfloat(class_weight, np.float64, name)
         if ignore_label is not None and not hasattr(ignore_label, "__index__"):
             raise TypeError(f"{name}: ignore_label must be an integer or None, got {ignore_label!r}")
         self.class_weight = class_weight
@@ -92,18 +99,18 @@ class _ClassLoss(_Loss):
 
     def _weigh(self, weight: Any, classes: int) -> None:
         """Keep the weights of the elements of t, and replace the labels that are left out by 0."""
-        elements, dtype = None, accumulation_dtype(self.x.dtype)
+        self.kept = elements = None
         if self.ignore_label is not None:
             self.kept = self.t != self.ignore_label
             self.t = np.where(self.kept, self.t, 0)
-            elements = self.kept.astype(dtype)
+            elements = self.kept.astype(np.float64)
         if self.class_weight is not None:
             if len(self.class_weight) != classes:
                 raise ValueError(
                     f"{type(self).__name__}: class_weight must have a number for each of {classes} classes, "
                     f"got {len(self.class_weight)}"
                 )
-            of_labels = embedding(self.class_weight.astype(dtype, copy=False)[:, None], self.t)[..., 0]
+            of_labels = embedding(self.class_weight[:, None], self.t)[..., 0]
             elements = of_labels if elements is None else elements * of_labels
         self._set_weight(weight, elements)
 
@@ -155,10 +162,7 @@ class SoftmaxWithLoss(_ClassLoss):
         """Return the loss."""
         self.x = x = asfloat(x, None, "SoftmaxWithLoss")
         self.t = self.targets(t, x.shape)
-        if weight is not None or self.class_weight is not None or self.ignore_label is not None:
-            self._weigh(weight, x.shape[-1])
-        else:
-            self.weight = self.weight_sum = None
+        self._weigh(weight, x.shape[-1])
         loss, self.y = softmax_loss(x, self.t, self.weight)
         return loss
 
@@ -214,10 +218,7 @@ class SigmoidWithLoss(_ClassLoss):
         """Return the loss."""
         self.x = x = asfloat(x, None, "SigmoidWithLoss")
         self.t = self.targets(t, x.shape)
-        if weight is not None or self.class_weight is not None or self.ignore_label is not None:
-            self._weigh(weight, 2)
-        else:
-            self.weight = self.weight_sum = None
+        self._weigh(weight, 2)
         loss, self.y = sigmoid_loss(x, self.t, self.weight)
         return loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from nnx.device import asfloat, asgrad, check_weights
+from nnx.device import asfloat, asgrad, check_weights, quiet
 from nnx.kernels import batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
 from nnx.kernels.portable import accumulation_dtype
 from nnx.np import Array, np
@@ -107,13 +107,13 @@ class BatchNorm(_Norm):
     """
 
     state_names = ("running_mean", "running_var")
+    _warned = False  # about a batch of one row
 
     def __init__(self, gamma: Array, beta: Array, momentum: float = 0.9, eps: float = 1e-5) -> None:
         super().__init__(gamma, beta, eps)
         self.momentum = momentum
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
         self.running_var = np.ones(gamma.shape, accumulation_dtype(gamma.dtype))
-        self._warned = False  # about a batch of one row
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x normalized by its own statistics, or with train_flg=False by the running ones."""
@@ -126,10 +126,16 @@ class BatchNorm(_Norm):
             )
         else:
             self.mean, self.rstd = self.running_mean, 1 / np.sqrt(self.running_var + self.eps)
-            y = ((x - self.mean) * self.rstd * gamma + beta).astype(x.dtype, copy=False)
+            y = self._predict(x)
         self.x, self.train_flg = x, train_flg
         return y if len(self.shape) == 2 else y.reshape(self.shape)
 
+    @quiet
+    def _predict(self, x: Array) -> Array:
+        gamma, beta = self.params
+        return ((x - self.mean) * self.rstd * gamma + beta).astype(x.dtype, copy=False)
+
+    @quiet
     def backward(self, dout: Any) -> Array:
         """Write the gradients; return that of x, for the statistics of the last forward."""
         dout, gamma = self._dout_rows(dout), self.params[0]
@@ -146,10 +152,10 @@ class BatchNorm(_Norm):
                 f"BatchNorm: the batch is empty, got shape {self.shape}; its mean and variance have no value"
             )
         if not self._warned:
-            self._warned = True
             warnings.warn(
                 "BatchNorm: a batch of one row has no variance, so running_var does not learn from it; "
                 "use larger batches, or fit(drop_last=True) where only the last one is so small",
                 RuntimeWarning,
                 stacklevel=3,
             )
+            self._warned = True  # after it, so that where warnings are errors every such batch is one
