@@ -56,7 +56,7 @@ class _Optimizer:
 
     def _checked(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
         """Return `grads` in the dtypes of `params`, and the settings as Python floats."""
-        settings = [as_float(self, name) for name in self._settings]
+        settings = [v if type(v := getattr(self, n)) is float else as_float(self, n) for n in self._settings]
         if not kernels.can_update(params, grads):
             grads = _matching_grads(type(self).__name__, params, grads)
         if self.params is not None and (

@@ -6,7 +6,7 @@ from typing import Any
 
 from nnx.device import asfloat, asgrad
 from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh, tanh_grad
-from nnx.np import Array, np
+from nnx.np import Array
 
 __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
 
