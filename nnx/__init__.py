@@ -19,7 +19,8 @@ from nnx import (
 from nnx._version import __version__ as __version__
 from nnx.config import GPU
 from nnx.dataset import spiral
-from nnx.device import asarray, show_config, synchronize, to_cpu, to_gpu
+from nnx.device import asarray, synchronize, to_cpu, to_gpu
+from nnx.info import show_config
 from nnx.layers import (
     GELU,
     Affine,

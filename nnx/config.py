@@ -1,7 +1,11 @@
-"""What the environment chose: `GPU` is True where `NNX_GPU` asks for CuPy.
+"""The choices that environment variables make, read once, at import.
 
-Nothing else in the package reads `NNX_GPU`, and it is read once, at import: set it before Python
-starts (`NNX_GPU=1 python train.py`) or before the first `import nnx`.
+`GPU` is True if `NNX_GPU` asks for CuPy. `NATIVE` is about the CPU's kernels in C, and is ignored on the GPU: None if
+`NNX_NATIVE` is unset (use them if they can be imported), False if it is off (do not use them), True if it is on (fail
+without them).
+
+Nothing else in the package reads these variables: set them before Python starts (`NNX_GPU=1 python train.py`) or before
+the first `import nnx`.
 """
 
 import os
@@ -9,30 +13,37 @@ import sys
 import types
 
 _ON = ("1", "true", "yes", "on")
-_OFF = ("", "0", "false", "no", "off")
+_OFF = ("0", "false", "no", "off")
 
 
-def _read(value: str) -> bool:
+def _read(variable: str) -> bool | None:
+    """Return whether `variable` is on or off, or None if it is unset or empty."""
+    value = os.environ.get(variable, "")
     word = value.strip().lower()
+    if not word:
+        return None
     if word in _ON:
         return True
     if word in _OFF:
         return False
-    hint = "; to pick a device, set CUDA_VISIBLE_DEVICES" if word.isdecimal() else ""
-    raise ValueError(f"NNX_GPU={value!r} is neither on ({', '.join(_ON)}) nor off (unset, {', '.join(_OFF[1:])}){hint}")
+    hint = "; to pick a device, set CUDA_VISIBLE_DEVICES" if variable == "NNX_GPU" and word.isdecimal() else ""
+    raise ValueError(
+        f"{variable}={value!r} is neither on ({', '.join(_ON)}) nor off ({', '.join(_OFF)}) nor unset{hint}"
+    )
 
 
 class _Config(types.ModuleType):
-    """A module that does not let the choice be changed where the change would have no effect."""
+    """A module that refuses an assignment which would have no effect."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "GPU" and value != self.GPU:
+        if name in ("GPU", "NATIVE") and value != getattr(self, name):
             raise AttributeError(
-                f"nnx.config.GPU is {self.GPU} since nnx was imported and cannot become {value!r}: "
-                f"start Python with NNX_GPU={int(bool(value))}"
+                f"nnx.config.{name} is {getattr(self, name)} since nnx was imported and cannot become {value!r}: "
+                f"start Python with NNX_{name}={'' if value is None else int(bool(value))}"
             )
         super().__setattr__(name, value)
 
 
-GPU: bool = _read(os.environ.get("NNX_GPU", ""))
+GPU: bool = _read("NNX_GPU") is True
+NATIVE: bool | None = _read("NNX_NATIVE")
 sys.modules[__name__].__class__ = _Config

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import importlib
 import numbers
-import os
-import platform
-import sys
 import warnings
 from typing import Any
 
 import numpy
 
-from nnx._version import __version__
 from nnx.config import GPU
 from nnx.np import Array, np
 
@@ -25,7 +21,7 @@ quiet = numpy.errstate(under="ignore")  # decorates what may underflow: a produc
 _FLOAT32, _FLOAT64 = numpy.dtype("float32"), numpy.dtype("float64")
 _LARGE = 1 << 26  # bytes, from which CuPy's pinned copy of what it uploads, never given back, would be felt
 
-__all__ = ["asarray", "show_config", "synchronize", "to_cpu", "to_gpu"]
+__all__ = ["asarray", "synchronize", "to_cpu", "to_gpu"]
 
 
 def to_cpu(x: Any) -> numpy.ndarray:
@@ -258,39 +254,23 @@ def synchronize() -> None:
         _cupy.cuda.get_current_stream().synchronize()
 
 
-def show_config() -> None:
-    """Print what nnx runs on: versions, device, BLAS and threads."""
-    print("\n".join(f"{name:10}{value}" for name, value in _configuration()))  # noqa: T201 - its purpose
+def array_module() -> str:
+    """Return the name of the array module, for `show_config`, and how it was chosen."""
+    return "CuPy (NNX_GPU is on)" if GPU else "NumPy (set NNX_GPU=1 for CuPy)"
 
 
-def _configuration() -> list[tuple[str, str]]:
-    blas: Any = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    threads = {
-        name: os.environ[name]
-        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-        if name in os.environ
-    }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = [
-        ("nnx", f"{__version__} on {'CuPy (NNX_GPU is on)' if GPU else 'NumPy (set NNX_GPU=1 for CuPy)'}"),
-        ("Python", f"{sys.version.split()[0]}, {platform.platform()}"),
-        ("NumPy", numpy.__version__),
-        ("BLAS", f"{blas['name']} {blas['version']}"),
-        ("threads", ", ".join(f"{k}={v}" for k, v in threads.items()) or f"{cores} cores, no limit set"),
+def describe_gpu() -> list[tuple[str, str]]:
+    """Return the versions of CuPy and CUDA and the GPU in use, as rows for `show_config`; on the CPU none."""
+    if not GPU:
+        return []
+    runtime = _cupy.cuda.runtime
+    device = _cupy.cuda.Device()
+    name = runtime.getDeviceProperties(device.id)["name"].decode()
+    free, total = device.mem_info
+    return [
+        ("CuPy", f"{np.__version__}, CUDA {runtime.runtimeGetVersion()}, driver {runtime.driverGetVersion()}"),
+        ("device", f"{device.id}: {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"),
     ]
-    if GPU:
-        runtime = _cupy.cuda.runtime
-        device = _cupy.cuda.Device()
-        properties = runtime.getDeviceProperties(device.id)
-        free, total = device.mem_info
-        rows += [
-            ("CuPy", f"{np.__version__}, CUDA {runtime.runtimeGetVersion()}, driver {runtime.driverGetVersion()}"),
-            (
-                "device",
-                f"{device.id}: {properties['name'].decode()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-            ),
-        ]
-    return rows
 
 
 def _kind(x: Any) -> str:
