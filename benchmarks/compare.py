@@ -1,12 +1,14 @@
-"""Measure nnx beside what a reader would pick instead, and write `cpu.json`, `cpu.md` and `cpu.png`.
+"""Measure nnx beside what a reader would pick instead, and write `cpu.json`, `.md` and `.png`, and `cpu-layers.png`.
 
-    python -m benchmarks.compare [--quick] [--only 2-10-3/30 'spiral/*' ...]    # in the root, on Linux
+    python -m benchmarks.compare [--quick] [--only 2-10-3/30 'layers/*' ...]    # in the root, on Linux
 
-A training step of each workload D-H-C/N, and whole programs from start to exit, in the variants of
-`peers.py`: each in a process of its own, in turns, on the same cores. What computes other losses
-than the book's formulas is reported and not timed; a peer that is not installed is a row that says
-so. A ratio is the median of the rounds' ratios: each round's time beside another's in the same
-round. With NNX_GPU=1 all of it runs on the GPU, and the files bear its name.
+A training step of each workload D-H-C/N, whole programs from start to exit, single layers and
+optimizers (`layers`), and an epoch of `Trainer` on arrays in several memory layouts (`data`), in the
+variants of `peers.py`: each in a process of its own, in turns, on the same cores. A variant whose results
+differ from the first one's is reported and not timed; a peer that is not installed is a row that says so.
+A ratio is the median of the rounds' ratios: each round's time beside another's in the same round.
+Page faults are those of a step in the last round. With NNX_GPU=1 all of it runs on the GPU, and the
+files bear its name.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import compileall
 import contextlib
 import fnmatch
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -24,25 +27,40 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 
 import nnx
 from benchmarks import report
-from benchmarks.peers import JOBS, VARIANTS
+from benchmarks.layers import OPTIMIZERS, SIZES
+from benchmarks.peers import DATA, JOBS, LAYOUTS, VARIANTS
 from nnx import GPU
 
 ROOT = Path(__file__).parents[1]
 WORKLOADS = ["2-10-3/30", "64-100-10/100", "784-100-10/100", "784-512-10/128", "784-1024-10/1024", "1024-4096-1024/512"]
+COMPILED = ["floor", "nnx", "PyTorch eager", "torch.compile", "jax.jit"]
+OTHERS = {  # the book's net has two layers, Sigmoid and SGD
+    "1024-1024-1024-1024-1024-1024/256": ["nnx Trainer", *COMPILED],
+    "ReLU Adam 64-100-10/100": COMPILED,
+    "ReLU Adam 784-512-512-10/128": COMPILED,
+    "BatchNorm ReLU Dropout Adam 784-512-512-10/128": COMPILED,
+    "LayerNorm GELU AdamW 512-2048-512-10/1024": COMPILED,
+}
 WHOLE = ["nnx", "book float64", "PyTorch eager", "jax.jit"]
+PAIR = ["nnx", "PyTorch eager"]
 GROUPS = {
+    "layers": [f"{name} {size}" for size, names in SIZES.items() for name in names],
     **{workload: list(VARIANTS) for workload in WORKLOADS},
-    "1024-1024-1024-1024-1024-1024/256": [v for v in VARIANTS if "book" not in v],  # the book's net has two layers
+    **OTHERS,
+    "data": LAYOUTS,
     **dict.fromkeys(("import", *JOBS), WHOLE),  # the book imports NumPy, and nothing else
 }
-BASES = ["nnx", "floor"]
-PAUSE = 0.15  # seconds: OpenBLAS's threads spin for a tenth of a second after their last call, on the next one's cores
-HEAD = ["", "median (quartiles)", "times nnx", "times the floor", "peak memory"]
+BASES = {"layers": PAIR[1:], "data": LAYOUTS[:1]}  # the variants beside which others stand; elsewhere nnx and its floor
+WHAT = {
+    "layers": "forward and backward, or an optimizer's step, beside PyTorch",
+    "data": f"an epoch of Trainer at {DATA} on 30,000 rows, by their memory layout",
+}
 CUDA = ["cupy-cuda12x", "cupy-cuda13x", "cuda-toolkit[cublas,cudart,curand,nvrtc]"] if GPU else []
 INSTALLED = {  # what each asks of an empty environment
     "nnx": ["numpy", "tqdm", *CUDA],
@@ -50,6 +68,18 @@ INSTALLED = {  # what each asks of an empty environment
     "PyTorch": ["torch"],
     "JAX": ["jax", *(["jax[cuda12]", "jax[cuda13]"] if GPU else [])],
 }
+
+
+class Effort(NamedTuple):
+    """How long to measure."""
+
+    rounds: int
+    least: float  # seconds a round
+    pause: float  # seconds: OpenBLAS's threads spin for a tenth of a second after their last call
+    shared: bool  # one process serves all layers of a size: less to import, but each finds the others' freed memory
+
+
+FULL, QUICK = Effort(9, 0.2, 0.15, shared=False), Effort(3, 0.01, 0, shared=True)
 
 
 class Worker(subprocess.Popen):
@@ -64,49 +94,80 @@ class Worker(subprocess.Popen):
         line = self.stdout.readline()
         return json.loads(line) if line else {"note": f"failed: its process ended with {self.wait()}"}
 
-    def seconds(self, tens):
-        """Return what `tens` times ten steps take; NaN in a process that is gone."""
-        if self.poll() is not None:
-            return math.nan
-        print(tens, file=self.stdin, flush=True)
-        return self.answer().get("seconds", math.nan)
+    def send(self, line):
+        with contextlib.suppress(BrokenPipeError):  # the answer will be a note
+            print(line, file=self.stdin, flush=True)
+
+    def time(self, count):
+        """Return the seconds of `count` runs, with their page faults and steps; NaN in a process that is gone."""
+        self.send(count)
+        return {"seconds": math.nan, "faults": math.nan, "steps": 1} | self.answer()
+
+    @contextlib.contextmanager
+    def turn(self, name):
+        """Give the turn to a layer, in a process that serves several."""
+        self.send(name)
+        yield self
+        self.send("")
 
 
 def check(rows):
-    """Note the rows whose losses are not those of the book's float64, or else of the first that has any."""
-    rows = sorted((row for row in rows if row.get("losses")), key=lambda row: row["variant"] != "book float64")
+    """Note the rows whose results are not those of the book's float64, or else of the first that has any."""
+    rows = sorted((row for row in rows if row.get("results")), key=lambda row: row["variant"] != "book float64")
     for row in rows:
-        if not numpy.allclose(row["losses"], rows[0]["losses"], rtol=1e-4, atol=1e-5):
-            row["note"] = f"not timed: its losses are not those of {rows[0]['variant']}"
+        tolerance = 1e-3 if "Adam" in row["group"] else 1e-4  # PyTorch adds eps after the bias correction
+        for got, want in zip(row["results"], rows[0]["results"], strict=True):
+            if not numpy.allclose(got, want, rtol=0, atol=tolerance * numpy.abs(want).max()):
+                row["note"] = f"not timed: its results are not those of {rows[0]['variant']}"
 
 
-def turns(rows, rounds, measure):
+def turns(rows, effort, measure):
     """Append a figure a round to `seconds` of the rows without a note, forwards, then backwards, and so on."""
     rows = [row for row in rows if "note" not in row]
-    for _ in range(rounds):
+    for _ in range(effort.rounds):
         for row in rows:
-            time.sleep(PAUSE)
+            time.sleep(effort.pause)
             row["seconds"].append(measure(row))
         rows.reverse()
 
 
-def time_steps(rows, rounds, least):
-    """Start and warm up the variants of a workload one after the other, then time them `least` seconds a round."""
-    workers, tens = {}, {}
+def time_steps(rows, effort, start):
+    """Start and warm up the variants one after the other, then time them; `start` makes a row's worker."""
+    workers, counts = {}, {}
     with contextlib.ExitStack() as stack:
         for row in rows:
             name = row["variant"]
-            workers[name], tens[name] = stack.enter_context(Worker(row)), 1
+            workers[name], counts[name] = stack.enter_context(start(row)), 1
             row |= workers[name].answer()
-            seconds = math.nan if "note" in row else workers[name].seconds(1)
-            while seconds < least:
-                tens[name] = math.ceil(tens[name] * min(10, 1.2 * least / seconds))
-                seconds = workers[name].seconds(tens[name])
+            seconds = math.nan if "note" in row else workers[name].time(1)["seconds"]
+            while seconds < effort.least:
+                counts[name] = math.ceil(counts[name] * min(10, 1.2 * effort.least / seconds))
+                seconds = workers[name].time(counts[name])["seconds"]
         check(rows)
-        turns(rows, rounds, lambda row: workers[name := row["variant"]].seconds(tens[name]) / (10 * tens[name]))
+
+        def measure(row):
+            done = workers[row["variant"]].time(counts[row["variant"]])
+            row["faults"] = done["faults"] / done["steps"]
+            return done["seconds"] / done["steps"]
+
+        turns(rows, effort, measure)
 
 
-def time_programs(rows, rounds, *data):
+def time_layers(names, effort):
+    """Start nnx and PyTorch, and return the rows of all the layers in both."""
+    with contextlib.ExitStack() as stack:
+        workers = {v: stack.enter_context(Worker({"group": "layers", "variant": v})) for v in PAIR}
+        abouts = {v: worker.answer() for v, worker in workers.items()}
+        rows = []
+        for name in names:
+            pair = [{"group": name, "variant": v, "seconds": []} | about for v, about in abouts.items()]
+            there = [row for row in pair if "note" not in row]
+            time_steps(there, effort, lambda row: workers[row["variant"]].turn(row["group"]))
+            rows += relate(pair, BASES["layers"])
+    return rows
+
+
+def time_programs(rows, effort, *data):
     """Time processes from start to exit; the first of each warms the file cache, and is compared."""
 
     def run(row):
@@ -118,12 +179,16 @@ def time_programs(rows, rounds, *data):
     for row in rows:
         run(row)
     check(rows)
-    turns(rows, rounds, run)
+    turns(rows, effort, run)
 
 
 def save_data(job, folder):
     """Write the rows that a job trains on, in whole batches, and return the files."""
-    if job == "spiral":
+    if job == "data":
+        rng = numpy.random.default_rng(0)
+        D, _, C, _ = map(int, re.split("[-/]", DATA))
+        x, t = rng.standard_normal((30_000, D), "float32"), rng.integers(C, size=30_000)
+    elif job == "spiral":
         x, t = nnx.spiral.load_data()
         t = t.argmax(axis=1)
     else:
@@ -137,22 +202,34 @@ def save_data(job, folder):
     return files
 
 
-def measure(group, variants, rounds, quick, folder):
+def measure(group, variants, effort, folder):
     """Return a row for each variant of a group."""
+    if group == "layers":
+        processes = itertools.groupby(variants, key=lambda name: name.split()[1] if effort.shared else name)
+        return [row for _, names in processes for row in time_layers(names, effort)]
     rows = [{"group": group, "variant": variant, "seconds": []} for variant in variants]
-    if "/" in group:
-        time_steps(rows, rounds, least=0.02 if quick else 0.2)
-    elif group not in JOBS:
-        time_programs(rows, rounds)
+    try:
+        files = save_data(group, folder) if group == "data" or group in JOBS else []
+    except ImportError as error:
+        return [row | {"note": f"absent: {error}", "quartiles": None} for row in rows]
+    if group == "data" or "/" in group:
+        time_steps(rows, effort, lambda row: Worker(row, *files))
     else:
-        try:
-            time_programs(rows, rounds, *save_data(group, folder))
-        except ImportError as error:
-            rows = [row | {"note": f"absent: {error}"} for row in rows]
+        time_programs(rows, effort, *files)
+    return relate(rows, bases(group))
+
+
+def bases(group):
+    return BASES.get(group, ["nnx", "floor"])
+
+
+def relate(rows, bases):
+    """Return `rows` with the quartiles of their seconds, and of the rounds' ratios to the `bases`."""
     seconds = {row["variant"]: row["seconds"] for row in rows}
     for row in rows:
+        row.pop("results", None)
         row["quartiles"] = quartiles(row["seconds"])
-        for base in BASES:
+        for base in bases:
             row[f"to {base}"] = quartiles([a / b for a, b in zip(row["seconds"], seconds.get(base, ()), strict=False)])
     return rows
 
@@ -162,13 +239,60 @@ def quartiles(values):
     return statistics.quantiles(values, method="inclusive") if len(values) > 1 else None
 
 
-def cells(row):
-    """Return a row's cells under HEAD, or why there are none."""
+def spread(row):
+    """Return a row's median and quartiles, or why there are none."""
     if not row["quartiles"]:
-        return [row["variant"], row.get("note", "failed"), *[""] * 3]
+        return row.get("note", "failed")
     low, median, high = map(report.duration, row["quartiles"])
-    ratios = [report.ratio(q) if (q := row[f"to {base}"]) else "" for base in BASES]
-    return [row["variant"], f"{median} ({low}-{high})", *ratios, megabytes(row.get("bytes"))]
+    return f"{median} ({low}-{high})"
+
+
+def ratio(row, base):
+    return report.ratio(quartiles) if (quartiles := row.get(f"to {base}")) else ""
+
+
+def faults(row):
+    return f"{row['faults']:.0f}" if math.isfinite(row.get("faults", math.nan)) else ""
+
+
+def tables(group, rows):
+    """Return the tables of a group, each a list of rows of cells, the head first."""
+    if group == "layers":
+        head = ["", *PAIR, " / ".join(PAIR), "page faults", "PyTorch's"]
+        pairs = zip(*[[row for row in rows if row["variant"] == v] for v in PAIR], strict=True)
+        cells = [
+            [mine["group"], spread(mine), spread(peer), ratio(mine, PAIR[1]), faults(mine), faults(peer)]
+            for mine, peer in pairs
+        ]
+        libraries = {row["variant"]: row["about"] for row in rows if "about" in row}
+        return [[head, *cells], means(rows), [["library", "BLAS and threads"], *libraries.items()]]
+    head = ["", "median (quartiles)", *(f"times {base}" for base in bases(group))]
+    head += ["page faults", "peak memory", "library, BLAS and threads"]
+    cells = []
+    for row in rows:
+        ratios = [ratio(row, base) for base in bases(group)]
+        cells.append(
+            [row["variant"], spread(row), *ratios, faults(row), megabytes(row.get("bytes")), row.get("about", "")]
+        )
+    filled = [column for column in zip(head, *cells, strict=True) if any(column[1:])]
+    return [[*zip(*filled, strict=True)]]
+
+
+def means(rows):
+    """Return the table of the geometric means of nnx's times by PyTorch's."""
+    ratios = {row["group"]: q[1] for row in rows if row["variant"] == "nnx" and (q := row[f"to {PAIR[1]}"])}
+
+    def part(*words):
+        return {name: r for name, r in ratios.items() if {*words} & {*name.split()}}
+
+    cells = []
+    parts = {"all": ratios, **{size: part(size) for size in SIZES}, "optimizers": part(*OPTIMIZERS)}
+    for name, of in parts.items():
+        if of:
+            worst, above = max(of, key=of.get), sum(r > 1 for r in of.values())
+            mean = statistics.geometric_mean(of.values())
+            cells.append([name, f"{mean:.2f}", f"{above} of {len(of)}", f"{worst}: {of[worst]:.2f}"])
+    return [["rows", "geometric mean", "above 1", "worst"], *cells]
 
 
 def megabytes(size):
@@ -176,10 +300,13 @@ def megabytes(size):
 
 
 def show(name, rows):
-    """Print the table of a group."""
-    print()
-    for first, *others in [[name, *HEAD[1:]], *map(cells, rows)]:
-        print(f"{first:34}" + "".join(f"{cell:>30}" for cell in others).rstrip(), flush=True)
+    """Print the tables of a group."""
+    for (first, *head), *cells in tables(name, rows):
+        table = [[first or name, *head], *cells]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        print()
+        for cells in table:
+            print("  ".join(map(str.ljust, cells, widths)).rstrip(), flush=True)
 
 
 def installed(requirements):
@@ -200,28 +327,45 @@ def installed(requirements):
     return sum(sizes.values()) if requirements[0] in sizes else None
 
 
-def configuration(groups, threads):
+def configuration(threads):
     """Return what the figures depend on, by name."""
-    peers = {row["about"] for rows in groups.values() for row in rows if row.get("about")}
-    return report.configuration(threads=f"{threads} for every variant", peers="; ".join(sorted(peers)) or "none")
+    product = "import torch; torch.ones(9, 9) @ torch.ones(9, 9)"
+    mkl = report.output("env", "MKL_VERBOSE=1", sys.executable, "-c", product)  # which kernels, only it can tell
+    return report.configuration(threads=f"{threads} for every variant", MKL=mkl.removeprefix("MKL_VERBOSE "))
 
 
 def draw(path, groups):
-    """Draw a panel a group and a bar a row: its time as a multiple of nnx's."""
+    """Draw a panel a group and a bar a row, its time as a multiple of another's; the layers in their own file."""
     try:
         from matplotlib import pyplot  # noqa: PLC0415 - an extra
     except ImportError:
         return
-    groups = {name: timed for name, rows in groups.items() if (timed := [row for row in rows if row["to nnx"]])}
-    figure, panels = pyplot.subplots(-(-len(groups) // 2) or 1, 2, figsize=(12, 1 + len(groups)), layout="constrained")
-    for ax, (name, rows) in zip(panels.flat, groups.items(), strict=False):
+    layers = [row for row in groups.get("layers", ()) if row["variant"] == "nnx" and row[f"to {PAIR[1]}"]]
+    if layers:
+        figure, ax = pyplot.subplots(figsize=(8, 1 + 0.22 * len(layers)), layout="constrained")
+        bars = ax.barh([row["group"] for row in layers], [row[f"to {PAIR[1]}"][1] - 1 for row in layers], left=1)
+        ax.bar_label(bars, [f" {row[f'to {PAIR[1]}'][1]:.2f} " for row in layers])
+        ax.axvline(1, color="black")
+        ax.set(xscale="log", title="time of nnx / time of PyTorch: left of 1, nnx is faster")
+        ax.margins(x=0.1, y=0.01)
+        ax.invert_yaxis()
+        figure.savefig(path.with_name(f"{path.stem}-layers.png"))
+    groups = {
+        (name, base): timed
+        for name, rows in groups.items()
+        if name != "layers" and (timed := [row for row in rows if row.get(f"to {(base := bases(name)[0])}")])
+    }
+    if not groups:
+        return
+    figure, panels = pyplot.subplots(-(-len(groups) // 2), 2, figsize=(12, 1 + len(groups)), layout="constrained")
+    for ax, ((name, base), rows) in zip(panels.flat, groups.items(), strict=False):
         colors = ["tab:orange" if "nnx" in row["variant"] else "tab:blue" for row in rows]
-        bars = ax.barh([row["variant"] for row in rows], [row["to nnx"][1] for row in rows], color=colors)
+        bars = ax.barh([row["variant"] for row in rows], [row[f"to {base}"][1] for row in rows], color=colors)
         ax.bar_label(bars, fmt=" %.2f")
-        ax.set_title(name, loc="left", fontsize="medium")
+        ax.set_title(f"{name}, times {base}", loc="left", fontsize="medium")
         ax.margins(x=0.2)
         ax.invert_yaxis()
-    figure.suptitle("time as a multiple of nnx: shorter is faster")
+    figure.suptitle("time as a multiple of another's: shorter is faster")
     figure.savefig(path)
 
 
@@ -232,8 +376,10 @@ def write(path, device, groups, about):
     lines = [f"# nnx beside its peers on {device}", *report.table(["", ""], about.items())]
     lines += ["", "Ratios are medians (quartiles) of the rounds' own ratios."]
     for name, rows in groups.items():
-        what = "a training step, D-H-C/N" if "/" in name else "a process from start to exit"
-        lines += ["", f"## {name}: {what}", *report.table(HEAD, map(cells, rows))]
+        what = "a training step, D-H-C/N" if "/" in name else WHAT.get(name, "a process from start to exit")
+        lines += ["", f"## {name}: {what}"]
+        for head, *cells in tables(name, rows):
+            lines += report.table(head, cells)
     rows = [[name, megabytes(size) or "absent"] for name, size in sizes.items()]
     lines += ["", "## Installed, with all that it requires", *report.table(["", "on disk"], rows)]
     report.write(path, lines, {"configuration": about, "groups": groups, "installed": sizes})
@@ -241,6 +387,10 @@ def write(path, device, groups, about):
 
 
 def main(only, rounds, quick, threads, out):
+    if "OPENBLAS_CORETYPE" in os.environ:
+        print(f"warning: OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} chooses the kernels of NumPy's products")
+    effort = QUICK if quick else FULL
+    effort = effort._replace(rounds=max(2, rounds or effort.rounds))
     device = report.device_name() if GPU else "the CPU"
     path = Path(out).resolve() / (report.slug(device) if GPU else "cpu")
     os.chdir(ROOT)
@@ -254,9 +404,9 @@ def main(only, rounds, quick, threads, out):
         for group, names in GROUPS.items():
             chosen = [v for v in names if any(fnmatch.fnmatch(f"{group}/{v}", p) or group == p for p in only)]
             if chosen:
-                groups[group] = measure(group, chosen, rounds, quick, folder)
+                groups[group] = measure(group, chosen, effort, folder)
                 show(group, groups[group])
-    write(path, device, groups, configuration(groups, threads))
+    write(path, device, groups, configuration(threads))
     print(f"\nwritten: {path}.md, .json and, with matplotlib, .png")
 
 
@@ -267,6 +417,4 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="few short rounds: a test, no measurement")
     parser.add_argument("--threads", type=int, help="of every variant (default: all cores)")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results", metavar="FOLDER")
-    options = parser.parse_args()
-    options.rounds = max(2, options.rounds or (3 if options.quick else 9))
-    main(**vars(options))
+    main(**vars(parser.parse_args()))

@@ -97,4 +97,4 @@ def main(workloads):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [group for group in GROUPS if "/" in group])
+    main(sys.argv[1:] or [group for group in GROUPS if "/" in group and " " not in group])

@@ -1,11 +1,14 @@
 """The variants that `compare.py` compares: nnx, its floor, the book's formulas, and the peers.
 
-    python -m benchmarks.peers DEVICE VARIANT TASK [X.npy T.npy]    # DEVICE cpu or cuda; files for JOBS
+    python -m benchmarks.peers DEVICE VARIANT TASK [X.npy T.npy]    # DEVICE cpu or cuda; files for JOBS and `data`
 
 is one variant in a process of its own; every answer is a line of JSON. The TASK 784-100-10/100 is a
-workload: the losses of the first steps are answered at once, then each line of standard input, a
-number of tens of steps, with the seconds that they took. The other tasks, `import` and the JOBS,
-are whole programs. D inputs, H hidden (one or more), C classes, N rows of a batch.
+workload, and so is `ReLU Adam 784-100-10/100`, with the layers between two Affine and the optimizer,
+otherwise Sigmoid and SGD: the losses of the first steps are answered at once, then each line of
+standard input, a number of tens of steps, with the seconds and page faults that they took. `data` is
+timed likewise, an epoch of `Trainer` on an array whose memory layout is the VARIANT. `layers` reads names
+and sizes of `layers.py`, each followed by such numbers and an empty line. The other tasks, `import` and
+the JOBS, are whole programs. D inputs, H hidden (one or more), C classes, N rows of a batch.
 """
 # ruff: noqa: PLC0415 - a process imports its own library and no other
 
@@ -17,6 +20,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import sys
 import time
 import traceback
@@ -26,9 +30,34 @@ from typing import NamedTuple
 import numpy
 
 from benchmarks import book as chapter1
+from benchmarks.layers import NORMS, nnx_call, nnx_layer, pytorch_call, pytorch_layer, pytorch_optimizer
 
 CHECKED = 20  # steps whose losses are compared
 JOBS = {"spiral": ("2-10-3/30", 300, 1.0), "digits": ("64-100-10/100", 100, 0.5)}  # workload, epochs, learning rate
+DATA = "784-100-10/100"
+LAYOUTS = ["C-contiguous", "column slice", "F-ordered", "pandas DataFrame", "memory-mapped"]
+
+
+def numpy_blas(*_):
+    """Return which BLAS NumPy calls, and with which kernels, where threadpoolctl is installed to tell."""
+    if "cupy" in sys.modules:
+        return f"CuPy {sys.modules['cupy'].__version__}, cuBLAS"
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return f"NumPy {numpy.__version__}, BLAS unknown without threadpoolctl"
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    about = "{internal_api} {version} {architecture}, {num_threads} threads"
+    return "; ".join(about.format_map({"architecture": "kernels unknown", **library}) for library in libraries)
+
+
+def pytorch_blas(*_):
+    """Return what PyTorch says of its BLAS: threadpoolctl does not see a library that is linked statically."""
+    import torch
+
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    kernels = f"{blas[1] if blas else 'BLAS unknown'}, own kernels {torch.backends.cpu.get_cpu_capability()}"
+    return f"torch {torch.__version__}, {kernels}, {torch.get_num_threads()} threads"
 
 
 class Net(NamedTuple):
@@ -40,10 +69,28 @@ class Net(NamedTuple):
     weights: Callable | None = None  # W1, b1, W2, ... on the host; the floor has none
     finish: Callable = lambda: None  # waits for the device
     fit: Callable | None = None  # a training loop of its own
-    about: str = ""
+    about: Callable = numpy_blas  # of x and t: the library, its BLAS and threads
 
 
-def floor(params, lr, device):
+def architecture(params, between):
+    """Return the layers, each its name and arrays: an Affine for each W and b, and before the next those `between`."""
+    layers = []
+    for W, b in zip(params[::2], params[1::2], strict=True):
+        layers.append(("Affine", W, b))
+        layers += [(name, numpy.ones_like(b), numpy.zeros_like(b)) if name in NORMS else (name,) for name in between]
+    return layers[: -len(between)]
+
+
+def updated(optimizer, lr, k, g, p, m=None, v=None):
+    """Return a parameter, and Adam's two moments, after step k with the gradient g, for libraries that compile it."""
+    if optimizer == "SGD":
+        return (p - lr * g,)
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    rate, decay = lr * (1 - 0.999**k) ** 0.5 / (1 - 0.9**k), 0.01 * lr if optimizer == "AdamW" else 0
+    return p * (1 - decay) - rate * m / (v**0.5 + 1e-7), m, v
+
+
+def floor(params, lr, device, **_):
     """Only multiply the matrices, the outputs given: no product for the gradient of the data."""
     from nnx import asarray, np, synchronize
 
@@ -70,36 +117,28 @@ def floor(params, lr, device):
     return Net(step, asarray, asarray, finish=synchronize)
 
 
-def nnx(params, lr, device):
-    """Return TwoLayerNet, or Sequential for more than two layers."""
+def nnx(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
     import nnx
-    from nnx import Affine, Sequential, Sigmoid, TwoLayerNet, asarray
 
-    if len(params) == 4:
-        model = TwoLayerNet(*params[0].shape, params[3].size)
-        for mine, given in zip(model.params, params, strict=True):
-            mine[...] = asarray(given)
-    else:
-        pairs = [(asarray(W), asarray(b)) for W, b in zip(params[::2], params[1::2], strict=True)]
-        layers = [layer for W, b in pairs for layer in (Affine(W, b, input_grad=W is not pairs[0][0]), Sigmoid())]
-        model = Sequential(layers[:-1], nnx.SoftmaxWithLoss())
-    sgd = nnx.SGD(lr)
+    layers = [nnx_layer(*layer, ratio=ratio) for layer in architecture(params, between)]
+    layers[0].input_grad = False
+    model, optimizer = nnx.Sequential(layers, nnx.SoftmaxWithLoss()), getattr(nnx, optimizer)(lr)
 
     def step(x, t):
         loss = model.forward(x, t)
         model.backward()
-        sgd.update(model.params, model.grads)
+        optimizer.update(model.params, model.grads)
         return loss
 
     def fit(x, t, epochs, N):
-        trainer = nnx.Trainer(model, sgd, rng=0)
+        trainer = nnx.Trainer(model, optimizer, rng=0)
         trainer.fit(x, t, epochs, N, eval_interval=10, verbose=False)
         return trainer.loss_list
 
-    return Net(step, asarray, asarray, lambda: [nnx.to_cpu(p) for p in model.params], nnx.synchronize, fit)
+    return Net(step, nnx.asarray, nnx.asarray, lambda: [nnx.to_cpu(p) for p in model.params], nnx.synchronize, fit)
 
 
-def book(params, lr, device):
+def book(params, lr, device, **_):
     """Return the formulas of chapter 1; on the GPU they run on CuPy, as with the source's own shim."""
     put, to_cpu, finish = numpy.asarray, numpy.asarray, lambda: None
     if device == "cuda":
@@ -117,48 +156,54 @@ def book(params, lr, device):
     return Net(step, put, put, lambda: [to_cpu(p) for p in model.params], finish)
 
 
-def pytorch(params, lr, device, compiled=False):
+def pytorch(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5, compiled=False):
     """Eager as PyTorch's tutorials write it; compiled with gradients and update in one graph, its fastest form."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     put = functools.partial(torch.as_tensor, device=device)
-    linears = []
-    for W, b in zip(params[::2], params[1::2], strict=True):
-        linears.append(torch.nn.Linear(*W.shape, device=device))
-        linears[-1].load_state_dict({"weight": put(W.T.copy()), "bias": put(b)})
-    layers = [layer for linear in linears for layer in (linear, torch.nn.Sigmoid())]
-    model, loss_of = torch.nn.Sequential(*layers[:-1]), torch.nn.CrossEntropyLoss()
-    sgd = torch.optim.SGD(model.parameters(), lr)
+    layers = [pytorch_layer(*layer, ratio=ratio) for layer in architecture(params, between)]
+    model, loss_of = torch.nn.Sequential(*layers).to(device), torch.nn.CrossEntropyLoss()
+    eager = pytorch_optimizer(optimizer, model.parameters(), lr)
 
     def step(x, t):
-        sgd.zero_grad()
+        eager.zero_grad()
         loss = loss_of(model(x), t)
         loss.backward()
-        sgd.step()
+        eager.step()
         return loss.detach()
 
     if compiled:
-        named = {name: p.detach() for name, p in model.named_parameters()}
-        gradients = torch.func.grad_and_value(lambda p, x, t: loss_of(torch.func.functional_call(model, p, x), t))
+        moments = 0 if optimizer == "SGD" else 2
+        state = {
+            name: [p.detach(), *(torch.zeros_like(p) for _ in range(moments))] for name, p in model.named_parameters()
+        }
+        buffers, k = dict(model.named_buffers()), put(0)
+
+        def loss_with(params, buffers, x, t):
+            return loss_of(torch.func.functional_call(model, (params, buffers), x), t)
+
+        gradients = torch.func.grad_and_value(loss_with)
 
         @functools.partial(torch.compile, fullgraph=True, mode="reduce-overhead" if device == "cuda" else None)
         def step(x, t):
-            grads, loss = gradients(named, x, t)
-            for name, p in named.items():
-                p.sub_(grads[name], alpha=lr)
+            if moments:
+                k.add_(1)
+            grads, loss = gradients({name: p for name, (p, *_) in state.items()}, buffers, x, t)
+            for name, arrays in state.items():
+                for array, new in zip(arrays, updated(optimizer, lr, k, grads[name], *arrays), strict=True):
+                    array.copy_(new)
             return loss
 
     def weights():
+        linears = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
         return [array.numpy(force=True) for linear in linears for array in (linear.weight.T, linear.bias)]
 
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
-    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    about = f"torch {torch.__version__}, BLAS {blas[1] if blas else 'unknown'}, {torch.get_num_threads()} threads"
-    return Net(step, put, put, weights, finish, about=about)
+    return Net(step, put, put, weights, finish, about=pytorch_blas)
 
 
-def jax(params, lr, device):
+def jax(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
     """One jitted function of loss, gradients and update, the old weights donated to the new ones."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other processes need memory too
     import jax
@@ -167,32 +212,62 @@ def jax(params, lr, device):
     jax.config.update("jax_platforms", device)
     if device == "cuda":
         jax.config.update("jax_default_matmul_precision", "highest")  # float32, as the others: no TF32
-    params = jax.device_put(params)
+    layers = architecture(params, between)
+    moments = 0 if optimizer == "SGD" else 2
+    state = [[a, *[numpy.zeros_like(a)] * moments] for _, *arrays in layers for a in arrays]
+    norms = [gamma for name, gamma, *_ in filter(lambda layer: layer[0] == "BatchNorm", layers)]
+    running = [start(gamma) for gamma in norms for start in (numpy.zeros_like, numpy.ones_like)]  # mean, variance
+    carry = jax.device_put((state, running, 0 if moments else None))
 
-    def loss_of(params, x, t):
-        for W, b in zip(params[:-2:2], params[1:-2:2], strict=True):
-            x = jax.nn.sigmoid(x @ W + b)
-        scores = x @ params[-2] + params[-1]
-        return -jax.nn.log_softmax(scores)[jnp.arange(len(t)), t].mean()
+    def loss_of(arrays, key, x, t):
+        arrays, statistics = iter(arrays), []
+        for i, (name, *_) in enumerate(layers):
+            if name == "Affine":
+                x = x @ next(arrays) + next(arrays)
+            elif name == "Dropout":
+                kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - ratio, x.shape)
+                x = jnp.where(kept, x / (1 - ratio), 0)
+            elif name in NORMS:
+                axis = 0 if name == "BatchNorm" else -1
+                mean = x.mean(axis, keepdims=True)
+                var = (x * x).mean(axis, keepdims=True) - mean * mean  # in one pass over x, as Flax does
+                x = (x - mean) * jax.lax.rsqrt(var + 1e-5) * next(arrays) + next(arrays)
+                if name == "BatchNorm":
+                    statistics += [mean[0], var[0]]
+            else:
+                x = getattr(jax.nn, name.lower())(x)
+        return -jax.nn.log_softmax(x)[jnp.arange(len(t)), t].mean(), statistics
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(params, x, t):
-        loss, grads = jax.value_and_grad(loss_of)(params, x, t)
-        return [p - lr * g for p, g in zip(params, grads, strict=True)], loss
+    def update(carry, x, t):
+        state, running, k = carry
+        k = k + 1 if moments else None
+        key = jax.random.fold_in(jax.random.key(0), k) if "Dropout" in between else None
+        gradients = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, statistics), grads = gradients([p for p, *_ in state], key, x, t)
+        state = [updated(optimizer, lr, k, g, *arrays) for g, arrays in zip(grads, state, strict=True)]
+        running = [0.9 * old + 0.1 * new for old, new in zip(running, statistics, strict=True)]
+        return (state, running, k), loss
 
     def step(x, t):
-        nonlocal params
-        params, loss = update(params, x, t)
+        nonlocal carry
+        carry, loss = update(carry, x, t)
         return loss
 
-    # a jitted call takes host arrays faster than device_put makes them
+    def about(x, t):
+        """Name the library that XLA left the products to, by what it says in the compiled step."""
+        step = update.lower(carry, x, t).compile().as_text()
+        libraries = {"__ynn_fusion": "YNNPACK", "__onednn": "oneDNN", "__cublas": "cuBLAS"}
+        used = [name for mark, name in libraries.items() if mark in step] or ["Eigen"]
+        return f"jax {jax.__version__} on {jax.default_backend()}, {' and '.join(used)}, kernels unknown"
+
     return Net(
         step,
         jax.device_put,
-        lambda array: array,
-        lambda: jax.device_get(params),
-        lambda: jax.block_until_ready(params),
-        about=f"jax {jax.__version__} on {jax.default_backend()}",
+        lambda array: array,  # a jitted call takes host arrays faster than device_put makes them
+        lambda: jax.device_get([p for p, *_ in carry[0]]),
+        lambda: jax.block_until_ready(carry),
+        about=about,
     )
 
 
@@ -210,7 +285,7 @@ VARIANTS = {  # the module without which there is nothing to compare, the net, i
 
 def problem(workload, rng):
     """Return sizes and N of a workload, and the weights that every variant starts from: float64, on the host."""
-    *sizes, N = map(int, re.split("[-/]", workload))
+    *sizes, N = map(int, re.split("[-/]", workload.split()[-1]))
     pairs = [(rng.standard_normal((D, H)) / D**0.5, 0.1 * rng.standard_normal(H)) for D, H in itertools.pairwise(sizes)]
     return sizes, N, [array for pair in pairs for array in pair]
 
@@ -229,29 +304,93 @@ def loop(net, x, t, epochs, N):
     return losses
 
 
+def repeat(call):
+    """Return a function that calls `call` as many times as it is told to."""
+
+    def run(count):
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def clock(run, finish, steps=1):
+    """Answer each number on standard input with what so many times `steps` took in `run`, until an empty line."""
+    while (line := sys.stdin.readline()).strip():
+        faults, begin = page_faults(), time.perf_counter()
+        run(int(line))
+        finish()
+        seconds = time.perf_counter() - begin
+        answer(seconds=seconds, faults=page_faults() - faults, steps=int(line) * steps)
+
+
 def steps(make, dtype, workload, trainer):
     """Answer the losses of a workload's first steps, then times."""
     rng = numpy.random.default_rng(0)
     sizes, N, params = problem(workload, rng)
     x, t = rng.standard_normal((N, sizes[0])).astype(dtype), rng.integers(sizes[-1], size=N)
-    net = make([p.astype(dtype) for p in params], 0.1)
+    *between, optimizer = workload.split()[:-1] or ["Sigmoid", "SGD"]
+
+    def make_net(ratio):
+        lr = 0.1 if optimizer == "SGD" else 0.001
+        return make([p.astype(dtype) for p in params], lr, between=between, optimizer=optimizer, ratio=ratio)
+
+    net = make_net(ratio=0.0)  # the masks of dropout differ: without them the losses are compared
     if trainer:  # an epoch of ten batches
         losses, tenfold = net.fit(x, t, CHECKED, N), (numpy.tile(x, (10, 1)), numpy.tile(t, 10))
     else:
         x, t = net.put(x), net.put(t)
         losses = [float(net.step(x, t)) for _ in range(CHECKED)]
-    answer(losses=losses if net.weights else None, about=net.about)
-    for line in sys.stdin:
-        begin = time.perf_counter()
+    if "Dropout" in between:
+        net = make_net(ratio=0.5)
+        net.step(x, t)
+
+    def run(tens):
         if trainer:
-            net.fit(*tenfold, int(line), N)
-        else:
-            for _ in range(int(line)):
-                for _ in range(10):
-                    loss = net.step(x, t)
-                float(loss)
-        net.finish()
-        answer(seconds=time.perf_counter() - begin)
+            net.fit(*tenfold, tens, N)
+            return
+        for _ in range(tens):
+            for _ in range(10):
+                loss = net.step(x, t)
+            float(loss)
+
+    answer(results=[losses] if net.weights else None, about=net.about(x, t))
+    clock(run, net.finish, steps=10)
+
+
+def table(variant, device):
+    """Answer the results of each layer or optimizer that standard input names with its size, then times."""
+    make, about = {"nnx": (nnx_call, numpy_blas), "PyTorch eager": (pytorch_call, pytorch_blas)}[variant]
+    answer(about=about())
+    while row := sys.stdin.readline().split():
+        call, results, finish = make(*row, device)
+        answer(results=results)
+        clock(repeat(call), finish)
+
+
+def arranged(file, layout):
+    """Return the rows of a file in a memory layout."""
+    if layout == "memory-mapped":
+        return numpy.load(file, mmap_mode="r")
+    x = numpy.load(file)
+    if layout == "column slice":
+        return numpy.pad(x, ((0, 0), (0, 216)))[:, : x.shape[1]]
+    if layout == "F-ordered":
+        return numpy.asfortranarray(x)
+    if layout == "pandas DataFrame":
+        import pandas
+
+        return pandas.DataFrame(x)
+    return x
+
+
+def epochs(layout, device, x, t):
+    """Answer the losses of an epoch of Trainer, then times."""
+    _, N, params = problem(DATA, numpy.random.default_rng(0))
+    x, t, net = arranged(x, layout), numpy.load(t), nnx([p.astype("float32") for p in params], 0.1, device)
+    epoch = functools.partial(net.fit, x, t, 1, N)
+    answer(results=[epoch()], about=net.about())
+    clock(repeat(epoch), net.finish)
 
 
 def job(make, dtype, name, *files):
@@ -272,20 +411,30 @@ def peak_bytes():
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
+def page_faults():
+    """Return the number of page faults of this process that read nothing from a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def answer(**entries):
     print(json.dumps(entries), flush=True)
 
 
 def main(device, variant, task, *data):
-    module, make, dtype = VARIANTS[variant]
-    make = functools.partial(make, device=device)
     try:
-        importlib.import_module(module)
-        if "/" in task:
-            steps(make, dtype, task, trainer=variant == "nnx Trainer")
+        if variant in LAYOUTS:
+            epochs(variant, device, *data)
+        elif task == "layers":
+            table(variant, device)
         else:
-            losses = job(make, dtype, task, *data) if task in JOBS else None
-            answer(losses=losses, bytes=peak_bytes())
+            module, make, dtype = VARIANTS[variant]
+            make = functools.partial(make, device=device)
+            importlib.import_module(module)
+            if "/" in task:
+                steps(make, dtype, task, trainer=variant == "nnx Trainer")
+            else:
+                losses = job(make, dtype, task, *data) if task in JOBS else None
+                answer(results=losses and [losses], bytes=peak_bytes())
     except ImportError as error:
         answer(note=f"absent: {error}")
     except Exception as error:

@@ -1,7 +1,9 @@
 """The comparison with the peers writes its rows, and names the peers that are absent."""
 
+import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +18,48 @@ ROOT = Path(__file__).parents[1]
 WORKLOAD = "2-10-3/30"
 
 
-@pytest.mark.skipif(nnx.GPU or sys.platform != "linux", reason="the comparison without a GPU, on Linux")
-def test_compare(tmp_path):
-    for peer in ("torch", "jax"):  # absent, also where they are installed
-        (tmp_path / f"{peer}.py").write_text(f"raise ImportError('{peer} is not installed')\n", encoding="utf-8")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", "benchmarks.compare", "--quick", "--only", WORKLOAD, "--out", tmp_path / "results"]
+on_linux = pytest.mark.skipif(nnx.GPU or sys.platform != "linux", reason="the comparison without a GPU, on Linux")
+
+
+def compare(*patterns, out, path=ROOT):
+    """Run the comparison, and return what it printed, its groups and its tables."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)]), "OPENBLAS_CORETYPE": "Haswell"}
+    command = [sys.executable, "-m", "benchmarks.compare", "--quick", "--only", *patterns, "--out", out]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "results" / "cpu.json").read_text(encoding="utf-8"))
-    rows = {row["variant"]: row for row in result["groups"][WORKLOAD]}
+    groups = json.loads((out / "cpu.json").read_text(encoding="utf-8"))["groups"]
+    return done.stdout, groups, (out / "cpu.md").read_text(encoding="utf-8")
+
+
+@on_linux
+def test_compare_without_peers(tmp_path):
+    for peer in ("torch", "jax"):  # absent, also where they are installed
+        (tmp_path / f"{peer}.py").write_text(f"raise ImportError('{peer} is not installed')\n", encoding="utf-8")
+    printed, groups, table = compare(WORKLOAD, "layers/ReLU 32x64", out=tmp_path / "results", path=tmp_path)
+    assert printed.startswith("warning: OPENBLAS_CORETYPE=Haswell")
+    rows = {row["variant"]: row for row in groups[WORKLOAD]}
     for variant in ("floor", "nnx", "nnx Trainer", "book float64", "book float32"):
         assert len(rows[variant]["seconds"]) == 3
         assert rows[variant]["to nnx"][1] > 0
+        assert rows[variant]["faults"] >= 0
+        assert "threads" in rows[variant]["about"] or "unknown" in rows[variant]["about"]
     assert rows["nnx"]["to nnx"] == [1, 1, 1]
-    table = (tmp_path / "results" / "cpu.md").read_text(encoding="utf-8")
     for variant, peer in {"PyTorch eager": "torch", "torch.compile": "torch", "jax.jit": "jax"}.items():
         assert f"| {variant} | absent: {peer} is not installed |" in table
+    mine, peer = groups["layers"]
+    assert mine["quartiles"]
+    assert peer["note"] == "absent: torch is not installed"
+
+
+@on_linux
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="without PyTorch")
+def test_compare_layers(tmp_path):
+    names = ["ReLU 32x64", "Adam 64-100-10"]
+    _, groups, table = compare(*(f"layers/{name}" for name in names), out=tmp_path)
+    ratios = {row["group"]: row["to PyTorch eager"][1] for row in groups["layers"] if row["variant"] == "nnx"}
+    assert [*ratios] == names
+    assert f"| optimizers | {ratios[names[1]]:.2f} |" in table
+    assert f"| all | {statistics.geometric_mean(ratios.values()):.2f} |" in table
 
 
 def test_the_readme_quotes_the_committed_results():
@@ -40,6 +67,8 @@ def test_the_readme_quotes_the_committed_results():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     quoted = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines)}
     for group, rows in result["groups"].items():
+        if group in ("layers", "data"):  # tables of their own
+            continue
         rows = {row["variant"]: row for row in rows}
         nnx_row = rows["nnx"]
         step = "floor" in rows
