@@ -121,7 +121,9 @@ class Sequential:
                 hits, counted = hits + layer.accuracy() * count, counted + count
         if not total > 0:
             raise ValueError(f"{type(self).__name__}.evaluate: all labels are left out or have the weight 0")
-        return float(loss) / float(total), float(hits) / float(counted) if hasattr(self.loss_layer, "accuracy") else None
+        return float(loss) / float(total), float(hits) / float(counted) if hasattr(
+            self.loss_layer, "accuracy"
+        ) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for group in Shared(self.params).groups:
