@@ -465,3 +465,13 @@ def test_clip_grads_leaves_zeros():
     grads = [np.zeros(3, "float32")]
     clip_grads(grads, 1.0)
     assert (to_cpu(grads[0]) == 0).all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_checkpoint_keeps_the_settings(name, tmp_path):
+    model, made, other = nnx.TwoLayerNet(2, 3, 2, rng=0), OPTIMIZERS[name][0](weight_decay=0.25), OPTIMIZERS[name][0]()
+    if hasattr(made, "eps"):
+        made.eps = 1e-3
+    nnx.checkpoint.save(tmp_path / "a", model, made)
+    nnx.checkpoint.load(tmp_path / "a", model, other)
+    assert vars(other) == vars(made)
