@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nnx import kernels
-from nnx.device import as_float, check_weights, is_writable
+from nnx.device import as_float, check_unmasked, check_weights, is_writable, quiet
 from nnx.np import Array, np
 
 __all__ = [
@@ -73,9 +73,8 @@ class _Optimizer:
         params, grads = _as_list(params), _as_list(grads)
         grads, settings = self._checked(params, grads)
         if self._slots and self.params is None:
-            self.params = list(params)
-            for name in self._slots:
-                setattr(self, name, [np.zeros(p.shape, p.dtype) for p in params])
+            made = {name: [np.zeros(p.shape, p.dtype) for p in params] for name in self._slots}
+            vars(self).update(made, params=list(params))
         return params, grads, settings
 
 
@@ -273,8 +272,15 @@ class Adam(_Optimizer):
         super().reset()
         self.iter = 0
 
+    def _checked(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
+        grads, settings = super()._checked(params, grads)
+        for name, beta in zip(("beta1", "beta2"), settings[1:3], strict=True):
+            if not 0 <= beta < 1:  # its power is divided by, or its root taken
+                raise ValueError(f"{type(self).__name__}: {name} must be in [0, 1), got {beta}")
+        return grads, settings
+
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place."""
+        """Take one step on `params`, in place; beta1 and beta2 outside [0, 1) are a ValueError."""
         params, grads, (lr, beta1, beta2, eps, weight_decay) = self._prepare(params, grads)
         step = self.iter + 1
         rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
@@ -329,7 +335,7 @@ def clip_grads(grads: Iterable[Array], max_norm: float) -> None:
         raise TypeError(f"clip_grads: max_norm must be a number, got {max_norm!r}")
     if not max_norm > 0:
         raise ValueError(f"clip_grads: max_norm must be positive, got {max_norm}")
-    grads = _as_list(grads)
+    grads = [_plain_array("clip_grads", f"grads[{i}]", g) for i, g in enumerate(grads)]
     for i, g in enumerate(grads):
         _check_writable("clip_grads", f"grads[{i}]", g)
     if grads:
@@ -338,6 +344,14 @@ def clip_grads(grads: Iterable[Array], max_norm: float) -> None:
 
 def _as_list(arrays: Iterable[Array]) -> list[Array]:
     return arrays if type(arrays) is list else list(arrays)
+
+
+def _plain_array(name: str, argument: str, array: Any) -> Any:
+    """Return `array` without the subclass that it may have, in the same memory, having checked for masked elements."""
+    if type(array) is Array or not isinstance(array, Array):
+        return array
+    check_unmasked(array, f"{name}: {argument}")
+    return np.asarray(array)
 
 
 def _check_writable(name: str, argument: str, array: Array) -> None:
@@ -353,13 +367,15 @@ def _matching_grads(name: str, params: Sequence[Array], grads: Sequence[Array]) 
     return [_matching_grad(name, i, p, g) for i, (p, g) in enumerate(zip(params, grads, strict=True))]
 
 
+@quiet
 def _matching_grad(name: str, i: int, p: Array, g: Array) -> Array:
     _check_writable(name, f"params[{i}]", p)
+    g = _plain_array(name, f"grads[{i}]", g)
     native = g.astype(g.dtype.newbyteorder("="), copy=False) if isinstance(g, Array) else g
     check_weights(name, **{f"grads[{i}]": native})
     if p.shape != g.shape:
         raise ValueError(f"{name}: grads[{i}] must have the shape of params[{i}] {p.shape}, got {g.shape}")
-    return np.asarray(g.astype(p.dtype, copy=False))  # an array and no subclass
+    return g.astype(p.dtype, copy=False)
 
 
 # Learning rates: functions of the number of steps taken, for `callbacks.LearningRate` or a loop of your own.

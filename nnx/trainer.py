@@ -324,15 +324,22 @@ class Trainer:
 
     def _check_update(self) -> None:
         """Raise what would make the first update fail, before layers have changed their own state."""
-        params, optimizer = self.model.params, self.optimizer
-        if not callable(getattr(optimizer, "update", None)):
+        name, params, optimizer = type(self.model).__name__, self.model.params, self.optimizer
+        if isinstance(optimizer, type) or not callable(getattr(optimizer, "update", None)):
             raise TypeError(f"Trainer.fit: optimizer must be an object with update(params, grads), got {optimizer!r}")
         for i, p in enumerate(params):
             check_weights("Trainer.fit", **{f"params[{i}]": p})
             if not is_writable(p):
-                raise ValueError(f"Trainer.fit: params[{i}] of {type(self.model).__name__} is read-only; train a copy")
+                raise ValueError(f"Trainer.fit: params[{i}] of {name} is read-only; train a copy")
+        grads = getattr(self.model, "grads", []) or params  # where the first backward makes them
+        if len(grads) != len(params):
+            raise ValueError(
+                f"Trainer.fit: every parameter of {name} needs a gradient, got {len(params)} params and "
+                f"{len(grads)} grads"
+            )
         if hasattr(optimizer, "check_update"):
-            optimizer.check_update(*Shared(params).merge(params, self.model.grads))
+            with numpy.errstate(all="ignore"):  # the gradients are those of another step, if any
+                optimizer.check_update(*Shared(params).merge(params, grads))
 
     def _join(self, data: Sequence[Array], validation: Sequence[Array], **settings: Any) -> None:
         """See that all ranks are about to do the same, and give them the weights of rank 0."""

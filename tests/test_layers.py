@@ -324,3 +324,50 @@ def test_products_of_float32_have_its_accuracy(rng):
     y = to_cpu(MatMul(np.asarray(W)).forward(x))
     expected = x.astype("float64") @ W.astype("float64")
     assert abs(y - expected).max() < 1e-5 * abs(expected).max()
+
+
+def with_mask(a):
+    """Return `a` as a masked array that hides its last element."""
+    mask = numpy.zeros(numpy.shape(a), bool)
+    mask[(-1,) * mask.ndim] = True
+    return numpy.ma.array(a, mask=mask)
+
+
+WEIGHTED = {
+    "MatMul": [numpy.ones((2, 3))],
+    "Affine": [numpy.ones((2, 3)), numpy.ones(3)],
+    "Embedding": [numpy.ones((2, 3))],
+    "LayerNorm": [numpy.ones(3), numpy.ones(3)],
+    "BatchNorm": [numpy.ones(3), numpy.ones(3)],
+}
+
+
+@pytest.mark.skipif(nnx.GPU, reason="NumPy's subclasses")
+@pytest.mark.parametrize("kind", [with_mask, numpy.ma.array, lambda a: numpy.atleast_2d(a).view(numpy.matrix)])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_that_do_not_compute_as_arrays_are_refused(name, kind):
+    """A masked array keeps its mask in all that is computed, and a matrix's * is the matrix product."""
+    for i, weight in enumerate(WEIGHTED[name]):
+        weights = list(WEIGHTED[name])
+        weights[i] = kind(weight)
+        with pytest.raises(TypeError, match=rf"{name}: \w+ must be a numpy array .*, got numpy\..*; make it with"):
+            getattr(layers, name)(*weights)
+    mapped = [numpy.asarray(w).view(numpy.memmap) for w in WEIGHTED[name]]
+    assert getattr(layers, name)(*mapped).params[0] is mapped[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_masked_element_gets_in(name):
+    make, inputs = CASES[name][-1]
+    for i in range(len(inputs)):
+        given = list(inputs)
+        for hidden in (with_mask(inputs[i]), [*inputs[i][:-1], with_mask(inputs[i][-1])]):
+            given[i] = hidden
+            with pytest.raises(TypeError, match=rf"{name}.*: expected an array without a mask; .*filled"):
+                make("float64").forward(*given)
+        given[i] = numpy.ma.array(inputs[i])  # which hides nothing
+    layer = make("float64")
+    out = layer.forward(*given)
+    assert type(out) is type(make("float64").forward(*inputs))
+    with pytest.raises(TypeError, match=f"{name}.*: expected an array without a mask"):
+        layer.backward(with_mask(numpy.ones(out.shape)) if out.ndim else numpy.ma.masked)

@@ -119,6 +119,37 @@ def test_batch_norm_refuses_an_empty_batch():
     assert layer.forward(numpy.zeros((0, 2)), train_flg=False).shape == (0, 2)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 2), (1, 1, 2)])
+def test_one_row_teaches_batch_norm_its_mean_and_no_variance(shape, dtype):
+    layer = BatchNorm(*ones_and_zeros(2, dtype), momentum=0.5)
+    x = numpy.array([5.0, -6.0], dtype).reshape(shape)
+    with pytest.warns(RuntimeWarning, match="BatchNorm: a batch of one row has no variance, so running_var does not"):
+        y = layer.forward(x)
+    assert not to_cpu(y).any()
+    assert not to_cpu(layer.backward(x)).any()
+    y = layer.forward(x)  # the user is told once
+    assert y.shape == shape
+    assert to_cpu(layer.running_var).tolist() == [1, 1]
+    assert to_cpu(layer.running_mean).tolist() == [3.75, -4.5]
+    numpy.testing.assert_allclose(to_cpu(layer.forward(x, train_flg=False)).ravel(), [1.25, -1.5], rtol=2e-3)
+    with pytest.warns(RuntimeWarning, match="one row"):  # of another layer
+        BatchNorm(*ones_and_zeros(2, dtype)).forward(x)
+
+
+def test_predicting_one_row_is_no_batch_of_one_row(rng):
+    layer = BatchNorm(*ones_and_zeros(2))
+    Sequential([layer]).predict([[1.0, 2.0]])
+    layer.forward([[1.0, 2.0]], train_flg=False)
+    layer.forward(rng.standard_normal((1, 2, 2)))  # two rows
+    with pytest.raises(RuntimeWarning, match="one row"):  # warnings are errors here, and this is the first
+        layer.forward([[1.0, 2.0]])
+    before = to_cpu(layer.running_mean).tolist()
+    with pytest.raises(RuntimeWarning, match="one row"):
+        layer.forward([[1.0, 2.0]])
+    assert to_cpu(layer.running_mean).tolist() == before
+
+
 @pytest.mark.parametrize("layer", [LayerNorm, BatchNorm])
 def test_normalization_refuses(layer):
     with pytest.raises(ValueError, match=f"{layer.__name__}: gamma and beta must have one axis"):

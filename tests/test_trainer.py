@@ -730,3 +730,122 @@ def test_fit_runs_in_a_thread():
     thread.start()
     thread.join()
     assert trainer.current_epoch == 1
+
+
+def fragile(dtype="float32"):
+    """Return a model whose layers remember what a forward in training has seen."""
+    rng = numpy.random.default_rng(0)
+    W = [np.asarray(0.1 * rng.standard_normal(shape), dtype) for shape in ((2, 6), (6, 3))]
+    norm = nnx.BatchNorm(np.ones(6, dtype), np.zeros(6, dtype))
+    return Sequential([nnx.MatMul(W[0]), norm, nnx.Dropout(0.5, rng=1), nnx.MatMul(W[1])], SoftmaxWithLoss())
+
+
+def remembered(model):
+    norm, dropout = model.layers[1:3]
+    return [to_cpu(a).tolist() for a in (*model.params, norm.running_mean, norm.running_var)], dropout.calls
+
+
+def of_another_model():
+    optimizer, other = nnx.Momentum(), fragile()
+    optimizer.update(other.params, other.grads)
+    return optimizer
+
+
+def read_only(model):
+    model.params[1].flags.writeable = False
+
+
+def with_masked(arrays):
+    arrays[1] = numpy.ma.array(arrays[1], mask=[0, 1, 0, 0, 0, 0])
+
+
+nothing = [lambda model: None]
+FAILING = {  # how to spoil the model; the optimizer; the error; an argument of fit
+    "no optimizer": (*nothing, None, TypeError, r"optimizer must be an object with update\(params, grads\), got None"),
+    "a class": (*nothing, nnx.Adam, TypeError, "optimizer must be an object .* got <class"),
+    "a function": (*nothing, print, TypeError, "optimizer must be an object"),
+    "no rate": (*nothing, lambda: nnx.Adam(lr=None), TypeError, "Adam: lr must be a number, got None"),
+    "a decay of text": (*nothing, lambda: SGD(weight_decay="0"), TypeError, "SGD: weight_decay must be a number"),
+    "a beta of 1": (*nothing, lambda: nnx.AdamW(beta1=1), ValueError, "AdamW: beta1 must be in"),
+    "another model's": (*nothing, of_another_model, ValueError, r"Momentum: these 4 params are not .*reset\(\)"),
+    "a gradient less": (lambda m: m.grads.pop(), SGD, ValueError, "a gradient, got 4 params and 3 grads"),
+    "a gradient more": (lambda m: m.grads.append(m.grads[0]), SGD, ValueError, "got 4 params and 5 grads"),
+    "a parameter more": (lambda m: m.params.append(m.params[0]), SGD, ValueError, "got 5 params and 4 grads"),
+    "integers": (
+        lambda m: m.grads.__setitem__(1, np.zeros(6, int)),
+        SGD,
+        TypeError,
+        r"SGD: grads\[1\] must be a \w+ array of a floating dtype",
+    ),
+    "another shape": (
+        lambda m: m.grads.__setitem__(0, np.zeros((6, 2), "float32")),
+        SGD,
+        ValueError,
+        r"SGD: grads\[0\] must have the shape of params\[0\] \(2, 6\)",
+    ),
+    "a norm of text": (*nothing, SGD, TypeError, "max_grad must be a number, or None, got '1'", "1"),
+    "a norm of an array": (*nothing, SGD, TypeError, "max_grad must be a number", numpy.ones(1)),
+}
+if not nnx.GPU:
+    FAILING |= {
+        "read-only": (read_only, SGD, ValueError, r"params\[1\] of Sequential is read-only"),
+        "masked weights": (lambda m: with_masked(m.params), SGD, TypeError, r"params\[1\] must be .*MaskedArray"),
+        "masked gradients": (lambda m: with_masked(m.grads), SGD, TypeError, r"grads\[1\]: expected .* without a mask"),
+    }
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_what_makes_the_first_update_fail_is_found_before_anything_changes(failing):
+    spoil, optimizer, error, words, *max_grad = FAILING[failing]
+    if optimizer not in (None, nnx.Adam, print):
+        optimizer = optimizer()
+    model = fragile()
+    before = remembered(model)
+    spoil(model)
+    trainer = Trainer(model, optimizer, rng=0)
+    with pytest.raises(error, match=words):
+        trainer.fit(*spiral(), 1, 30, *max_grad, verbose=False)
+    model.params = [p for layer in model.layers for p in layer.params]
+    assert remembered(model) == before
+    assert (trainer.current_epoch, trainer.iteration, trainer.loss_list) == (0, 0, [])
+
+    model, fresh = fragile(), Trainer(fragile(), SGD(0.1), rng=0)
+    trainer.model, trainer.optimizer = model, SGD(0.1)
+    for each in (trainer, fresh):
+        each.fit(*spiral(), 1, 30, verbose=False)
+    assert remembered(trainer.model) == remembered(fresh.model)  # nor was a permutation drawn
+
+
+def test_an_optimizer_needs_update_alone_and_a_model_no_gradients_before_its_first_backward():
+    class Own:
+        def update(self, params, grads):
+            for p, g in zip(params, grads, strict=True):
+                p -= 0.1 * g
+
+    class Late(Collecting):
+        class Layer(nnx.MatMul):
+            def __init__(self, W):
+                super().__init__(W)
+                self.grads = []
+
+            def backward(self, dout):
+                self.grads = [self.x.T.dot(dout)]
+
+    for optimizer in (Own(), SGD(0.1), nnx.Adam()):
+        model = Late()
+        Trainer(model, optimizer, rng=0).fit(*spiral(), 1, 30, verbose=False)
+        assert to_cpu(model.params[0]).any()
+
+
+def test_a_last_batch_of_one_row_teaches_no_variance(rng):
+    """65 rows in batches of 64: the variance of one row, 0, would count as much as that of the others."""
+    x, t = rng.standard_normal((65, 2)).astype("float32"), rng.integers(0, 3, 65)
+    x[:, 1] *= 3
+    model = fragile()
+    model.layers[0].params[0][...] = 0
+    model.layers[0].params[0][:2, :2] = np.eye(2)
+    with pytest.warns(RuntimeWarning, match="BatchNorm: a batch of one row has no variance.*drop_last=True") as caught:
+        Trainer(model, SGD(0.0), rng=0).fit(x, t, 60, 64, verbose=False)
+    assert len(caught) == 1
+    numpy.testing.assert_allclose(to_cpu(model.layers[1].running_var)[:2], x.var(axis=0, ddof=1), rtol=0.1)
+    Trainer(fragile(), SGD(0.0), rng=0).fit(x, t, 2, 64, drop_last=True, validation=(x[:1], t[:1]), verbose=False)
