@@ -5,7 +5,6 @@ with the same arguments in the same order. `KERNELS` says which of the three was
 `native` was not, if it could not be imported.
 """
 
-
 from nnx.config import NATIVE
 from nnx.kernels.portable import *
 from nnx.np import GPU  # importing it also verifies CuPy
