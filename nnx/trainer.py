@@ -373,13 +373,23 @@ class Trainer:
             self.model.backward()
         params, grads = shared.merge(self.model.params, self.model.grads)
         if self.comm.size > 1:
-            share = len(x) / rows
+            share = self._share(len(x), rows)
             grads, (loss, *wishes) = self.comm.reduce(grads, share, loss * share, *self._wishes(stop))
             self._hear(wishes)
         if max_grad is not None:
             clip_grads(grads, max_grad)
         self.optimizer.update(params, grads)
         return loss
+
+    def _share(self, part: int, rows: int) -> float:
+        """Return what the `part` of this rank weighs in a batch of `rows` rows."""
+        if not self._is_weighted():
+            return part / rows
+        weight = float(self.model.loss_layer.weight_sum) if part else 0.0
+        return weight / (self.comm.sum(weight) or 1.0)
+
+    def _is_weighted(self) -> bool:
+        return getattr(getattr(self.model, "loss_layer", None), "is_weighted", False)
 
     def _wishes(self, stop: Stop) -> list[bool]:
         """Return what this rank has to tell the others: whether each of the signals came, and a call of `stop`."""
@@ -391,7 +401,9 @@ class Trainer:
         self._asked = next((signum for signum, wish in zip(_SIGNALS, signals, strict=True) if wish), 0)
 
     def _evaluate(self, x: Any, t: Any) -> tuple[float, float | None]:
-        """Return what the model's evaluate gives for all rows, of which each rank takes its slice."""
+        """Return what the model's evaluate gives; where rows weigh alike, each rank takes its slice of them."""
+        if self._is_weighted():
+            return self.model.evaluate(x, t)
         part = self.comm.slice(len(x))
         rows = part.stop - part.start
         loss, accuracy = self.model.evaluate(*((x[part], t[part]) if rows else (x[:1], t[:1])))

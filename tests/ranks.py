@@ -152,10 +152,12 @@ def new_trainer(comm, rng=0, lr=0.1):
 
 
 @job
-def fit(comm, batch_size, epochs, rng="0", verbose=None):
+def fit(comm, batch_size, epochs, rng="0", verbose=None, ignore_label=None):
     """Train with clipping, validation and a last batch that is smaller."""
     numpy.random.seed(comm.rank)
     trainer = new_trainer(comm, None if rng == "None" else int(rng) + comm.rank)
+    if ignore_label is not None:
+        trainer.model.loss_layer = SoftmaxWithLoss([1, 5, 0.5, 2, 0.25], int(ignore_label))
     x, t = data()
     trainer.fit(
         *(x[:250], t[:250], int(epochs), int(batch_size), 0.5, 3),

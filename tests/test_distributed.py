@@ -309,6 +309,14 @@ def test_a_trainer_on_many_ranks_trains_as_on_one(n):
 
 
 @needs_mpi
+@pytest.mark.parametrize("batch_size", [31, 2])
+def test_labels_that_weigh_unlike_train_on_many_ranks_as_on_one(batch_size):
+    """Ranks may have no row of a batch, or rows that are left out altogether."""
+    arguments = "fit", batch_size, 5, "0", "", 2
+    check_fit(results(3, *arguments), ranks.fit(nnx.distributed.init(), *arguments[1:]))
+
+
+@needs_mpi
 def test_a_trainer_repeats_bit_for_bit():
     first = results(3, "fit", 2, 1)  # two rows for three ranks
     check_fit(first, ranks.fit(nnx.distributed.init(), 2, 1))

@@ -97,6 +97,11 @@ class _ClassLoss(_Loss):
         self.class_weight = class_weight
         self.ignore_label = ignore_label
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether rows weigh unlike without weights that are passed to forward."""
+        return self.class_weight is not None or self.ignore_label is not None
+
     def _weigh(self, weight: Any, classes: int) -> None:
         """Keep the weights of the elements of t, and replace the labels that are left out by 0."""
         self.kept = elements = None
