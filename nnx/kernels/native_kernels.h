@@ -8,6 +8,13 @@
 #define LANES (128 / (int)sizeof(T))
 #define BLOCK 1024 /* elements that stay in the first-level cache from one loop to the next */
 
+INLINE T NAME(add_lanes)(T *lanes) {
+    for (int k = 0; k < LANES / 2; k++) lanes[k] += lanes[k + LANES / 2];
+    for (int k = 0; k < LANES / 4; k++) lanes[k] += lanes[k + LANES / 4];
+    for (int k = 0; k < LANES / 8; k++) lanes[k] += lanes[k + LANES / 8];
+    return IS_FLOAT ? (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]) : lanes[0] + lanes[1];
+}
+
 /* total = the sum of the expression `term` over k = 0, ..., n - 1. */
 #define SUM(total, n, term)                                                                                            \
     do {                                                                                                               \
@@ -20,9 +27,7 @@
                     const Size k = start_ + lane_;                                                                        \
                     lanes_[lane_] += (term);                                                                           \
                 }                                                                                                      \
-            for (int half_ = LANES / 2; half_; half_ /= 2)                                                             \
-                for (int lane_ = 0; lane_ < half_; lane_++) lanes_[lane_] += lanes_[lane_ + half_];                    \
-            sum_ = lanes_[0];                                                                                          \
+            sum_ = NAME(add_lanes)(lanes_);                                                                            \
         }                                                                                                              \
         for (Size k = start_; k < (n); k++) sum_ += (term);                                                               \
         (total) = sum_;                                                                                                \
@@ -69,6 +74,8 @@ ELEMENTWISE_GRAD(tanh_grad, d * (1 - y[i] * y[i]))
 ELEMENTWISE(gelu, NAME(scalar_gelu)(x[i]))
 ELEMENTWISE_GRAD(gelu_grad, d * NAME(gelu_derivative)(y[i]))
 
+#define LARGER(a, b) ((a) < (b) ? (b) : (a))
+
 /* y = exp(x - max(x)) over each row, with 0 for x - max(x) at the maximum, also where that is infinite; the
    maxima and the sums. */
 INLINE void NAME(exp_rows)(const T *restrict x, T *restrict y, T *restrict tops, T *restrict totals, Size rows,
@@ -80,10 +87,13 @@ INLINE void NAME(exp_rows)(const T *restrict x, T *restrict y, T *restrict tops,
         if (classes >= LANES) {
             for (int k = 0; k < LANES; k++) lanes[k] = row[k];
             for (c = LANES; c + LANES <= classes; c += LANES)
-                for (int k = 0; k < LANES; k++) lanes[k] = lanes[k] < row[c + k] ? row[c + k] : lanes[k];
-            for (int k = 0; k < LANES; k++) top = top < lanes[k] ? lanes[k] : top;
+                for (int k = 0; k < LANES; k++) lanes[k] = LARGER(lanes[k], row[c + k]);
+            for (int k = 0; k < LANES / 2; k++) lanes[k] = LARGER(lanes[k], lanes[k + LANES / 2]);
+            for (int k = 0; k < LANES / 4; k++) lanes[k] = LARGER(lanes[k], lanes[k + LANES / 4]);
+            top = lanes[0];
+            for (int k = 1; k < LANES / 4; k++) top = LARGER(top, lanes[k]);
         }
-        for (; c < classes; c++) top = top < row[c] ? row[c] : top;
+        for (; c < classes; c++) top = LARGER(top, row[c]);
         for (c = 0; c < classes; c++) y[r * classes + c] = row[c] == top ? 0 : row[c] - top;
         tops[r] = top;
     }
