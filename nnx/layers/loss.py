@@ -50,12 +50,16 @@ class _Loss:
         self.params: list[Array] = []
         self.grads: list[Array] = []
 
-    @quiet
     def _set_weight(self, weight: Any, elements: Array | None = None) -> None:
-        """Keep the argument `weight` of forward, None or of t's leading axes, times the weights of t's `elements`.
+        """Keep the argument `weight` of forward, None or of t's leading axes, times the weights of t's `elements`."""
+        if weight is None and elements is None:
+            self.weight = self.weight_sum = None
+        else:
+            self._normalize_weight(weight, elements)
 
-        They are float64 until they are divided by their sum, so that their scale makes no difference.
-        """
+    @quiet
+    def _normalize_weight(self, weight: Any, elements: Array | None) -> None:
+        """Divide the weights by their sum; until then they are float64, so that their scale makes no difference."""
         name, t = type(self).__name__, self.t
         if weight is not None:
             weight = _check_weight(numeric(weight, f"{name}: weight"), f"{name}: weight")
@@ -68,9 +72,6 @@ class _Loss:
             if elements is not None:
                 elements = elements * weight.reshape(*weight.shape, *[1] * (t.ndim - weight.ndim))
         weight = weight if elements is None else elements
-        if weight is None:
-            self.weight = self.weight_sum = None
-            return
         total = weight.sum()
         share = weight.reshape(-1) / np.where(total == 0, 1, total)
         self.weight = share.astype(accumulation_dtype(self.x.dtype), copy=False)
