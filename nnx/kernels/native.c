@@ -39,6 +39,23 @@ static inline Size label_at(Labels t, Size i) {
     }
 }
 
+/* Return whether all of n labels lie in [0, stop). */
+FAST static int labels_in_range(Labels t, Size n, int64_t stop) {
+    int outside = 0;
+#define LOOK_AT(type)                                                                                                  \
+    for (Size i = 0; i < n; i++) {                                                                                     \
+        const int64_t label = ((const type *)t.data)[i];                                                               \
+        outside |= (label < 0) | (label >= stop);                                                                      \
+    }
+    switch (t.itemsize) {
+    case 1: LOOK_AT(int8_t) break;
+    case 2: LOOK_AT(int16_t) break;
+    case 4: LOOK_AT(int32_t) break;
+    default: LOOK_AT(int64_t)
+    }
+    return !outside;
+}
+
 /* The hash of portable.dropout: bits of the index and two keys. */
 static inline __attribute__((always_inline)) uint32_t mix(uint32_t bits) {
     bits = (bits ^ bits >> 16) * 0x7FEB352Du;
@@ -250,12 +267,9 @@ KERNEL(empty) {
 
 KERNEL(in_range) {
     const Py_ssize_t stop = nargs == 2 && PyLong_CheckExact(args[1]) ? PyLong_AsSsize_t(args[1]) : -1;
+    if (stop < 0) PyErr_Clear();
     PORTABLE_UNLESS(stop >= 0 && is_labels(args[0]));
-    const Labels idx = as_labels(args[0]);
-    const Size n = SIZE(args[0]);
-    int inside = 1;
-    for (Size i = 0; i < n; i++) inside &= (size_t)label_at(idx, i) < (size_t)stop;
-    return PyBool_FromLong(inside);
+    return PyBool_FromLong(labels_in_range(as_labels(args[0]), SIZE(args[0]), stop));
 }
 
 /* ---- linear ---- */
@@ -286,7 +300,7 @@ static PyObject *product(PyObject *a, PyObject *b, int transposed) {
 KERNEL(affine) {
     const int type = nargs == 3 && PyArray_CheckExact(args[0]) ? PyArray_TYPE(ARRAY(args[0])) : 0;
     PORTABLE_UNLESS((type == NPY_FLOAT || type == NPY_DOUBLE) && is_matrix(args[0], type) && is_matrix(args[1], type) &&
-                    (args[2] == Py_None || (NDIM(args[2]) == 1 && is_like(args[2], type, DIM(args[1], 1)))));
+                    (args[2] == Py_None || (is_like(args[2], type, DIM(args[1], 1)) && NDIM(args[2]) == 1)));
     PyObject *y = product(args[0], args[1], 0);
     PORTABLE_IF_FLAGGED(y);
     if (y && args[2] != Py_None)
@@ -418,8 +432,9 @@ static PyObject *loss_and(double loss, int type, PyObject *y) {
 /* A loss for labels, and its gradient, of scores with so many classes to a label. */
 #define CLASS_LOSS_KERNELS(name, classes)                                                                              \
     KERNEL(name) {                                                                                                     \
+        PORTABLE_UNLESS(nargs == 3);                                                                                   \
         PyObject *x = args[0], *t = args[1], *y;                                                                       \
-        const int type = nargs == 3 && SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
+        const int type = SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
         const Weight w = type ? as_weight(args[2], type, SIZE(t)) : (Weight){0};                                       \
         PORTABLE_UNLESS(w.ready);                                                                                      \
         double loss;                                                                                                   \
@@ -428,9 +443,10 @@ static PyObject *loss_and(double loss, int type, PyObject *y) {
         return loss_and(loss, type, y);                                                                                \
     }                                                                                                                  \
     KERNEL(name##_grad) {                                                                                              \
+        PORTABLE_UNLESS(nargs == 4);                                                                                   \
         PyObject *x = args[0], *t = args[1], *dx;                                                                      \
         double dout;                                                                                                   \
-        const int type = nargs == 4 && SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
+        const int type = SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
         const Weight w = type ? as_weight(args[3], type, SIZE(t)) : (Weight){0};                                       \
         PORTABLE_UNLESS(w.ready && read_number(args[2], &dout));                                                       \
         if ((dx = NEW_LIKE(x, type)))                                                                                  \
@@ -568,7 +584,7 @@ KERNEL(embedding_grad) {
                     DIM(args[1], 0) == SIZE(args[0]) && is_writable(args[2]));
     const Labels idx = as_labels(args[0]);
     const Size rows = DIM(args[2], 0);
-    for (Size i = 0; i < SIZE(args[0]); i++) PORTABLE_UNLESS(0 <= label_at(idx, i) && label_at(idx, i) < rows);
+    PORTABLE_UNLESS(labels_in_range(idx, SIZE(args[0]), rows));
     RUN(type, SIZE(args[2]), embedding_grad, idx, DATA(args[1]), DATA(args[2]), SIZE(args[0]), rows, DIM(args[2], 1));
     Py_RETURN_NONE;
 }
