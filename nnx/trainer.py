@@ -295,7 +295,7 @@ class Trainer:
         As in the source a window opens, where there is a display and neither `ax` nor `path` is given.
         """
         axes = plot_loss(self.loss_list, interval=self.eval_interval or 1, ylim=ylim, **options)
-        if not options.keys() & {"ax", "path"}:
+        if options.get("ax") is None and options.get("path") is None:
             from matplotlib import pyplot  # noqa: PLC0415 - an extra
 
             if pyplot.get_backend().lower() != "agg":
@@ -422,14 +422,14 @@ class Trainer:
             )
 
 
-def remove_duplicate(params: Sequence[Array], grads: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+def remove_duplicate(params: Iterable[Array], grads: Iterable[Array]) -> tuple[list[Array], list[Array]]:
     """Return new lists in which an array that several layers share stands once, with the sum of its gradients.
 
-    Shared means the same memory, also transposed. (The source compares values, and merges two
+    Shared means the same memory, also transposed. (The book compares values, and merges two
     different matrices that happen to be equal.)
     """
-    params, grads = Shared(params).merge(list(params), list(grads))
-    return params, grads
+    params, grads = list(params), list(grads)
+    return Shared(params).merge(params, grads)
 
 
 def _left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:

@@ -401,7 +401,7 @@ def test_shared_weights_get_the_sum_of_their_gradients(rng):
     x, t = rng.standard_normal((4, 3)), [0, 1, 2, 0]
     model.forward(x, t)
     model.backward()
-    params, grads = remove_duplicate(model.params, model.grads)
+    params, grads = remove_duplicate(iter(model.params), iter(model.grads))
     assert params[0] is W
     assert len(params) == len(grads) == 1
     numpy.testing.assert_allclose(to_cpu(grads[0]), to_cpu(model.grads[0] + model.grads[1].T))
