@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from nnx.device import asarray, check_rows, to_cpu
+from nnx.device import asarray, check_rows, quiet, to_cpu
 from nnx.kernels import gather
 from nnx.models import Sequential
 from nnx.np import Array, np
@@ -98,7 +98,12 @@ def _gather_rows(data: Array, rows: Array, dtype: Any) -> Array:
         gathered[ascending] = gather(data, rows[ascending])
     else:
         gathered = gather(data, rows)
-    return asarray(gathered).astype(_step_dtype(data, dtype), copy=False)
+    return _cast(asarray(gathered), _step_dtype(data, dtype))
+
+
+@quiet
+def _cast(data: Array, dtype: Any) -> Array:
+    return data.astype(dtype, copy=False)
 
 
 def shares(
@@ -131,7 +136,7 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
     targets = getattr(getattr(model, "loss_layer", None), "targets", None)
     if targets is not None and hasattr(model, "predict"):
         sample = asarray(_samples(x))
-        shape = model.predict(sample.astype(_step_dtype(x, dtype), copy=False)).shape[1:]
+        shape = model.predict(_cast(sample, _step_dtype(x, dtype))).shape[1:]
         if _is_mapped(t):  # only checked: converted labels may be larger than the file
             try:
                 for _, part in _row_pieces(t):

@@ -216,12 +216,14 @@ def test_wrong_arguments_are_portables_errors():
         lambda: native.affine(ones, ones, None),
         lambda: native.sgd([ones], [ones], "1", 1.0),
         lambda: native.softmax("text"),
+        lambda: native.softmax_loss(ones, numpy.zeros((2, 2), int), None),
         lambda: native.embedding_grad(numpy.array([9]), ones[:1], ones.copy()),
     ):
         with pytest.raises((TypeError, ValueError, IndexError, AttributeError)):
             call()
     with pytest.raises(TypeError):
         native.sigmoid()
+    assert native.affine(ones, ones.T, [0.0] * 4).tolist() == [[6] * 4] * 4  # a list, which NumPy takes
     assert (ones == 1).all()
 
 
@@ -239,6 +241,29 @@ def test_can_update_finds_what_the_loops_must_not_write(dtype):
     read_only.flags.writeable = False
     for params, grads in (([read_only], [p]), ([p], [p[:2]]), ([p], []), ([p], [p.astype("float16")]), ([[1.0]], [p])):
         assert not native.can_update(params, grads)
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_arrays_that_overlap_are_read_before_they_are_written(dtype):
+    a, b = numpy.arange(99, dtype=dtype), numpy.arange(99, dtype=dtype)
+    native.sgd([a[1:]], [a[:-1]], 0.5, 1.0)
+    portable.sgd([b[1:]], [b[:-1]], 0.5, 1.0)
+    numpy.testing.assert_array_equal(a, b)
+
+
+def test_a_label_of_64_bits_is_not_cut_to_32():
+    for label in (1 << 32, (1 << 32) + 1):
+        loss, y = native.sigmoid_loss(numpy.zeros(1, "float32"), numpy.array([label]), None)
+        assert numpy.isnan(loss)
+        assert numpy.isnan(y).all()
+
+
+def test_small_variances_do_not_overflow():
+    x = numpy.array([[1e-20, -1e-20, 3e-20]], "float32")
+    ones, zeros = numpy.ones(3, "float32"), numpy.zeros(3, "float32")
+    _, mean, rstd = native.layer_norm(x, ones, zeros, 0.0)
+    dx = native.layer_norm_grad(numpy.array([[1, 2, 4]], "float32"), x, ones, mean, rstd, zeros, ones.copy())
+    assert numpy.isfinite(dx).all()
 
 
 # ---- memory ------------------------------------------------------------------------------------------
@@ -261,14 +286,14 @@ def test_freed_memory_is_bounded_and_given_back():
     program = """
 import numpy, resource
 from nnx.kernels import native
-arrays = [native.empty((1 << 22, 16), "float64") for _ in range(3)]  # half a gigabyte each, never touched
-del arrays
-small = [native.empty((1 << 20,), "float64") for _ in range(40)]     # 320 MB, of which 256 MB may be kept
-for a in small: a.fill(1)
-del a, small
+x = numpy.zeros(75 << 20, "float32")
+def make(count): return native.relu(x[:count])
 def held(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+make(75 << 20)                                   # 300 MB, too large to be kept
+arrays = [make(2 << 20) for _ in range(40)]      # 320 MB, of which 256 MB may be kept
+del arrays
 peak = held()
-for _ in range(1100 * 40): native.empty((1 << 14,), "float64")
+for _ in range(1100 * 40): make(1 << 14)
 print(peak, held())
 """
     if not sys.platform.startswith("linux") or "libasan" in os.environ.get("LD_PRELOAD", ""):

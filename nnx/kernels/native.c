@@ -9,13 +9,21 @@
 #include <numpy/arrayobject.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-/* A function compiled for several instruction sets, of which the loader picks one. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED
+#endif
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED
+#endif
+
+/* A function compiled for several instruction sets, of which the loader picks one: before a sanitizer is ready. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(SANITIZED) && (!defined(__clang__) || __clang_major__ >= 14)
 #define FAST __attribute__((target_clones("avx512f", "avx2", "default")))
-#define INSTRUCTIONS                                                                                                   \
-    (__builtin_cpu_supports("avx512f") ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2")
+#define INSTRUCTIONS (__builtin_cpu_supports("avx512f") ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2")
 #else
 #define FAST
 #define INSTRUCTIONS "baseline"
@@ -30,12 +38,12 @@ typedef struct {
     int itemsize;
 } Labels;
 
-static inline Size label_at(Labels t, Size i) {
+static inline int64_t label_at(Labels t, Size i) {
     switch (t.itemsize) {
     case 1: return ((const int8_t *)t.data)[i];
     case 2: return ((const int16_t *)t.data)[i];
     case 4: return ((const int32_t *)t.data)[i];
-    default: return (Size)((const int64_t *)t.data)[i];
+    default: return ((const int64_t *)t.data)[i];
     }
 }
 
@@ -53,6 +61,7 @@ FAST static int labels_in_range(Labels t, Size n, int64_t stop) {
     case 4: LOOK_AT(int32_t) break;
     default: LOOK_AT(int64_t)
     }
+#undef LOOK_AT
     return !outside;
 }
 
@@ -100,13 +109,10 @@ static inline int same_shape(PyObject *a, PyObject *b) {
 
 /* Return whether t holds signed integers that label_at can read. */
 static inline int is_labels(PyObject *t) {
-    return PyArray_CheckExact(t) && PyArray_ISCARRAY_RO(ARRAY(t)) && PyTypeNum_ISSIGNED(PyArray_TYPE(ARRAY(t))) &&
-           PyTypeNum_ISINTEGER(PyArray_TYPE(ARRAY(t)));
+    return PyArray_CheckExact(t) && PyArray_ISCARRAY_RO(ARRAY(t)) && PyTypeNum_ISSIGNED(PyArray_TYPE(ARRAY(t)));
 }
 
-static inline Labels as_labels(PyObject *t) {
-    return (Labels){DATA(t), (int)PyArray_ITEMSIZE(ARRAY(t))};
-}
+static inline Labels as_labels(PyObject *t) { return (Labels){DATA(t), (int)PyArray_ITEMSIZE(ARRAY(t))}; }
 
 static PyObject *new_array(int ndim, const Size *shape, int type);
 #define NEW_LIKE(x, type) new_array(NDIM(x), PyArray_DIMS(ARRAY(x)), type)
@@ -133,7 +139,7 @@ static PyObject *call_portable(const char *py_name, PyObject *const *args, Py_ss
     return result;
 }
 
-#define PORTABLE_UNLESS(...) \
+#define PORTABLE_UNLESS(...)                                                                                           \
     if (!(__VA_ARGS__)) return call_portable(__func__, args, nargs)
 
 /* Call the loop `name` for the type, without the GIL where there is much to do. */
@@ -149,11 +155,11 @@ static PyObject *call_portable(const char *py_name, PyObject *const *args, Py_ss
 
 /* ---- memory: a few freed blocks are kept for the next arrays, whose pages the system need not clear again ---- */
 
-#define LARGE (1 << 16)          /* bytes from which on an array comes from the cache */
-#define MOST (1 << 28)           /* bytes that the cache holds at most */
+#define LARGE (1 << 16) /* bytes from which on an array comes from the cache */
+#define MOST (1 << 28)  /* bytes that the cache holds at most */
 #define SLOTS 48
-#define HEADER 64                /* bytes before an array: the size of its block; keeps the array aligned */
-#define OLD 1024                 /* allocations after which a block that nobody wanted is given back */
+#define HEADER 64 /* bytes before an array: the size of its block; keeps the array aligned */
+#define OLD 1024  /* allocations after which an unused block is given back */
 
 typedef struct {
     char *block;
@@ -208,8 +214,8 @@ static void cache_free(void *Py_UNUSED(context), void *pointer, size_t Py_UNUSED
     size_t size;
     memcpy(&size, block, sizeof size);
     LOCK;
-    while (cache.count && (cache.count == SLOTS || cache.size + size > MOST)) free(take(0));
     if (size <= MOST) {
+        while (cache.count && (cache.count == SLOTS || cache.size + size > MOST)) free(take(0));
         cache.slots[cache.count++] = (Slot){block, size, cache.clock};
         cache.size += size;
         block = NULL;
@@ -237,32 +243,24 @@ static void *cache_realloc(void *context, void *pointer, size_t size) {
 static PyDataMem_Handler handler = {"nnx", 1, {NULL, cache_malloc, cache_calloc, cache_realloc, cache_free}};
 static PyObject *handler_capsule;
 
-static PyObject *new_array_of(PyArray_Descr *descr, int ndim, const Size *shape) {
-    npy_intp size = PyArray_MultiplyList(shape, ndim) * PyDataType_ELSIZE(descr);
-    PyObject *before = size >= LARGE ? PyDataMem_SetHandler(handler_capsule) : NULL;
-    if (size >= LARGE && !before) return NULL;
-    PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL, 0, NULL);
+static PyObject *new_array(int ndim, const Size *shape, int type) {
+    PyArray_Descr *descr = PyArray_DescrFromType(type);
+    double size = (double)PyDataType_ELSIZE(descr);
+    for (int i = 0; i < ndim; i++) size *= (double)shape[i];
+    PyObject *before = NULL, *array = NULL;
+    if (size < LARGE || (before = PyDataMem_SetHandler(handler_capsule)))
+        array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL, 0, NULL); /* takes descr */
+    else
+        Py_DECREF(descr);
     if (before) {
-        PyObject *ours = PyDataMem_SetHandler(before);
-        Py_DECREF(before);
+        PyObject *type_, *value, *traceback, *ours;
+        PyErr_Fetch(&type_, &value, &traceback);
+        if (!(ours = PyDataMem_SetHandler(before))) Py_CLEAR(array);
         Py_XDECREF(ours);
+        Py_DECREF(before);
+        if (type_) PyErr_Restore(type_, value, traceback);
     }
     return array;
-}
-
-static PyObject *new_array(int ndim, const Size *shape, int type) {
-    return new_array_of(PyArray_DescrFromType(type), ndim, shape);
-}
-
-KERNEL(empty) {
-    PyArray_Dims shape = {NULL, 0};
-    PyArray_Descr *descr = NULL;
-    PyObject *result = NULL;
-    PORTABLE_UNLESS(nargs == 2);
-    if (PyArray_IntpConverter(args[0], &shape) && PyArray_DescrConverter(args[1], &descr))
-        result = new_array_of(descr, shape.len, shape.ptr);
-    PyDimMem_FREE(shape.ptr);
-    return result;
 }
 
 KERNEL(in_range) {
@@ -290,7 +288,8 @@ static PyObject *product(PyObject *a, PyObject *b, int transposed) {
     return result;
 }
 
-/* After numpy.seterr NumPy's product may raise where a number vanishes, which portable knows to be right. */
+/* After numpy.seterr(under="raise") NumPy's product raises where a number underflows, which is no error: see portable.
+ */
 #define PORTABLE_IF_FLAGGED(result)                                                                                    \
     if (!(result) && (PyErr_ExceptionMatches(PyExc_FloatingPointError) || PyErr_ExceptionMatches(PyExc_Warning))) {    \
         PyErr_Clear();                                                                                                 \
@@ -303,8 +302,7 @@ KERNEL(affine) {
                     (args[2] == Py_None || (is_like(args[2], type, DIM(args[1], 1)) && NDIM(args[2]) == 1)));
     PyObject *y = product(args[0], args[1], 0);
     PORTABLE_IF_FLAGGED(y);
-    if (y && args[2] != Py_None)
-        RUN(type, SIZE(y), add_bias, DATA(y), DATA(args[2]), DIM(y, 0), DIM(y, 1));
+    if (y && args[2] != Py_None) RUN(type, SIZE(y), add_bias, DATA(y), DATA(args[2]), DIM(y, 0), DIM(y, 1));
     return y;
 }
 
@@ -319,8 +317,8 @@ KERNEL(bias_grad) {
 KERNEL(affine_grad) {
     const int type = nargs == 4 ? real_type(args[1]) : 0;
     PORTABLE_UNLESS(type && is_matrix(args[0], type) && NDIM(args[1]) == 2 && is_matrix(args[2], type) &&
-                    (args[3] == Py_None || (is_like(args[3], type, DIM(args[1], 1)) && NDIM(args[3]) == 1 &&
-                                            is_writable(args[3]))));
+                    (args[3] == Py_None ||
+                     (is_like(args[3], type, DIM(args[1], 1)) && NDIM(args[3]) == 1 && is_writable(args[3]))));
     PyObject *x_T = PyArray_Transpose(ARRAY(args[0]), NULL);
     PyObject *dW = x_T ? PyArray_MatrixProduct2(x_T, args[1], ARRAY(args[2])) : NULL;
     Py_XDECREF(x_T);
@@ -400,21 +398,25 @@ typedef struct {
 
 static Weight as_weight(PyObject *weight, int type, Size terms) {
     if (weight == Py_None) return (Weight){1, NULL, terms > 0};
-    const int ready = real_type(weight) == type && NDIM(weight) == 1 && SIZE(weight) && terms && terms % SIZE(weight) == 0;
+    const int ready =
+        real_type(weight) == type && NDIM(weight) == 1 && SIZE(weight) && terms && terms % SIZE(weight) == 0;
     return (Weight){ready ? SIZE(weight) : 1, ready ? DATA(weight) : NULL, ready};
 }
 
-/* Return whether `dout` is a number that C reads like Python, and read it. */
-static int read_number(PyObject *dout, double *value) {
-    if (PyFloat_CheckExact(dout)) *value = PyFloat_AS_DOUBLE(dout);
-    else if (PyLong_CheckExact(dout)) *value = PyLong_AsDouble(dout);
-    else return 0;
+/* Return whether `object` is a number that C reads like Python, and read it. */
+static int read_number(PyObject *object, double *value) {
+    if (PyFloat_Check(object))
+        *value = PyFloat_AS_DOUBLE(object); /* numpy.float64 too */
+    else if (PyLong_CheckExact(object))
+        *value = PyLong_AsDouble(object);
+    else
+        return 0;
     if (*value == -1 && PyErr_Occurred()) return PyErr_Clear(), 0;
     return 1;
 }
 
-/* Call the loss's loop `name` without the GIL where there is much to do, and store what it returns. */
-#define RUN_LOSS(result, type, size, name, ...)                                                                        \
+/* Keep what the loop `name` returns, called without the GIL where there is much to do. */
+#define RUN_RETURNING(result, type, size, name, ...)                                                                   \
     do {                                                                                                               \
         PyThreadState *released = (size) >= WITHOUT_GIL ? PyEval_SaveThread() : NULL;                                  \
         result = (type) == NPY_FLOAT ? name##_f32(__VA_ARGS__) : name##_f64(__VA_ARGS__);                              \
@@ -429,33 +431,37 @@ static PyObject *loss_and(double loss, int type, PyObject *y) {
     return result;
 }
 
-/* A loss for labels, and its gradient, of scores with so many classes to a label. */
-#define CLASS_LOSS_KERNELS(name, classes)                                                                              \
+/* A loss for labels, and its gradient: `classes` scores belong to each label, if the shapes of x and t are `fitting`.
+ */
+#define CLASS_LOSS_KERNELS(name, classes, fitting)                                                                     \
     KERNEL(name) {                                                                                                     \
         PORTABLE_UNLESS(nargs == 3);                                                                                   \
         PyObject *x = args[0], *t = args[1], *y;                                                                       \
-        const int type = SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
+        const int type = SIZED(x) && is_labels(t) && (fitting) ? real_type(x) : 0;                                     \
         const Weight w = type ? as_weight(args[2], type, SIZE(t)) : (Weight){0};                                       \
         PORTABLE_UNLESS(w.ready);                                                                                      \
         double loss;                                                                                                   \
         if (!(y = NEW_LIKE(x, type))) return NULL;                                                                     \
-        RUN_LOSS(loss, type, SIZE(x), name, DATA(x), as_labels(t), DATA(y), SIZE(t), classes, w.groups, w.data);       \
+        RUN_RETURNING(loss, type, SIZE(x), name, DATA(x), as_labels(t), DATA(y), SIZE(t), classes, w.groups, w.data);  \
         return loss_and(loss, type, y);                                                                                \
     }                                                                                                                  \
     KERNEL(name##_grad) {                                                                                              \
         PORTABLE_UNLESS(nargs == 4);                                                                                   \
         PyObject *x = args[0], *t = args[1], *dx;                                                                      \
         double dout;                                                                                                   \
-        const int type = SIZED(x) && is_labels(t) && SIZE(t) * classes == SIZE(x) ? real_type(x) : 0;    \
+        const int type = SIZED(x) && is_labels(t) && (fitting) ? real_type(x) : 0;                                     \
         const Weight w = type ? as_weight(args[3], type, SIZE(t)) : (Weight){0};                                       \
         PORTABLE_UNLESS(w.ready && read_number(args[2], &dout));                                                       \
         if ((dx = NEW_LIKE(x, type)))                                                                                  \
-            RUN(type, SIZE(x), name##_grad, DATA(x), as_labels(t), dout, DATA(dx), SIZE(t), classes, w.groups, w.data); \
+            RUN(type, SIZE(x), name##_grad, DATA(x), as_labels(t), dout, DATA(dx), SIZE(t), classes, w.groups,         \
+                w.data);                                                                                               \
         return dx;                                                                                                     \
     }
 
-CLASS_LOSS_KERNELS(softmax_loss, LAST(x))
-CLASS_LOSS_KERNELS(sigmoid_loss, 1)
+CLASS_LOSS_KERNELS(softmax_loss, LAST(x),
+                   NDIM(t) == NDIM(x) - 1 &&
+                       PyArray_CompareLists(PyArray_DIMS(ARRAY(x)), PyArray_DIMS(ARRAY(t)), NDIM(t)))
+CLASS_LOSS_KERNELS(sigmoid_loss, 1, same_shape(x, t))
 
 KERNEL(squared_error) {
     const int type = nargs == 3 ? real_type(args[0]) : 0;
@@ -463,7 +469,8 @@ KERNEL(squared_error) {
     const Weight w = as_weight(args[2], type, SIZE(args[0]));
     PORTABLE_UNLESS(w.ready);
     double loss;
-    RUN_LOSS(loss, type, SIZE(args[0]), squared_error, DATA(args[0]), DATA(args[1]), SIZE(args[0]), w.groups, w.data);
+    RUN_RETURNING(loss, type, SIZE(args[0]), squared_error, DATA(args[0]), DATA(args[1]), SIZE(args[0]), w.groups,
+                  w.data);
     return scalar(loss, type);
 }
 
@@ -514,7 +521,8 @@ static PyObject *normalized(PyObject *y, PyObject *mean, PyObject *rstd) {
 
 KERNEL(batch_norm) {
     double momentum, eps;
-    const int type = nargs == 7 && read_number(args[5], &momentum) && read_number(args[6], &eps) ? real_type(args[0]) : 0;
+    const int type =
+        nargs == 7 && read_number(args[5], &momentum) && read_number(args[6], &eps) ? real_type(args[0]) : 0;
     PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && SIZE(args[0]) && are_vectors(args, 1, 4, type, DIM(args[0], 1)) &&
                     is_writable(args[3]) && is_writable(args[4]));
     PyObject *x = args[0], *y = NEW_LIKE(x, type), *mean = NEW_LIKE(args[1], type), *rstd = NEW_LIKE(args[1], type);
@@ -570,7 +578,7 @@ KERNEL(embedding) {
     PORTABLE_UNLESS(type && NDIM(args[0]) == 2 && is_labels(args[1]) && NDIM(args[1]) < NPY_MAXDIMS);
     Size shape[NPY_MAXDIMS + 1];
     const int ndim = NDIM(args[1]);
-    memcpy(shape, PyArray_DIMS(ARRAY(args[1])), ndim * sizeof(Size));
+    for (int i = 0; i < ndim; i++) shape[i] = DIM(args[1], i);
     shape[ndim] = DIM(args[0], 1);
     PyObject *W = args[0], *y = new_array(ndim + 1, shape, type);
     if (y) RUN(type, SIZE(y), embedding, DATA(W), as_labels(args[1]), DATA(y), SIZE(args[1]), DIM(W, 0), DIM(W, 1));
@@ -585,48 +593,90 @@ KERNEL(embedding_grad) {
     const Labels idx = as_labels(args[0]);
     const Size rows = DIM(args[2], 0);
     PORTABLE_UNLESS(labels_in_range(idx, SIZE(args[0]), rows));
-    RUN(type, SIZE(args[2]), embedding_grad, idx, DATA(args[1]), DATA(args[2]), SIZE(args[0]), rows, DIM(args[2], 1));
+    RUN(type, SIZE(args[1]) + SIZE(args[2]), embedding_grad, idx, DATA(args[1]), DATA(args[2]), SIZE(args[0]), rows,
+        DIM(args[2], 1));
     Py_RETURN_NONE;
 }
 
 /* ---- optimizers ---- */
 
-/* Return the element i of the list `lists[j]` if it is an array of the loops like that of lists[0], else NULL. */
-static PyObject *array_at(PyObject *const *lists, int j, Py_ssize_t i) {
-    PyObject *first = PyList_GET_ITEM(lists[0], i), *array = PyList_GET_ITEM(lists[j], i);
-    const int type = real_type(first);
-    const int ready = type && real_type(array) == type && same_shape(first, array) && (j == 1 || is_writable(array));
-    return ready ? array : NULL;
+static inline int overlap(PyObject *a, PyObject *b) {
+    const char *start = DATA(a), *other = DATA(b);
+    return start < other + PyArray_NBYTES(ARRAY(b)) && other < start + PyArray_NBYTES(ARRAY(a));
 }
 
-/* Return whether the `count` arguments are lists of equal length, whose arrays array_at returns. */
-static int are_lists(PyObject *const *lists, int count) {
-    for (int j = 0; j < count; j++)
-        if (!PyList_CheckExact(lists[j]) || PyList_GET_SIZE(lists[j]) != PyList_GET_SIZE(lists[0])) return 0;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(lists[0]); i++)
-        for (int j = 0; j < count; j++)
-            if (!array_at(lists, j, i)) return 0;
+/* Return whether the loops take these arrays, which are a parameter, its gradient and its state: all but the gradient
+   are written, so that they must not overlap. */
+static int are_ready(PyObject *const *arrays, int count) {
+    const int type = real_type(arrays[0]);
+    for (int j = 0; j < count; j++) {
+        if (!type || real_type(arrays[j]) != type || !same_shape(arrays[0], arrays[j])) return 0;
+        if (j != 1 && !is_writable(arrays[j])) return 0;
+        for (int i = 0; i < j; i++)
+            if (overlap(arrays[i], arrays[j])) return 0;
+    }
     return 1;
 }
 
-KERNEL(can_update) {
-    if (nargs == 2 && are_lists(args, 2)) Py_RETURN_TRUE;
-    return call_portable(__func__, args, nargs);
+#define MOST_LISTS 4
+
+/* The items of lists, which another thread may change while a loop runs without the GIL. */
+typedef struct {
+    PyObject *tuples[MOST_LISTS];
+    Py_ssize_t length;
+    int count, ready;
+} Lists;
+
+static void item(const Lists *lists, Py_ssize_t i, PyObject **arrays) {
+    for (int j = 0; j < lists->count; j++) arrays[j] = PyTuple_GET_ITEM(lists->tuples[j], i);
 }
 
-/* An optimizer of so many lists of arrays and settings. */
-#define OPTIMIZER_KERNEL(name, lists, settings)                                                                        \
+static void release(Lists *lists) {
+    for (int j = 0; j < lists->count; j++) Py_XDECREF(lists->tuples[j]);
+}
+
+/* Hold the items of so many lists, and look whether the loops can take all of them. */
+static Lists hold(PyObject *const *args, int count) {
+    Lists lists = {{NULL}, 0, count, 1};
+    for (int j = 0; j < count; j++) {
+        lists.tuples[j] = PyList_CheckExact(args[j]) ? PyList_AsTuple(args[j]) : NULL;
+        if (!lists.tuples[j] || PyTuple_GET_SIZE(lists.tuples[j]) != PyTuple_GET_SIZE(lists.tuples[0])) lists.ready = 0;
+    }
+    PyErr_Clear();
+    lists.length = lists.ready ? PyTuple_GET_SIZE(lists.tuples[0]) : 0;
+    for (Py_ssize_t i = 0; i < lists.length && lists.ready; i++) {
+        PyObject *arrays[MOST_LISTS];
+        item(&lists, i, arrays);
+        lists.ready = are_ready(arrays, count);
+    }
+    if (!lists.ready) lists.length = 0;
+    return lists;
+}
+
+KERNEL(can_update) {
+    PORTABLE_UNLESS(nargs == 2);
+    Lists lists = hold(args, 2);
+    release(&lists);
+    PORTABLE_UNLESS(lists.ready);
+    Py_RETURN_TRUE;
+}
+
+/* An optimizer with `list_count` lists of arrays and `setting_count` numbers. */
+#define OPTIMIZER_KERNEL(name, list_count, setting_count)                                                              \
     KERNEL(name) {                                                                                                     \
-        double s[settings];                                                                                            \
-        int ready = nargs == lists + settings && are_lists(args, lists);                                               \
-        for (int k = 0; k < settings && ready; k++) ready = read_number(args[lists + k], s + k);                       \
-        PORTABLE_UNLESS(ready);                                                                                        \
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); i++) {                                                    \
-            char *a[4] = {NULL};                                                                                       \
-            PyObject *p = PyList_GET_ITEM(args[0], i);                                                                 \
-            for (int j = 0; j < lists; j++) a[j] = DATA(PyList_GET_ITEM(args[j], i));                                  \
-            RUN(PyArray_TYPE(ARRAY(p)), SIZE(p), name, a, SIZE(p), s);                                                 \
+        double s[setting_count];                                                                                       \
+        PORTABLE_UNLESS(nargs == list_count + setting_count);                                                          \
+        for (int k = 0; k < setting_count; k++) PORTABLE_UNLESS(read_number(args[list_count + k], s + k));             \
+        Lists lists = hold(args, list_count);                                                                          \
+        for (Py_ssize_t i = 0; i < lists.length; i++) {                                                                \
+            PyObject *arrays[MOST_LISTS];                                                                              \
+            char *a[MOST_LISTS] = {NULL};                                                                              \
+            item(&lists, i, arrays);                                                                                   \
+            for (int j = 0; j < list_count; j++) a[j] = DATA(arrays[j]);                                               \
+            RUN(PyArray_TYPE(ARRAY(arrays[0])), SIZE(arrays[0]), name, a, SIZE(arrays[0]), s);                         \
         }                                                                                                              \
+        release(&lists);                                                                                               \
+        PORTABLE_UNLESS(lists.ready);                                                                                  \
         Py_RETURN_NONE;                                                                                                \
     }
 
@@ -637,11 +687,11 @@ OPTIMIZER_KERNEL(adagrad, 3, 3)
 OPTIMIZER_KERNEL(rmsprop, 3, 4)
 OPTIMIZER_KERNEL(adam, 4, 5)
 
-static double square_sum(PyObject *grads, double scale) {
+static double square_sum(const Lists *grads, double scale) {
     double sum = 0, part;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads); i++) {
-        PyObject *g = PyList_GET_ITEM(grads, i);
-        RUN_LOSS(part, PyArray_TYPE(ARRAY(g)), SIZE(g), square_sum, DATA(g), SIZE(g), scale);
+    for (Py_ssize_t i = 0; i < grads->length; i++) {
+        PyObject *g = PyTuple_GET_ITEM(grads->tuples[0], i);
+        RUN_RETURNING(part, PyArray_TYPE(ARRAY(g)), SIZE(g), square_sum, DATA(g), SIZE(g), scale);
         sum += part;
     }
     return sum;
@@ -650,41 +700,79 @@ static double square_sum(PyObject *grads, double scale) {
 KERNEL(clip_grads) {
     const double tiny = 0x1p-700;
     double max_norm;
-    PORTABLE_UNLESS(nargs == 2 && are_lists(args, 1) && read_number(args[1], &max_norm));
-    double norm = sqrt(square_sum(args[0], 1)), rate = max_norm / (norm + 1e-6);
+    PORTABLE_UNLESS(nargs == 2 && read_number(args[1], &max_norm));
+    Lists grads = hold(args, 1);
+    double norm = sqrt(square_sum(&grads, 1)), rate = max_norm / (norm + 1e-6);
     if (!isfinite(norm)) {
-        norm = sqrt(square_sum(args[0], tiny));
+        norm = sqrt(square_sum(&grads, tiny));
         rate = isfinite(norm) ? max_norm * tiny / norm : 1;
     }
-    for (Py_ssize_t i = 0; rate < 1 && i < PyList_GET_SIZE(args[0]); i++) {
-        PyObject *g = PyList_GET_ITEM(args[0], i);
+    for (Py_ssize_t i = 0; rate < 1 && i < grads.length; i++) {
+        PyObject *g = PyTuple_GET_ITEM(grads.tuples[0], i);
         RUN(PyArray_TYPE(ARRAY(g)), SIZE(g), scale, DATA(g), SIZE(g), rate);
     }
+    release(&grads);
+    PORTABLE_UNLESS(grads.ready);
     Py_RETURN_NONE;
 }
 
 KERNEL(all_finite) {
-    PORTABLE_UNLESS(nargs == 1 && are_lists(args, 1));
+    PORTABLE_UNLESS(nargs == 1);
+    Lists arrays = hold(args, 1);
     int finite = 1;
-    for (Py_ssize_t i = 0; finite && i < PyList_GET_SIZE(args[0]); i++) {
-        PyObject *a = PyList_GET_ITEM(args[0], i);
-        RUN_LOSS(finite, PyArray_TYPE(ARRAY(a)), SIZE(a), all_finite, DATA(a), SIZE(a));
+    for (Py_ssize_t i = 0; finite && i < arrays.length; i++) {
+        PyObject *a = PyTuple_GET_ITEM(arrays.tuples[0], i);
+        RUN_RETURNING(finite, PyArray_TYPE(ARRAY(a)), SIZE(a), all_finite, DATA(a), SIZE(a));
     }
+    release(&arrays);
+    PORTABLE_UNLESS(arrays.ready);
     return PyBool_FromLong(finite);
 }
 
 /* ---- the module ---- */
 
-#define METHOD(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, "As nnx.kernels.portable." #name "."}
+#define METHOD(name)                                                                                                   \
+    {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, "As nnx.kernels.portable." #name "."}
 
 static PyMethodDef methods[] = {
-    METHOD(empty), METHOD(in_range), METHOD(affine), METHOD(affine_grad), METHOD(input_grad), METHOD(bias_grad), METHOD(sigmoid), METHOD(sigmoid_grad), METHOD(relu),
-    METHOD(relu_grad), METHOD(tanh), METHOD(tanh_grad), METHOD(gelu), METHOD(gelu_grad), METHOD(softmax), METHOD(softmax_grad),
-    METHOD(softmax_loss), METHOD(softmax_loss_grad), METHOD(sigmoid_loss), METHOD(sigmoid_loss_grad),
-    METHOD(squared_error), METHOD(squared_error_grad), METHOD(dropout), METHOD(batch_norm), METHOD(batch_norm_grad),
-    METHOD(layer_norm), METHOD(layer_norm_grad), METHOD(embedding), METHOD(embedding_grad), METHOD(can_update),
-    METHOD(sgd), METHOD(momentum), METHOD(nesterov), METHOD(adagrad), METHOD(rmsprop), METHOD(adam),
-    METHOD(clip_grads), METHOD(all_finite), {NULL, NULL, 0, NULL},
+    METHOD(in_range),
+    METHOD(affine),
+    METHOD(affine_grad),
+    METHOD(input_grad),
+    METHOD(bias_grad),
+    METHOD(sigmoid),
+    METHOD(sigmoid_grad),
+    METHOD(relu),
+    METHOD(relu_grad),
+    METHOD(tanh),
+    METHOD(tanh_grad),
+    METHOD(gelu),
+    METHOD(gelu_grad),
+    METHOD(softmax),
+    METHOD(softmax_grad),
+    METHOD(softmax_loss),
+    METHOD(softmax_loss_grad),
+    METHOD(sigmoid_loss),
+    METHOD(sigmoid_loss_grad),
+    METHOD(squared_error),
+    METHOD(squared_error_grad),
+    METHOD(dropout),
+    METHOD(batch_norm),
+    METHOD(batch_norm_grad),
+    METHOD(layer_norm),
+    METHOD(layer_norm_grad),
+    METHOD(embedding),
+    METHOD(embedding_grad),
+    METHOD(can_update),
+    METHOD(sgd),
+    METHOD(momentum),
+    METHOD(nesterov),
+    METHOD(adagrad),
+    METHOD(rmsprop),
+    METHOD(adam),
+    METHOD(clip_grads),
+    METHOD(all_finite),
+    {NULL, NULL, 0, NULL},
 };
 
 static int exec_module(PyObject *module) {
@@ -707,11 +795,17 @@ static PyModuleDef_Slot slots[] = {
 #ifdef Py_mod_gil
     {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #endif
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* nor does NumPy */
+#endif
     {0, NULL},
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "nnx.kernels.native", .m_methods = methods, .m_slots = slots,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "nnx.kernels.native",
+    .m_methods = methods,
+    .m_slots = slots,
     .m_doc = "The kernels in C, on NumPy's C API.",
 };
 

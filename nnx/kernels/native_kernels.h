@@ -1,7 +1,8 @@
 /* The loops of the native kernels, for T = float or double; native.c includes this file once per type.
 
-   N rows, D features or C classes, n elements. Arrays are C-contiguous. Sums have an order that follows from the
-   shapes alone, the same for every instruction set: LANES interleaved partial sums, or rows in groups of two to eight. */
+   N rows, D features or C classes, n elements. Arrays are C-contiguous. The order of a sum follows from the shapes
+   alone and is the same for every instruction set: LANES interleaved partial sums, or rows in groups of two to eight.
+   So all instruction sets give the same bits; only the logarithm of the softmax loss is the C library's. */
 
 #include "native_math.h"
 
@@ -19,17 +20,17 @@ INLINE T NAME(add_lanes)(T *lanes) {
 #define SUM(total, n, term)                                                                                            \
     do {                                                                                                               \
         T sum_ = 0;                                                                                                    \
-        Size start_ = 0;                                                                                                  \
+        Size start_ = 0;                                                                                               \
         if ((n) >= LANES) {                                                                                            \
             T lanes_[LANES] = {0};                                                                                     \
             for (; start_ + LANES <= (n); start_ += LANES)                                                             \
                 for (int lane_ = 0; lane_ < LANES; lane_++) {                                                          \
-                    const Size k = start_ + lane_;                                                                        \
+                    const Size k = start_ + lane_;                                                                     \
                     lanes_[lane_] += (term);                                                                           \
                 }                                                                                                      \
             sum_ = NAME(add_lanes)(lanes_);                                                                            \
         }                                                                                                              \
-        for (Size k = start_; k < (n); k++) sum_ += (term);                                                               \
+        for (Size k = start_; k < (n); k++) sum_ += (term);                                                            \
         (total) = sum_;                                                                                                \
     } while (0)
 
@@ -54,12 +55,12 @@ FAST static void NAME(bias_grad)(const T *restrict dout, T *restrict out, Size r
 /* ---- activations ---- */
 
 #define ELEMENTWISE(name, ...)                                                                                         \
-    FAST static void NAME(name)(const T *restrict x, T *restrict y, Size n) {                                             \
-        for (Size i = 0; i < n; i++) y[i] = (__VA_ARGS__);                                                                \
+    FAST static void NAME(name)(const T *restrict x, T *restrict y, Size n) {                                          \
+        for (Size i = 0; i < n; i++) y[i] = (__VA_ARGS__);                                                             \
     }
 #define ELEMENTWISE_GRAD(name, ...)                                                                                    \
-    FAST static void NAME(name)(const T *restrict dout, const T *restrict y, T *restrict dx, Size n) {                    \
-        for (Size i = 0; i < n; i++) {                                                                                    \
+    FAST static void NAME(name)(const T *restrict dout, const T *restrict y, T *restrict dx, Size n) {                 \
+        for (Size i = 0; i < n; i++) {                                                                                 \
             const T d = dout[i];                                                                                       \
             dx[i] = (__VA_ARGS__);                                                                                     \
         }                                                                                                              \
@@ -72,7 +73,7 @@ ELEMENTWISE_GRAD(relu_grad, y[i] > 0 ? d : 0)
 ELEMENTWISE(tanh, NAME(scalar_tanh)(x[i]))
 ELEMENTWISE_GRAD(tanh_grad, d * (1 - y[i] * y[i]))
 ELEMENTWISE(gelu, NAME(scalar_gelu)(x[i]))
-ELEMENTWISE_GRAD(gelu_grad, d * NAME(gelu_derivative)(y[i]))
+ELEMENTWISE_GRAD(gelu_grad, d *NAME(gelu_derivative)(y[i]))
 
 #define LARGER(a, b) ((a) < (b) ? (b) : (a))
 
@@ -101,7 +102,7 @@ INLINE void NAME(exp_rows)(const T *restrict x, T *restrict y, T *restrict tops,
     for (Size r = 0; r < rows; r++) SUM(totals[r], classes, y[r * classes + k]);
 }
 
-/* Rows of which together a block is at work. */
+/* The number of rows that make up one block. */
 #define BLOCK_ROWS(classes) ((classes) < BLOCK ? BLOCK / (classes) : 1)
 
 FAST static void NAME(softmax)(const T *restrict x, T *restrict y, Size rows, Size classes) {
@@ -117,7 +118,8 @@ FAST static void NAME(softmax)(const T *restrict x, T *restrict y, Size rows, Si
     }
 }
 
-FAST static void NAME(softmax_grad)(const T *restrict dout, const T *restrict y, T *restrict dx, Size rows, Size classes) {
+FAST static void NAME(softmax_grad)(const T *restrict dout, const T *restrict y, T *restrict dx, Size rows,
+                                    Size classes) {
     for (Size r = 0; r < rows; r++, dout += classes, y += classes, dx += classes) {
         T total;
         SUM(total, classes, dout[k] * y[k]);
@@ -162,8 +164,8 @@ INLINE double NAME(add_losses)(const T *restrict losses, Size first, Size count,
     return sum;
 }
 
-FAST static double NAME(softmax_loss)(const T *restrict x, Labels t, T *restrict y, Size rows, Size classes, Size groups,
-                                      const T *weight) {
+FAST static double NAME(softmax_loss)(const T *restrict x, Labels t, T *restrict y, Size rows, Size classes,
+                                      Size groups, const T *weight) {
     T tops[BLOCK], totals[BLOCK];
     double loss = 0;
     const Size step = BLOCK_ROWS(classes);
@@ -184,14 +186,15 @@ FAST static double NAME(softmax_loss)(const T *restrict x, Labels t, T *restrict
 }
 
 /* dx = (y - onehot(t)) * factor, where factor = dout / N, times its weight. */
-FAST static void NAME(softmax_loss_grad)(const T *restrict y, Labels t, double dout, T *restrict dx, Size rows, Size classes,
-                                         Size groups, const T *weight) {
+FAST static void NAME(softmax_loss_grad)(const T *restrict y, Labels t, double dout, T *restrict dx, Size rows,
+                                         Size classes, Size groups, const T *weight) {
     const Size group = rows / groups;
     for (Size m = 0, r = 0; m < groups; m++) {
         const T factor = (T)((weight ? weight[m] : 1) * (dout / group));
-        if (weight && factor == 0) memset(dx + r * classes, 0, group * classes * sizeof(T));
+        const int left_out = weight && weight[m] == 0;
+        if (left_out) memset(dx + r * classes, 0, group * classes * sizeof(T));
         for (Size end = r + group; r < end; r++) {
-            if (weight && factor == 0) continue;
+            if (left_out) continue;
             const T *row = y + r * classes;
             T *out = dx + r * classes;
             const Size label = label_at(t, r);
@@ -217,7 +220,7 @@ FAST static double NAME(sigmoid_loss)(const T *restrict x, Labels t, T *restrict
             losses[i] = (z > 0 ? z : 0) + NAME(log1p01)(exps[i]);
         }
         for (Size i = 0; i < count && !valid; i++)
-            if (labels[i] != 0 && labels[i] != 1) losses[i] = y[i] = (T)NAN;
+            if (label_at(t, first + i) & ~(int64_t)1) losses[i] = y[i] = (T)NAN;
         loss += NAME(add_losses)(losses, first, count, n / groups, weight);
     }
     return loss / (n / groups);
@@ -234,7 +237,7 @@ FAST static void NAME(sigmoid_loss_grad)(const T *restrict y, Labels t, double d
             const Size count = end - i < BLOCK ? end - i : BLOCK;
             NAME(read_labels)(t, i, count, labels);
             for (Size k = 0; k < count; k++) dx[i + k] = (y[i + k] - labels[k]) * factor;
-            if (weight && factor == 0) memset(dx + i, 0, count * sizeof(T));
+            if (weight && weight[m] == 0) memset(dx + i, 0, count * sizeof(T));
             i += count;
         }
     }
@@ -258,7 +261,7 @@ FAST static void NAME(squared_error_grad)(const T *restrict x, const T *restrict
     for (Size m = 0; m < groups; m++, x += group, t += group, dx += group) {
         const T factor = (T)((weight ? weight[m] : 1) * (2 * dout / group));
         for (Size i = 0; i < group; i++) dx[i] = (x[i] - t[i]) * factor;
-        if (weight && factor == 0) memset(dx, 0, group * sizeof(T));
+        if (weight && weight[m] == 0) memset(dx, 0, group * sizeof(T));
     }
 }
 
@@ -299,7 +302,8 @@ INLINE void NAME(column_moments)(const T *restrict x, T *restrict mean, T *restr
 
 FAST static void NAME(batch_norm)(const T *restrict x, const T *restrict gamma, const T *restrict beta,
                                   T *restrict running_mean, T *restrict running_var, double momentum, double eps,
-                                  T *restrict y, T *restrict mean, T *restrict rstd, T *restrict scale, Size rows, Size d) {
+                                  T *restrict y, T *restrict mean, T *restrict rstd, T *restrict scale, Size rows,
+                                  Size d) {
     const T keep = (T)momentum, learn = (T)(1 - momentum), epsilon = (T)eps;
     NAME(column_moments)(x, mean, rstd, rows, d);
     for (Size c = 0; c < d; c++) {
@@ -365,7 +369,7 @@ FAST static void NAME(layer_norm_grad)(const T *restrict dout, const T *restrict
         SUM(sum, d, dout[k] * gamma[k]);
         SUM(product, d, dout[k] * gamma[k] * (x[k] - mean));
         sum /= d;
-        product *= rstd * rstd / d;
+        product = product * rstd / d * rstd; /* rstd * rstd may overflow */
         for (Size c = 0; c < d; c++) {
             const T centered = x[c] - mean;
             dgamma[c] += dout[c] * (centered * rstd);
@@ -385,17 +389,25 @@ static void NAME(embedding)(const T *W, Labels idx, T *y, Size n, Size rows, Siz
     }
 }
 
-FAST static void NAME(embedding_grad)(Labels idx, const T *restrict dout, T *restrict out, Size n, Size rows, Size columns) {
+FAST static void NAME(embedding_grad)(Labels idx, const T *restrict dout, T *restrict out, Size n, Size rows,
+                                      Size columns) {
     memset(out, 0, rows * columns * sizeof(T));
     for (Size i = 0; i < n; i++, dout += columns) {
-        T *restrict row = out + label_at(idx, i) * columns;
-        for (Size c = 0; c < columns; c++) row[c] += dout[c];
+        const Size row = label_at(idx, i);
+        if (row < 0 || row >= rows) continue;
+        for (Size c = 0; c < columns; c++) out[row * columns + c] += dout[c];
     }
 }
 
-/* ---- optimizers: `a` has the parameter, its gradient and its state, `s` the settings; the last is decay_factor ---- */
+/* ---- optimizers: `a` has the parameter, its gradient and its state, `s` the settings; the last is decay_factor ----
+ */
 
-#define OPTIMIZER(name, ...)                                                                                               FAST static void NAME(name)(char *const *a, Size n, const double *s) {                                                        T *restrict p = (T *)a[0], *restrict h = (T *)a[2], *restrict v = (T *)a[3];                                           const T *restrict g = (const T *)a[1];                                                                                 __VA_ARGS__                                                                                                            (void)h, (void)v;                                                                                                  }
+#define OPTIMIZER(name, ...)                                                                                           \
+    FAST static void NAME(name)(char *const *a, Size n, const double *s) {                                             \
+        T *restrict p = (T *)a[0], *restrict h = (T *)a[2], *restrict v = (T *)a[3];                                   \
+        const T *restrict g = (const T *)a[1];                                                                         \
+        __VA_ARGS__(void) h, (void)v;                                                                                  \
+    }
 
 OPTIMIZER(sgd, {
     const T lr = (T)s[0], decay = (T)s[1];

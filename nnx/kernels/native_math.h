@@ -19,8 +19,8 @@
 #define ROUND_SHIFT C(12582912.0) /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
 #define LN2_HIGH C(0.693359375)   /* few bits, so that n * LN2_HIGH is exact */
 #define LN2_LOW C(-2.12194440054690583e-4)
-#define EXP_ZERO C(-88.03)        /* -EXPONENT_BIAS * ln2, where exp_bounded gives 0 */
-#define GELU_LIMIT C(10.031)      /* sqrt(8 / pi) * (x + 0.044715 x^3) is -EXP_ZERO */
+#define EXP_ZERO C(-88.03)   /* -EXPONENT_BIAS * ln2, where exp_bounded gives 0 */
+#define GELU_LIMIT C(10.031) /* sqrt(8 / pi) * (x + 0.044715 x^3) is -EXP_ZERO */
 #else
 #define BITS uint64_t
 #define FABS __builtin_fabs
@@ -37,13 +37,19 @@
 #endif
 
 INLINE BITS NAME(to_bits)(T x) {
-    union { T value; BITS bits; } u = {x};
+    union {
+        T value;
+        BITS bits;
+    } u = {x};
     return u.bits;
 }
 
 /* 2^n, of which the low bits of `n` count; 0 for n = -EXPONENT_BIAS. */
 INLINE T NAME(power_of_two)(BITS n) {
-    union { BITS bits; T value; } u = {(n + EXPONENT_BIAS) << MANTISSA_BITS};
+    union {
+        BITS bits;
+        T value;
+    } u = {(n + EXPONENT_BIAS) << MANTISSA_BITS};
     return u.value;
 }
 
@@ -53,28 +59,26 @@ INLINE T NAME(exp_parts)(T x, BITS *n) {
     T shifted = x * C(1.44269504088896341) + ROUND_SHIFT, k = shifted - ROUND_SHIFT;
     T r = (x - k * LN2_HIGH) - k * LN2_LOW;
 #if IS_FLOAT
-    T p = (((C(0.0013814462623) * r + C(0.0083687804546)) * r + C(0.041668394293)) * r + C(0.16666520107))
-        * r + C(0.49999993412);
+    T p = (((C(0.0013814462623) * r + C(0.0083687804546)) * r + C(0.041668394293)) * r + C(0.16666520107)) * r +
+          C(0.49999993412);
 #else
-    T p = ((((((((C(2.49999705548344989e-8) * r + C(2.76303786118725452e-7)) * r + C(2.75575873212122346e-6))
-        * r + C(2.48014927626099010e-5)) * r + C(1.98412695047945233e-4)) * r + C(1.38888889439224562e-3))
-        * r + C(8.33333333349560764e-3)) * r + C(4.16666666665291894e-2)) * r + C(0.166666666666664103))
-        * r + C(0.500000000000001072);
+    T p = ((((((((C(2.49999705548344989e-8) * r + C(2.76303786118725452e-7)) * r + C(2.75575873212122346e-6)) * r +
+                C(2.48014927626099010e-5)) *
+                   r +
+               C(1.98412695047945233e-4)) *
+                  r +
+              C(1.38888889439224562e-3)) *
+                 r +
+             C(8.33333333349560764e-3)) *
+                r +
+            C(4.16666666665291894e-2)) *
+               r +
+           C(0.166666666666664103)) *
+              r +
+          C(0.500000000000001072);
 #endif
     *n = NAME(to_bits)(shifted);
     return (p * (r * r) + r) + C(1.0);
-}
-
-/* exp(x), with overflow to infinity and gradual underflow to 0. Error 0.98 / 0.99. */
-INLINE T NAME(exp)(T x) {
-    const T low = IS_FLOAT ? C(-104.0) : C(-746.0), high = IS_FLOAT ? C(89.0) : C(710.0);
-    BITS n;
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    T m = NAME(exp_parts)(x, &n);
-    n += 2 * EXPONENT_BIAS; /* not negative, for the shift */
-    BITS half = n >> 1;     /* 2^n may overflow where m * 2^n does not: two factors */
-    return m * NAME(power_of_two)(half - EXPONENT_BIAS) * NAME(power_of_two)(n - half - EXPONENT_BIAS);
 }
 
 /* exp(x) for EXP_ZERO <= x <= 0; the scale factor is 0 for n = -EXPONENT_BIAS, so that exp(EXP_ZERO) is 0. */
@@ -117,9 +121,16 @@ INLINE T NAME(log1p01)(T u) {
 #if IS_FLOAT
     T r = (C(0.30360561365) * z + C(0.3995782584)) * z + C(0.66666947346);
 #else
-    T r = ((((((C(0.0959325974290810804) * z + C(0.138484399522663787)) * z + C(0.153475478578339483))
-        * z + C(0.181831314512330903)) * z + C(0.222221969667676447)) * z + C(0.285714288322369615))
-        * z + C(0.399999999986981619)) * z + C(0.666666666666689685);
+    T r = ((((((C(0.0959325974290810804) * z + C(0.138484399522663787)) * z + C(0.153475478578339483)) * z +
+              C(0.181831314512330903)) *
+                 z +
+             C(0.222221969667676447)) *
+                z +
+            C(0.285714288322369615)) *
+               z +
+           C(0.399999999986981619)) *
+              z +
+          C(0.666666666666689685);
 #endif
     return k * LN2_HIGH - ((h - (s * (h + r * z) + k * LN2_LOW)) - f);
 }

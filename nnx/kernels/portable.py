@@ -33,7 +33,6 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_grad",
-    "empty",
     "gather",
     "gelu",
     "gelu_grad",
@@ -62,11 +61,6 @@ __all__ = [
 ]
 
 _TINY = 2.0**-700
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an uninitialised C-ordered array."""
-    return np.empty(shape, dtype)
 
 
 def gather(x: Array, idx: Array) -> Array:
