@@ -43,7 +43,7 @@ def to_gpu(x: Any) -> Array:
 
 
 def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
-    """Return `x`, an array of either module or a nested list, as an array of the active module.
+    """Return `x`, an array of either module or a nested list, as an array of the array module.
 
     No copy is made where `x` is one already and has `dtype`.
 
@@ -93,7 +93,7 @@ def check_unmasked(x: Any, name: str) -> None:
 
 
 def asfloat(x: Any, dtype: Any, name: str) -> Array:
-    """Return `x` as a floating array of the active module.
+    """Return `x` as a floating array of the array module.
 
     `dtype=None` keeps a floating dtype and makes integers `result_type(x, float32)`.
     """
@@ -151,7 +151,7 @@ def loss_grad(layer: Any, dout: Any) -> Any:
 
 
 def check_weights(name: str, **weights: Any) -> None:
-    """Raise a TypeError unless every weight is a floating array of the active module, and computes as such.
+    """Raise a TypeError unless every weight is a floating array of the array module, and computes as such.
 
     Nothing is converted: a converted copy would no longer be the array that another layer shares,
     and integer weights would swallow their gradients. A numpy.memmap computes as an array, a
