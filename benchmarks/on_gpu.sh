@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Check and measure nnx on this machine's CUDA device, in about eight minutes:
+# Check and measure nnx on this machine's CUDA device, in ten minutes at most:
 #
 #     benchmarks/on_gpu.sh [FOLDER]    # of <device>.json, <device>.md and logs, benchmarks/results by default
+#
+# FOLDER/peers has the same for nnx beside PyTorch and JAX, where they are installed: steps of a net on which the
+# GPU waits for Python and of two on which Python waits for it, and layers at a small and a large size.
 #
 # PYTHON (default: python, or python3) needs nnx's extra cuda12 or cuda13, test and bench. A stage that fails or
 # outlasts its limit, which ends it as Ctrl-C does, does not end the run; the exit status says that there was one.
@@ -35,13 +38,18 @@ stage() { # NAME SECONDS COMMAND...: run it, note name, verdict, seconds and the
 stage preflight 30 "$python" -m nnx
 # what other libraries deprecate is not looked for here, and CI has compiled the kernels for all architectures
 tests=("$python" -m pytest -q --tb=short --maxfail=20 -W default)
-stage suite 170 "${tests[@]}" -m "not gpu and not slow" --ignore=tests/test_distributed.py
-stage ranks 100 "${tests[@]}" tests/test_distributed.py
-stage cuda-against-portable 100 "${tests[@]}" -m gpu -k "not compiles_for"
-stage curves 45 "$python" -m benchmarks.curves
-stage benchmarks 145 "$python" -m pytest benchmarks -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds \
+stage suite 150 "${tests[@]}" -m "not gpu and not slow" --ignore=tests/test_distributed.py
+stage ranks 80 "${tests[@]}" tests/test_distributed.py
+stage cuda-against-portable 90 "${tests[@]}" -m gpu -k "not compiles_for"
+stage curves 35 "$python" -m benchmarks.curves
+stage benchmarks 90 "$python" -m pytest benchmarks -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds \
   --benchmark-json="$work/benchmarks.json"
-stage report 30 "$python" -m benchmarks.report "$work/benchmarks.json" "$work/stages" "$folder"
+beside=(floor nnx 'PyTorch eager' jax.jit)
+groups=('2-10-3/30' '784-512-10/128' '1024-4096-1024/512')
+only=('layers/* 32x64' 'layers/* 1024x1024' 'layers/* 1024-4096-1024')
+for group in "${groups[@]}"; do only+=("${beside[@]/#/$group/}"); done
+stage peers 100 "$python" -m benchmarks.compare --quick --only "${only[@]}" --out "$folder/peers"
+stage report 15 "$python" -m benchmarks.report "$work/benchmarks.json" "$work/stages" "$folder"
 
 printf '\n== summary\n'
 column -t -s $'\t' "$work/stages" 2>/dev/null || cat "$work/stages"

@@ -21,7 +21,7 @@ def rows_for(*shapes):
 
 
 LISTS = rows_for((2, 3, 4), (9000,))
-MATRICES = [(5, 7), (1, 1), (1, 4), (40, 100), (300, 17), (9, 700)]
+MATRICES = [(5, 7), (1, 1), (1, 4), (40, 100), (300, 17), (9, 700), (3000, 3)]
 
 # kernel: the shapes it is tried on; the roles of its arguments
 CASES = {

@@ -51,13 +51,20 @@ def test_names_and_arguments_are_those_of_the_reference():
         assert inspect.signature(bound) == inspect.signature(getattr(portable, name))
 
 
-@pytest.mark.parametrize("shape", [(66000, 3), (1100, 257)], ids=["short rows", "long rows"])
-def test_more_rows_than_the_grid_holds(shape):
-    assert_same(
-        outcome(cuda, "softmax_loss", shape, "float32", "C"),
-        outcome(portable, "softmax_loss", shape, "float32", "C"),
-        1e-5,
-    )
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("softmax_loss", (66000, 3)),
+        ("softmax_loss", (1100, 257)),
+        ("relu", (1100, 1000)),
+        ("sigmoid_loss", (1100, 1000)),
+        ("bias_grad", (70000, 3)),
+        ("batch_norm", (70000, 3)),
+        ("batch_norm", (3, 300_000)),
+    ],
+)
+def test_more_than_the_grid_holds(name, shape):
+    assert_same(outcome(cuda, name, shape, "float32", "C"), outcome(portable, name, shape, "float32", "C"), 1e-4)
 
 
 @pytest.mark.parametrize("label_dtype", [*LABELS, "uint8"])
@@ -97,6 +104,28 @@ def test_infinite_and_large_scores_have_their_limits(dtype, zeros):
         assert bool(np.isnan(cuda.softmax(x[row])).any()) == any(numpy.isnan(scores))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "sigmoid", "relu_grad", "tanh_grad", "gelu_grad"])
+def test_extreme_elements_give_what_the_reference_gives(name, dtype):
+    x = np.asarray(numpy.array([-numpy.inf, -6e4, -1.0, -0.0, 0.0, 1e-7, 6e4, numpy.inf, numpy.nan], dtype))
+    given = [x, np.asarray(numpy.array([1, -1, numpy.inf, 2, 3, 4, 5, 6, 7], dtype))][: 1 + name.endswith("grad")]
+    given.reverse()  # dout, x
+    assert_same([getattr(cuda, name)(*given)], [getattr(portable, name)(*given)], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("offset", [0, 1e4])
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm"])
+def test_the_variance_of_numbers_far_from_0_does_not_cancel(name, offset):
+    rng = numpy.random.default_rng(0)
+    x = (rng.normal(size=(2000, 40)) + offset).astype("float32")
+    row, others = np.ones(40, "float32"), {"batch_norm": [np.zeros(40, "float32"), np.ones(40, "float32"), 0.9]}
+    *_, mean, rstd = getattr(cuda, name)(np.asarray(x), row, 0 * row, *others.get(name, []), 1e-5)
+    axis = 0 if name == "batch_norm" else 1
+    exact = x.astype("float64")
+    numpy.testing.assert_allclose(to_cpu(mean), exact.mean(axis), rtol=1e-6, atol=1e-6)
+    numpy.testing.assert_allclose(to_cpu(rstd), 1 / numpy.sqrt(exact.var(axis) + 1e-5), rtol=1e-3 if offset else 1e-5)
+
+
 def test_sigmoid_is_right_in_both_tails():
     x = np.asarray(numpy.array([-1e4, -80, 0, 80, 1e4, -numpy.inf, numpy.inf, numpy.nan], "float32"))
     assert_same([cuda.sigmoid(x)], [portable.sigmoid(x)], 1e-6)
@@ -105,11 +134,12 @@ def test_sigmoid_is_right_in_both_tails():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dout", [1, 0.5, "float16", "float32", "float64"])
-def test_softmax_loss_grad_takes_a_number_or_an_array_without_axes(dout, dtype):
+@pytest.mark.parametrize("name", ["softmax_loss_grad", "sigmoid_loss_grad", "squared_error_grad"])
+def test_the_gradient_of_a_loss_is_a_number_or_an_array_without_axes(name, dout, dtype):
     number = dout if not isinstance(dout, str) else np.full((), 0.5, dout)
-    y, t, *_ = arguments(CASES["softmax_loss_grad"][1], (5, 7), dtype, "C")
-    expected = portable.softmax_loss_grad(y, t, float(number), None)
-    assert_same([cuda.softmax_loss_grad(y, t, number, None)], [expected], TOLERANCE[dtype])
+    x, t, *_ = arguments(CASES[name][1], (5, 7), dtype, "C")
+    expected = getattr(portable, name)(x, t, float(number), None)
+    assert_same([getattr(cuda, name)(x, t, number, None)], [expected], TOLERANCE[dtype])
 
 
 def test_a_scaled_float16_loss_gradient_does_not_overflow():
@@ -207,6 +237,59 @@ def test_a_wrong_shape_is_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_W", ["turned", "columns", "every second"])
+@pytest.mark.parametrize("of_x", ["turned", "columns", "every second", "backwards", "broadcast"])
+def test_products_read_every_layout(of_x, of_W, dtype):
+    def matrix(layout, rows, columns):
+        a = np.asarray(numpy.random.default_rng(rows).normal(size=(20, 20)).astype(dtype))
+        return {
+            "turned": a[:columns, :rows].copy().T,
+            "columns": a[:rows, 1 : 1 + columns],
+            "every second": a[:rows, : 2 * columns : 2],
+            "backwards": a[rows - 1 :: -1, :columns],
+            "broadcast": np.broadcast_to(a[0, :columns], (rows, columns)),
+        }[layout]
+
+    for N, D, H in ((5, 7, 3), (1, 7, 3), (5, 1, 1), (1, 1, 1), (4, 4, 4)):
+        x, W = matrix(of_x, N, D), matrix(of_W, D, H)
+        dout = np.ones((N, H), dtype)
+        dW = np.full((D, H), np.nan, dtype)
+        cuda.affine_grad(x, dout, dW, None)
+        results = [cuda.affine(x, W, None), cuda.input_grad(dout, W), dW]
+        expected = [portable.affine(x, W, None), portable.input_grad(dout, W), x.T.dot(dout)]
+        assert_same(results, expected, TOLERANCE[dtype])
+
+
+def test_products_in_a_lower_precision_are_left_to_cupy(monkeypatch):
+    """CUPY_TF32=1 chooses the tensor cores' short floats, which CuPy alone decides about."""
+    core = pytest.importorskip("cupy._core._routines_linalg")
+    x, W = np.ones((4, 5), "float32"), np.ones((5, 6), "float32")
+    cuda._gemm_plan.cache_clear()
+    monkeypatch.setattr(cuda, "get_compute_type", lambda dtype: core.COMPUTE_TYPE_TF32)
+    monkeypatch.setattr(cuda, "_gemm", None)
+    try:
+        assert bool((cuda.affine(x, W, None) == 5).all())
+    finally:
+        cuda._gemm_plan.cache_clear()
+
+
+def test_arrays_of_another_device_are_refused(monkeypatch):
+    x = np.ones((2, 3), "float32")
+    monkeypatch.setattr(cuda, "getDevice", lambda: 1)
+    with pytest.raises(ValueError, match="sigmoid: the arrays are on GPU 0, and the current one is 1"):
+        cuda.sigmoid(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "uint8", "float16", "bool"])
+def test_gather_takes_rows_of_any_dtype_and_indices_from_the_host(dtype):
+    x = np.asarray(numpy.random.default_rng(0).integers(0, 2, (50, 3, 5)).astype(dtype))
+    for data in (x, x[:, 0, 0], x[1:, :1, :1], x[:, ::2]):
+        idx = numpy.random.default_rng(1).permutation(len(data))[:20]
+        for indices in (idx, np.asarray(idx), np.asarray(idx.astype("int32"))):
+            assert_same([cuda.gather(data, indices)], [data[np.asarray(idx)]], 0)
+
+
 def test_a_weight_gradient_of_another_shape_is_not_filled():
     layer = nnx.MatMul(np.ones((3, 5)))
     layer.grads[0] = np.zeros((5, 3))  # as many elements, which is all that CuPy looks at
@@ -283,27 +366,9 @@ def test_every_kernel_compiles_for(dtype, arch):
 
 
 def sources(dtype):
-    """All kernels for `dtype`: those of cuda.cu for each team, and the elementwise ones as CuPy makes them."""
-    dtype = numpy.dtype(dtype)
-    for team in (4, 32, 256, 1024):
-        yield f"team_of_{team}", cuda._module(dtype.char, team).code
-    kernels = {name: value for name, value in vars(cuda).items() if isinstance(value, np.ElementwiseKernel)}
-    x, t = np.ones((2, 3), dtype), np.zeros(2, int)
-    given = {
-        "_softmax_loss_grad": (x, t, 1.0, 3, 2),
-        "_softmax_loss_grad_array": (x, t, np.ones((), dtype), 3, 2),
-        "_dropout": (x, 1, 2, 3),
-        "_embedding": (x, t, 2, 3, x.copy()),
-    }
-    assert set(given) < set(kernels)
-    for name, kernel in kernels.items():
-        kernel(*given.get(name, [x] * kernel.nin))
-        yield name, ELEMENTWISE_HEAD + next(code for types, code in kernel.cached_codes.items() if types[0] == dtype)
-
-
-ELEMENTWISE_HEAD = "".join(  # what CuPy puts before the code that it keeps
-    f"#include <cupy/{name}>\n" for name in ("complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h")
-)
+    """What cuda.py compiles for `dtype`: the kernels of rows for each size of a team, and all others."""
+    for team in (0, 4, 32, 256, 1024):
+        yield f"team_of_{team}", cuda._module(numpy.dtype(dtype).char, team).code
 
 
 def compiler_options():

@@ -53,6 +53,38 @@ def test_a_step_of_the_two_layer_net(dtype):
     assert counted(model_step(nnx.TwoLayerNet(D, H, C, dtype=dtype, rng=0), x, t)) <= 14
 
 
+LAYERS = {  # launches of forward and backward
+    nnx.Sigmoid: 2,
+    nnx.ReLU: 2,
+    nnx.Tanh: 2,
+    nnx.GELU: 2,
+    nnx.Softmax: 2,
+    nnx.Dropout: 2,
+    nnx.BatchNorm: 4,
+    nnx.LayerNorm: 3,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer(kind, dtype):
+    x, _ = data(dtype=dtype)
+    params = [np.ones(D, dtype), np.zeros(D, dtype)] if kind in (nnx.BatchNorm, nnx.LayerNorm) else []
+    layer = kind(*params)
+    assert counted(lambda: layer.backward(layer.forward(x))) <= LAYERS[kind]
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("kind", [nnx.SoftmaxWithLoss, nnx.SigmoidWithLoss, nnx.MeanSquaredError])
+def test_a_loss(kind, weighted):
+    x, labels = data()
+    t = {nnx.SoftmaxWithLoss: labels, nnx.SigmoidWithLoss: (x > 0).astype("int64")}.get(kind, -x)
+    weight = np.arange(N, dtype="float64") if weighted else None
+    layer = kind()
+    launches = counted(lambda: (layer.forward(x, t, weight), layer.backward()))
+    assert launches <= (9 if weighted else 2)  # their sum, and their division by it
+
+
 def test_clipping_adds_two():
     x, t = data()
     assert counted(model_step(nnx.TwoLayerNet(D, H, C, rng=0), x, t, max_grad=0.1)) <= 14 + 2
@@ -131,3 +163,12 @@ def test_an_evaluation_waits_twice():
     trainer.fit(x, t, max_epoch=4, batch_size=N, eval_interval=3, verbose=False, callbacks=[counts])
     syncs = {iteration: counters["syncs"] for epoch, iteration, counters in counts.steps if epoch == 3}
     assert syncs == {1: 2, 2: 0, 3: 0}  # the mean loss, and whether the parameters are numbers
+
+
+def test_the_table_of_the_hosts_side():
+    from benchmarks import host
+
+    rows = {name: cells for name, *cells in host.measure(rounds=2, repeats=10)}
+    assert rows["step 2-10-3/30"][0] == "14"
+    assert rows[host.PRODUCT][0] == "1"
+    assert all(float(products) > 0 for *_, products in rows.values())

@@ -2,33 +2,50 @@
 //
 //     T     the dtype of the arrays
 //     A     the dtype to compute in: float for float16, else T
-//     TEAM  4, 32, 256 or 1024 neighbouring threads that share a row of a softmax
+//     TEAM  0 for the kernels of elements, columns and tables; 4, 32, 256 or 1024 neighboring threads that share
+//           a row for the kernels of rows, which are compiled by themselves
 //
-// N rows, H outputs, C classes. Arrays are C-contiguous, indices have 64 bits. No float atomics: every
+// N rows, D features, H outputs, C classes. Arrays are C-contiguous, indices have 64 bits. A kernel's arguments are
+// its arrays, then the sizes that its geometry in cuda.py makes of a shape, then numbers. No float atomics: every
 // sum has an order that follows from the shapes alone.
 
-#define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK)
+#define KERNEL(NAME) extern "C" __global__ void __launch_bounds__(BLOCK) nnx_##NAME
 typedef long long Index;
 const int BLOCK = TEAM > 256 ? TEAM : 256;  // threads of a block
 
 struct Scratch {  // one for each stream; between launches the counters are 0
     unsigned counters[1024];
-    double partials[32 * 1024], total[2];
+    double partials[3 * 32 * 1024], total[2];
 };
+
+// Sums of columns: of one term, of two, and mean and squared deviations (m2) of n elements, by Chan's formulas.
+struct Pair { A first, second; };
+struct Moments { A n, mean, m2; };
+__device__ Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+__device__ Moments operator+(Moments a, Moments b) {
+    if (b.n == 0) return a;
+    const A n = a.n + b.n, share = b.n / n, d = b.mean - a.mean;
+    return {n, a.mean + d * share, a.m2 + b.m2 + d * d * a.n * share};
+}
 
 struct Sum { template <class V> __device__ V operator()(V a, V b) const { return a + b; } };
 struct Max { template <class V> __device__ V operator()(V a, V b) const { return a > b ? a : b; } };
 
-// Combine the values of SIZE neighbouring threads in a fixed order; each of them gets the result.
+// Return the value of the thread whose lane differs in the bits of d.
+template <class V> __device__ V exchange(V v, int d) { return __shfl_xor_sync(~0u, v, d); }
+__device__ Pair exchange(Pair v, int d) { return {exchange(v.first, d), exchange(v.second, d)}; }
+__device__ Moments exchange(Moments v, int d) { return {exchange(v.n, d), exchange(v.mean, d), exchange(v.m2, d)}; }
+
+// Combine the values of SIZE neighboring threads in a fixed order; each of them gets the result.
 template <int SIZE, class V, class F> __device__ V reduce(V v, F combine) {
-    for (int d = (SIZE < 32 ? SIZE : 32) / 2; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
+    for (int d = (SIZE < 32 ? SIZE : 32) / 2; d; d /= 2) v = combine(v, exchange(v, d));
     if (SIZE > 32) {
         __shared__ V warps[32];
         __syncthreads();  // what the call before left here has been read
         if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
         __syncthreads();
         v = warps[threadIdx.x % (SIZE > 32 ? SIZE / 32 : 1)];
-        for (int d = SIZE / 64; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
+        for (int d = SIZE / 64; d; d /= 2) v = combine(v, exchange(v, d));
     }
     return v;
 }
@@ -58,13 +75,6 @@ __device__ bool sum_of_blocks(double& v, Scratch* scratch) {
     return true;
 }
 
-// ---- softmax: a team of threads for each row, up to 1024 blocks that go on to further rows ----
-// A warp reads several short rows at once; a long one has a block, and is in its cache after the first of
-// three passes. Teams without a row keep in step with n = 0, because all threads meet in `reduce`.
-
-// Return x - top, and 0 at the maximum also where that is infinite.
-__device__ A shifted(A x, A top) { return x == top ? A(0) : x - top; }
-
 __device__ Index label_at(const void* t, Index i, Index bytes) {
     switch (bytes) {
         case 1: return ((const signed char*)t)[i];
@@ -74,81 +84,250 @@ __device__ Index label_at(const void* t, Index i, Index bytes) {
     }
 }
 
-// y = exp(x - max) / sum(exp(x - max)) of x (N, C), and unless `loss` is null, for the labels t (N,),
-// loss = mean(log(sum(exp(x - max))) - (x[t] - max)). A NaN score, or a label out of range, makes `total` NaN.
-KERNEL softmax(const T* x, T* y, Index rows, Index classes, const void* t, Index label_bytes, T* loss,
-               Scratch* scratch) {
-    const Index lane = threadIdx.x % TEAM, teams = BLOCK / TEAM;
-    double losses = 0;
-    for (Index first = blockIdx.x * teams; first < rows; first += gridDim.x * teams) {
-        const Index row = first + threadIdx.x / TEAM;
-        const Index n = row < rows ? classes : 0;
-        const T* scores = x + row * classes;
-        A top = n ? A(scores[0]) : A(0), total = 0;
-        for (Index k = lane; k < n; k += TEAM) top = Max()(top, A(scores[k]));
-        top = reduce<TEAM>(top, Max());
-        for (Index k = lane; k < n; k += TEAM) total += exp(shifted(A(scores[k]), top));
-        total = reduce<TEAM>(total, Sum());
-        if (loss && n) {
-            const Index label = label_at(t, row, label_bytes);
-            const bool valid = 0 <= label && label < classes;
-            if (!valid) total = CUDART_NAN;
-            if (lane == 0) losses += log(total) - (valid ? shifted(A(scores[label]), top) : A(0));
+// The weight of term i of n in a mean that is weighted by `groups` equal groups; 1 without weights.
+__device__ A weight_of(const A* weight, Index groups, Index i, Index n) {
+    return weight ? weight[i / (n / groups)] * A(groups) : A(1);
+}
+
+#if !TEAM
+
+// ---- elements: a thread for each, or for several of a large array ----
+
+#define FOR_ELEMENTS(I) \
+    for (Index I = blockIdx.x * Index(BLOCK) + threadIdx.x; I < size; I += gridDim.x * Index(BLOCK))
+
+__device__ A sigmoid(A x) { return A(1) / (A(1) + exp(-x)); }
+
+KERNEL(sigmoid)(const T* x, T* y, Index size) {
+    FOR_ELEMENTS(i) y[i] = T(sigmoid(A(x[i])));
+}
+
+KERNEL(sigmoid_grad)(const T* dout, const T* y, T* dx, Index size) {
+    FOR_ELEMENTS(i) dx[i] = T(A(dout[i]) * A(y[i]) * (A(1) - A(y[i])));
+}
+
+KERNEL(relu)(const T* x, T* y, Index size) {
+    FOR_ELEMENTS(i) y[i] = A(x[i]) <= A(0) ? T(A(0)) : x[i];
+}
+
+KERNEL(relu_grad)(const T* dout, const T* y, T* dx, Index size) {
+    FOR_ELEMENTS(i) dx[i] = A(y[i]) > A(0) ? dout[i] : T(A(0));
+}
+
+KERNEL(tanh)(const T* x, T* y, Index size) {
+    FOR_ELEMENTS(i) y[i] = T(tanh(A(x[i])));
+}
+
+KERNEL(tanh_grad)(const T* dout, const T* y, T* dx, Index size) {
+    FOR_ELEMENTS(i) dx[i] = T(A(dout[i]) * (A(1) - A(y[i]) * A(y[i])));
+}
+
+// s = (1 + tanh(u)) / 2 = sigmoid(2 * u) and du/dx of the clipped x, beyond which s is 0 or 1
+struct Gelu {
+    A c, s, du;
+    __device__ Gelu(A x) {
+        const A root = A(0.7978845608028654);  // sqrt(2 / pi)
+        c = max(A(-30), min(A(30), x));
+        s = sigmoid(A(2) * root * c * (A(1) + A(0.044715) * c * c));
+        du = root * (A(1) + A(3 * 0.044715) * c * c);
+    }
+};
+
+KERNEL(gelu)(const T* x, T* y, Index size) {
+    FOR_ELEMENTS(i) {
+        const A v = A(x[i]);
+        const Gelu g(v);
+        y[i] = T(isnan(v) ? v : (v < A(0) ? g.c : v) * g.s);
+    }
+}
+
+KERNEL(gelu_grad)(const T* dout, const T* x, T* dx, Index size) {
+    FOR_ELEMENTS(i) {
+        const A v = A(x[i]);
+        const Gelu g(v);
+        dx[i] = T(isnan(v) ? v : A(dout[i]) * (g.s + g.c * g.s * (A(1) - g.s) * A(2) * g.du));
+    }
+}
+
+KERNEL(dropout)(const T* x, T* y, Index size, Index first, Index second, Index threshold) {
+    FOR_ELEMENTS(i) {
+        unsigned hash = unsigned(i);
+        for (int k = 0; k < 2; k++) {
+            hash ^= unsigned(k ? second : first);
+            hash = (hash ^ hash >> 16) * 0x7FEB352Du;
+            hash = (hash ^ hash >> 15) * 0x846CA68Bu;
+            hash ^= hash >> 16;
         }
-        for (Index k = lane; k < n; k += TEAM) y[row * classes + k] = T(exp(shifted(A(scores[k]), top)) / total);
-    }
-    if (loss && sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / rows));
-}
-
-// dx = y * (dout - sum(dout * y)), all (N, C)
-KERNEL softmax_grad(const T* dout, const T* y, T* dx, Index rows, Index classes) {
-    const Index lane = threadIdx.x % TEAM, teams = BLOCK / TEAM;
-    for (Index first = blockIdx.x * teams; first < rows; first += gridDim.x * teams) {
-        const Index row = first + threadIdx.x / TEAM, start = row * classes;
-        const Index n = row < rows ? classes : 0;
-        A sum = 0;
-        for (Index k = lane; k < n; k += TEAM) sum += A(dout[start + k]) * A(y[start + k]);
-        sum = reduce<TEAM>(sum, Sum());
-        for (Index k = lane; k < n; k += TEAM) dx[start + k] = T(A(y[start + k]) * (A(dout[start + k]) - sum));
+        y[i] = hash >= unsigned(threshold) ? x[i] : T(A(0));
     }
 }
 
-// ---- sums of columns: a block for a tile of 1 to 32 columns and every slices-th group of rows ----
-// Neighbouring threads read neighbouring columns, then the next row, so that narrow matrices too are read in line.
+// loss = mean(log(1 + exp(z))), z = -x where t is 1 and x where it is 0, and y = sigmoid(x); NaN for other labels
+KERNEL(sigmoid_loss)(const T* x, const void* t, const A* weight, T* y, T* loss, Scratch* scratch, Index size,
+                     Index label_bytes, Index groups) {
+    double losses = 0;
+    FOR_ELEMENTS(i) {
+        const Index label = label_at(t, i, label_bytes);
+        const A v = label == 0 || label == 1 ? A(x[i]) : A(CUDART_NAN), z = label ? -v : v;
+        const A w = weight_of(weight, groups, i, size);
+        if (w != 0) losses += w * ((z > A(0) ? z : A(0)) + log1p(exp(-abs(z))));
+        y[i] = T(sigmoid(v));
+    }
+    if (sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / size));
+}
 
-// Return the sum of `column` over a slice of the rows, to all threads of the block that have this column.
-template <class V> __device__ A column_sum(const V* matrix, Index rows, Index columns, Index column, Index tile,
-                                           Index slice, Index slices) {
-    const Index height = BLOCK / tile;
-    A sum = 0;
-    if (column < columns)
-        for (Index r = slice * height + threadIdx.x / tile; r < rows; r += slices * height)
-            sum += A(matrix[r * columns + column]);
-    for (int d = 16; d >= tile; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    __shared__ A warps[BLOCK / 32][32];
-    warps[threadIdx.x / 32][threadIdx.x % 32] = sum;
+KERNEL(sigmoid_loss_grad)(const T* y, const void* t, const A* weight, const double* dout, T* dx, Index size,
+                          Index label_bytes, Index groups, double factor) {
+    const A scale = A((dout ? *dout : factor) / size);
+    FOR_ELEMENTS(i) {
+        const A w = weight_of(weight, groups, i, size);
+        dx[i] = T(w == 0 ? A(0) : (A(y[i]) - A(label_at(t, i, label_bytes))) * (w * scale));
+    }
+}
+
+KERNEL(squared_error)(const T* x, const T* t, const A* weight, T* loss, Scratch* scratch, Index size, Index groups) {
+    double losses = 0;
+    FOR_ELEMENTS(i) {
+        const A w = weight_of(weight, groups, i, size), d = A(x[i]) - A(t[i]);
+        if (w != 0) losses += w * (d * d);
+    }
+    if (sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / size));
+}
+
+KERNEL(squared_error_grad)(const T* x, const T* t, const A* weight, const double* dout, T* dx, Index size,
+                           Index groups, double factor) {
+    const A scale = A(2 * (dout ? *dout : factor) / size);
+    FOR_ELEMENTS(i) {
+        const A w = weight_of(weight, groups, i, size);
+        dx[i] = T(w == 0 ? A(0) : (A(x[i]) - A(t[i])) * (w * scale));
+    }
+}
+
+// ---- columns: a block for one of the tiles, which have 1 to 32 columns, and every slices-th group of rows ----
+// Neighboring threads have neighboring columns, then the next row, so that narrow matrices too are read in line.
+
+#define MATRIX Index rows, Index columns, Index tile, Index tiles
+#define FOR_ROWS(R)                                                                                              \
+    const Index slices = gridDim.x / unsigned(tiles), slice = blockIdx.x / unsigned(tiles), height = BLOCK / tile, \
+                c = blockIdx.x % unsigned(tiles) * tile + threadIdx.x % unsigned(tile);                          \
+    for (Index R = slice * height + threadIdx.x / unsigned(tile); R < rows && c < columns; R += slices * height)
+
+// Return the sum of `v` over the threads of the block that have the same column, to all of them.
+template <class V> __device__ V sum_of_column(V v, Index tile) {
+    for (int d = 16; d >= tile; d /= 2) v = v + exchange(v, d);
+    __shared__ V warps[BLOCK / 32][32];
     __syncthreads();
-    sum = 0;
-    for (int w = 0; w < BLOCK / 32; w++) sum += warps[w][threadIdx.x % tile];
+    warps[threadIdx.x / 32][threadIdx.x % 32] = v;
+    __syncthreads();
+    V sum = warps[0][threadIdx.x % unsigned(tile)];
+    for (int w = 1; w < BLOCK / 32; w++) sum = sum + warps[w][threadIdx.x % unsigned(tile)];
     return sum;
 }
 
-// out (H,) = the sum of the rows of dout (N, H); a grid of tiles x slices, whose last block of a tile adds the slices
-KERNEL bias_grad(const T* dout, T* out, Index rows, Index columns, Index tile, Scratch* scratch) {
-    const Index column = blockIdx.x * Index(tile) + threadIdx.x % tile;
-    const bool writes = threadIdx.x < tile && column < columns;
-    A sum = column_sum(dout, rows, columns, column, tile, blockIdx.y, gridDim.y);
-    if (gridDim.y > 1) {
-        A* partials = (A*)scratch->partials;
-        if (writes) partials[blockIdx.y * columns + column] = sum;
-        if (!is_last(scratch->counters + blockIdx.x, gridDim.y)) return;
-        sum = column_sum(partials, gridDim.y, columns, column, tile, 0, 1);
+// Make `v` the sum over all rows, and return true to the one thread for each column c that is to write it.
+template <class V> __device__ bool sum_of_rows(V& v, Index c, Index columns, Index tile, Index tiles,
+                                               Scratch* scratch) {
+    const bool writes = threadIdx.x < tile && c < columns;
+    const unsigned slices = gridDim.x / unsigned(tiles), slice = blockIdx.x / unsigned(tiles);
+    v = sum_of_column(v, tile);
+    if (slices > 1) {
+        V* partials = (V*)scratch->partials;
+        if (writes) partials[slice * columns + c] = v;
+        if (!is_last(scratch->counters + blockIdx.x % unsigned(tiles), slices)) return false;
+        v = V();
+        for (Index r = threadIdx.x / unsigned(tile); r < slices && c < columns; r += BLOCK / tile)
+            v = v + partials[r * columns + c];
+        v = sum_of_column(v, tile);
     }
-    if (writes) out[column] = T(sum);
+    return writes;
+}
+
+KERNEL(add_bias)(const T* b, T* y, MATRIX) {
+    FOR_ROWS(r) y[r * columns + c] = T(A(y[r * columns + c]) + A(b[c]));
+}
+
+KERNEL(bias_grad)(const T* dout, T* out, Scratch* scratch, MATRIX) {
+    A sum = 0;
+    FOR_ROWS(r) sum += A(dout[r * columns + c]);
+    if (sum_of_rows(sum, c, columns, tile, tiles, scratch)) out[c] = T(sum);
+}
+
+KERNEL(embedding)(const T* W, const void* idx, T* y, MATRIX, Index vocabulary,
+                  Index index_bytes) {
+    FOR_ROWS(r) {
+        const Index id = label_at(idx, r, index_bytes);
+        y[r * columns + c] = 0 <= id && id < vocabulary ? W[id * columns + c] : T(A(CUDART_NAN));
+    }
+}
+
+// Copy rows of 4-byte words or of bytes; an index out of range is counted round, as CuPy does.
+KERNEL(gather)(const void* x, const Index* idx, void* y, MATRIX, Index length,
+               Index word) {
+    FOR_ROWS(r) {
+        const Index id = idx[r], from = ((id % length + length) % length) * columns + c, to = r * columns + c;
+        if (word == 4) ((int*)y)[to] = ((const int*)x)[from];
+        else ((char*)y)[to] = ((const char*)x)[from];
+    }
+}
+
+// dx = (y - onehot(t)) * dout / N
+KERNEL(softmax_loss_grad)(const T* y, const void* t, const A* weight, const double* dout, T* dx, MATRIX,
+                          Index label_bytes, Index groups, double factor) {
+    const A scale = A((dout ? *dout : factor) / rows);
+    FOR_ROWS(r) {
+        const A w = weight_of(weight, groups, r, rows), hit = label_at(t, r, label_bytes) == c;
+        dx[r * columns + c] = T(w == 0 ? A(0) : (A(y[r * columns + c]) - hit) * (w * scale));
+    }
+}
+
+KERNEL(batch_norm_statistics)(const T* x, A* mean, A* rstd, T* running_mean, A* running_var, Scratch* scratch,
+                              MATRIX, double momentum, double eps) {
+    Moments m = {0, 0, 0};
+    FOR_ROWS(r) {
+        const A v = A(x[r * columns + c]), d = v - m.mean;
+        m.n += A(1);
+        m.mean += d / m.n;
+        m.m2 += d * (v - m.mean);
+    }
+    if (!sum_of_rows(m, c, columns, tile, tiles, scratch)) return;
+    mean[c] = m.mean;
+    rstd[c] = A(1) / sqrt(m.m2 / m.n + A(eps));
+    running_mean[c] = T(A(momentum) * A(running_mean[c]) + A(1 - momentum) * m.mean);
+    if (rows > 1) running_var[c] = A(momentum) * running_var[c] + A(1 - momentum) * (m.m2 / (m.n - A(1)));
+}
+
+// y = gamma * (x - mean) * rstd + beta, mean and rstd those of the columns
+KERNEL(batch_norm)(const T* x, const T* gamma, const T* beta, const A* mean, const A* rstd, T* y, MATRIX) {
+    FOR_ROWS(r) y[r * columns + c] = T((A(x[r * columns + c]) - mean[c]) * rstd[c] * A(gamma[c]) + A(beta[c]));
+}
+
+// dgamma = sum_xn = sum(dout * xn), dbeta = sum = sum(dout), mean and rstd those of the rows or of the columns
+KERNEL(norm_sums)(const T* dout, const T* x, const A* mean, const A* rstd, T* dgamma, T* dbeta, A* sum_xn, A* sum,
+                  Scratch* scratch, MATRIX, Index of_rows) {
+    Pair sums = {0, 0};
+    FOR_ROWS(r) {
+        const A d = A(dout[r * columns + c]);
+        const Index k = of_rows ? r : c;
+        sums = sums + Pair{d * ((A(x[r * columns + c]) - mean[k]) * rstd[k]), d};
+    }
+    if (!sum_of_rows(sums, c, columns, tile, tiles, scratch)) return;
+    dgamma[c] = T(sums.first);
+    dbeta[c] = T(sums.second);
+    if (sum) sum_xn[c] = sums.first, sum[c] = sums.second;
+}
+
+// dx = gamma * rstd * (dout - mean(dout) - xn * mean(dout * xn))
+KERNEL(batch_norm_grad)(const T* dout, const T* x, const T* gamma, const A* mean, const A* rstd, const A* sum_xn,
+                        const A* sum, T* dx, MATRIX) {
+    FOR_ROWS(r) {
+        const A xn = (A(x[r * columns + c]) - mean[c]) * rstd[c];
+        dx[r * columns + c] = T(A(gamma[c]) * rstd[c] *
+                                (A(dout[r * columns + c]) - sum[c] / A(rows) - xn * (sum_xn[c] / A(rows))));
+    }
 }
 
 // row idx[n] of out (V, H) = the sum of the rows m of dout (N, H) where idx[m] = idx[n], by the block of the first
-KERNEL embedding_grad(const Index* idx, const T* dout, T* out, Index rows, Index vocabulary, Index columns) {
+KERNEL(embedding_grad)(const Index* idx, const T* dout, T* out, Index rows, Index vocabulary, Index columns) {
     __shared__ bool hits[BLOCK];
     for (Index n = blockIdx.x; n < rows; n += gridDim.x) {
         const Index id = idx[n];
@@ -180,7 +359,7 @@ KERNEL embedding_grad(const Index* idx, const T* dout, T* out, Index rows, Index
 
 // An optimizer: FORMULA changes p and the state s, r of an element with gradient g, all in A; LISTS of them are given.
 #define OPTIMIZER(NAME, LISTS, FORMULA, ...)                                                        \
-    KERNEL NAME(const Index* table, __VA_ARGS__) {                                                  \
+    KERNEL(NAME)(const Index* table, __VA_ARGS__) {                                                  \
         const Index* row = table + blockIdx.x * Index(LISTS + 1);                                   \
         T *ps = (T*)row[0], *gs = (T*)row[1], *ss = (T*)row[LISTS > 2 ? 2 : 0], *rs = (T*)row[LISTS > 3 ? 3 : 0]; \
         const int n = row[LISTS];                                                                   \
@@ -214,7 +393,7 @@ const double TINY = 1.90109156629516e-211;
 
 // total[scaled] = sum(g * g) over all gradients, plus what those of another dtype gave if `add`; up to 1024 blocks,
 // whose sums the last one adds
-KERNEL square_sum(const Index* table, Index chunks, Index add, Index scaled, Scratch* scratch) {
+KERNEL(square_sum)(const Index* table, Index chunks, Index add, Index scaled, Scratch* scratch) {
     double sum = 0;
     for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
         const T* gs = (const T*)table[2 * c];
@@ -231,7 +410,7 @@ KERNEL square_sum(const Index* table, Index chunks, Index add, Index scaled, Scr
 }
 
 // g *= max_norm / (norm + 1e-6) where that is below 1 and the norm a number
-KERNEL clip(const Index* table, const Scratch* scratch, double max_norm) {
+KERNEL(clip)(const Index* table, const Scratch* scratch, double max_norm) {
     const double norm = sqrt(scratch->total[0]), scaled = sqrt(scratch->total[1]);
     const double rate = isfinite(norm) ? max_norm / (norm + 1e-6) : max_norm * TINY / scaled;
     if (!(rate < 1) || isinf(scaled)) return;
@@ -239,3 +418,103 @@ KERNEL clip(const Index* table, const Scratch* scratch, double max_norm) {
     T* g = (T*)row[0];
     for (int i = threadIdx.x; i < row[1]; i += BLOCK) g[i] = T(A(double(g[i]) * rate));
 }
+
+// *finite = whether no element is infinite or NaN; up to 1024 blocks
+KERNEL(all_finite)(const Index* table, Scratch* scratch, bool* finite, Index chunks) {
+    double bad = 0;
+    for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
+        const T* values = (const T*)table[2 * c];
+        for (int i = threadIdx.x; i < table[2 * c + 1]; i += BLOCK) bad += !isfinite(A(values[i]));
+    }
+    if (sum_of_blocks(bad, scratch) && threadIdx.x == 0) *finite = bad == 0;
+}
+
+#else
+
+// ---- rows: a team of threads for each, up to 1024 blocks that go on to further rows ----
+// A warp reads several short rows at once; a long one has a block, and is in its cache after the first of
+// several passes. Teams without a row keep in step with n = 0, because all threads meet in `reduce`.
+
+#define FOR_TEAMS(FIRST) for (Index FIRST = blockIdx.x * Index(BLOCK / TEAM); FIRST < rows; FIRST += gridDim.x * Index(BLOCK / TEAM))
+#define ROW                                                                   \
+    const Index row = first + threadIdx.x / TEAM, start = row * columns;      \
+    const Index n = row < rows ? columns : 0, lane = threadIdx.x % TEAM
+#define FOR_COLUMNS(K) for (Index K = lane; K < n; K += TEAM)
+
+// Return x - top, and 0 at the maximum also where that is infinite.
+__device__ A shifted(A x, A top) { return x == top ? A(0) : x - top; }
+
+// y = exp(x - max) / sum(exp(x - max)) of x (N, C), and unless `loss` is null, for the labels t (N,),
+// loss = mean(log(sum(exp(x - max))) - (x[t] - max)). A NaN score, or a label out of range, makes `total` NaN.
+KERNEL(softmax)(const T* x, const void* t, const A* weight, T* y, T* loss, Scratch* scratch, Index rows,
+                Index columns, Index label_bytes, Index groups) {
+    double losses = 0;
+    FOR_TEAMS(first) {
+        ROW;
+        const T* scores = x + start;
+        A top = n ? A(scores[0]) : A(0), total = 0;
+        FOR_COLUMNS(k) top = Max()(top, A(scores[k]));
+        top = reduce<TEAM>(top, Max());
+        FOR_COLUMNS(k) total += exp(shifted(A(scores[k]), top));
+        total = reduce<TEAM>(total, Sum());
+        if (loss && n) {
+            const Index label = label_at(t, row, label_bytes);
+            const bool valid = 0 <= label && label < columns;
+            if (!valid) total = CUDART_NAN;
+            const A w = weight_of(weight, groups, row, rows);
+            if (lane == 0 && w != 0) losses += w * (log(total) - (valid ? shifted(A(scores[label]), top) : A(0)));
+        }
+        FOR_COLUMNS(k) y[start + k] = T(exp(shifted(A(scores[k]), top)) / total);
+    }
+    if (loss && sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / rows));
+}
+
+// dx = y * (dout - sum(dout * y)), all (N, C)
+KERNEL(softmax_grad)(const T* dout, const T* y, T* dx, Index rows, Index columns) {
+    FOR_TEAMS(first) {
+        ROW;
+        A sum = 0;
+        FOR_COLUMNS(k) sum += A(dout[start + k]) * A(y[start + k]);
+        sum = reduce<TEAM>(sum, Sum());
+        FOR_COLUMNS(k) dx[start + k] = T(A(y[start + k]) * (A(dout[start + k]) - sum));
+    }
+}
+
+// y = gamma * (x - mean) * rstd + beta, mean and rstd = 1 / sqrt(var + eps) those of the rows
+KERNEL(layer_norm)(const T* x, const T* gamma, const T* beta, T* y, A* means, A* rstds, Index rows, Index columns,
+                   double eps) {
+    FOR_TEAMS(first) {
+        ROW;
+        A mean = 0, var = 0;
+        FOR_COLUMNS(k) mean += A(x[start + k]);
+        mean = reduce<TEAM>(mean, Sum()) / A(columns);
+        FOR_COLUMNS(k) var += (A(x[start + k]) - mean) * (A(x[start + k]) - mean);
+        var = reduce<TEAM>(var, Sum()) / A(columns);
+        const A rstd = A(1) / sqrt(var + A(eps));
+        FOR_COLUMNS(k) y[start + k] = T((A(x[start + k]) - mean) * rstd * A(gamma[k]) + A(beta[k]));
+        if (lane == 0 && n) means[row] = mean, rstds[row] = rstd;
+    }
+}
+
+// dx = rstd * (dxn - mean(dxn) - xn * mean(dxn * xn)), dxn = dout * gamma
+KERNEL(layer_norm_grad)(const T* dout, const T* x, const T* gamma, const A* means, const A* rstds, T* dx, Index rows,
+                        Index columns) {
+    FOR_TEAMS(first) {
+        ROW;
+        const A mean = n ? means[row] : A(0), rstd = n ? rstds[row] : A(0);
+        A sum = 0, sum_xn = 0;
+        FOR_COLUMNS(k) {
+            const A dxn = A(dout[start + k]) * A(gamma[k]);
+            sum += dxn;
+            sum_xn += dxn * ((A(x[start + k]) - mean) * rstd);
+        }
+        sum = reduce<TEAM>(sum, Sum()) / A(columns);
+        sum_xn = reduce<TEAM>(sum_xn, Sum()) / A(columns);
+        FOR_COLUMNS(k) {
+            const A xn = (A(x[start + k]) - mean) * rstd;
+            dx[start + k] = T(rstd * (A(dout[start + k]) * A(gamma[k]) - sum - xn * sum_xn));
+        }
+    }
+}
+
+#endif

@@ -1,12 +1,12 @@
-"""The kernels in CUDA C++, one launch each where `portable` needs several.
+"""The kernels in CUDA C++: what `portable` says in several launches is one or two here.
 
-N rows (all leading axes together), H outputs, C classes. T is the dtype of the arrays and A the one
-that is computed in: float for float16, else T. No kernel waits for the device or adds with float
-atomics: every sum has a fixed order, so that runs repeat bit for bit.
+N rows (all leading axes together), D features, H outputs, C classes. Each function does what its
+namesake in `portable` does. None waits for the device or adds with float atomics: every sum has a
+fixed order, so that runs repeat bit for bit.
 
-Elementwise formulas are CuPy's ElementwiseKernel, which takes any layout and any size. The others
-are in cuda.cu: they index with 64 bits and want C-contiguous arrays, which are made here of what is
-not. Both are compiled at their first call, for each dtype.
+The kernels are in cuda.cu. They want C-contiguous arrays, which are made here of what is not, and are
+compiled at their first call, for each dtype. Matrix products are cuBLAS's. On small arrays a GPU waits
+for Python, so what a launch needs of a shape is made once and kept: its grid, and its sizes as C numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,14 @@ from typing import Any
 
 import cupy
 import numpy
+from cupy._core._routines_linalg import COMPUTE_TYPE_DEFAULT, get_compute_type
+from cupy._core._scalar import CScalar
+from cupy.cuda import get_cublas_handle
+from cupy.cuda.runtime import getDevice
 
+from nnx.device import address
 from nnx.kernels import portable
-from nnx.kernels.portable import Arrays
+from nnx.kernels.portable import Arrays, accumulation_dtype
 from nnx.np import Array, Scalar
 
 __all__ = [
@@ -31,24 +37,37 @@ __all__ = [
     "adam",
     "affine",
     "affine_grad",
+    "all_finite",
+    "batch_norm",
+    "batch_norm_grad",
     "bias_grad",
     "clip_grads",
     "dropout",
     "embedding",
     "embedding_grad",
+    "gather",
     "gelu",
     "gelu_grad",
+    "input_grad",
+    "layer_norm",
+    "layer_norm_grad",
     "momentum",
     "nesterov",
+    "relu",
     "relu_grad",
     "rmsprop",
     "sgd",
     "sigmoid",
     "sigmoid_grad",
+    "sigmoid_loss",
+    "sigmoid_loss_grad",
     "softmax",
     "softmax_grad",
     "softmax_loss",
     "softmax_loss_grad",
+    "squared_error",
+    "squared_error_grad",
+    "tanh",
     "tanh_grad",
 ]
 
@@ -56,237 +75,395 @@ _BLOCK = 256  # threads of a block
 _BLOCKS = 1024  # blocks whose sums are added to one: enough to fill a device
 _CHUNK = 4096  # elements of a parameter that one block works on
 
-# ---- elementwise ------------------------------------------------------------------------------------
-
-_WIDE = """
-#include <cupy/math_constants.h>
-template <class V> struct Wide { typedef V type; };
-template <> struct Wide<float16> { typedef float type; };
-typedef Wide<T>::type A;
-"""
-
-
-def _elementwise(name: str, inputs: str, output: str, formula: str, first: str = "") -> Any:
-    code = f"{first}{output} = T({formula})"
-    return cupy.ElementwiseKernel(inputs, f"T {output}", code, f"nnx_{name}", preamble=_WIDE)
-
-
-_add_bias = _elementwise("add_bias", "T b", "y", "A(y) + A(b)")
-_sigmoid = _elementwise("sigmoid", "T x", "y", "A(1) / (A(1) + exp(-A(x)))")
-_sigmoid_grad = _elementwise("sigmoid_grad", "T dout, T y", "dx", "A(dout) * A(y) * (A(1) - A(y))")
-_relu_grad = _elementwise("relu_grad", "T dout, T y", "dx", "A(y) > A(0) ? A(dout) : A(0)")
-_tanh_grad = _elementwise("tanh_grad", "T dout, T y", "dx", "A(dout) * (A(1) - A(y) * A(y))")
-_GELU = f"""
-    const A c = max(A(-30), min(A(30), A(x))), cc = c * c, root = A({math.sqrt(2 / math.pi)!r});
-    const A s = A(1) / (A(1) + exp(A(-2) * root * c * (A(1) + A(0.044715) * cc)));
-    const A du = root * (A(1) + A(3 * 0.044715) * cc);
-"""
-_gelu = _elementwise("gelu", "T x", "y", "isnan(A(x)) ? A(x) : (A(x) < A(0) ? c : A(x)) * s", _GELU)
-_gelu_grad = _elementwise(
-    "gelu_grad",
-    "T dout, T x",
-    "dx",
-    "isnan(A(x)) ? A(x) : A(dout) * (s + c * s * (A(1) - s) * A(2) * du)",
-    _GELU,
-)
-_dropout = _elementwise(
-    "dropout",
-    "T x, uint32 first, uint32 second, uint32 threshold",
-    "y",
-    "hash >= threshold ? A(x) : A(0)",
-    """
-    unsigned hash = (unsigned)i;
-    for (int k = 0; k < 2; k++) {
-        hash ^= k ? second : first;
-        hash = (hash ^ hash >> 16) * 0x7FEB352Du;
-        hash = (hash ^ hash >> 15) * 0x846CA68Bu;
-        hash ^= hash >> 16;
-    }
-    """,
-)
-_embedding = _elementwise(
-    "embedding",
-    "raw T W, raw I idx, int64 rows, int64 columns",
-    "y",
-    "0 <= id && id < rows ? A(W[id * columns + i % columns]) : A(CUDART_NAN)",
-    "const long long id = idx[i / columns];",
-)
-_softmax_loss_grad, _softmax_loss_grad_array = (
-    _elementwise(
-        f"softmax_loss_grad_{dout}",
-        f"T y, raw I t, {dout} dout, int64 classes, int64 rows",
-        "dx",
-        "(A(y) - A(t[i / classes] == i % classes)) * (A(dout) / A(rows))",
-    )
-    for dout in ("float64", "S")  # a number, and an array of any dtype
-)
-
-
-def affine(x: Array, W: Array, b: Array | None) -> Array:
-    """Return x @ W + b of `x` (N, D), `W` (D, H) and `b` (H,) or None."""
-    y = x.dot(W)
-    if b is not None:
-        _add_bias(b, y)
-    return y
-
-
-def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
-    """Write x.T @ dout into `dW` (D, H), and the sum of the rows of `dout` (N, H) into `db` (H,) or nowhere."""
-    _check_shape("affine_grad: dW", dW, (x.shape[1], dout.shape[1]))  # CuPy would fill any array of this size
-    x.T.dot(dout, dW)
-    if db is not None:
-        bias_grad(dout, db)
-
-
-def sigmoid(x: Array) -> Array:
-    """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose reciprocal is 0."""
-    return _sigmoid(x)
-
-
-def sigmoid_grad(dout: Array, y: Array) -> Array:
-    """Return dout * y * (1 - y)."""
-    return _sigmoid_grad(dout, y)
-
-
-def relu_grad(dout: Array, y: Array) -> Array:
-    """Return `dout` where y > 0, else 0 (also where `dout` is infinite)."""
-    return _relu_grad(dout, y)
-
-
-def tanh_grad(dout: Array, y: Array) -> Array:
-    """Return dout * (1 - y**2)."""
-    return _tanh_grad(dout, y)
-
-
-def gelu(x: Array) -> Array:
-    """Return x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 * x**3)."""
-    return _gelu(x)
-
-
-def gelu_grad(dout: Array, x: Array) -> Array:
-    """Return dout * (s + x * s * (1 - s) * 2 * du/dx), s = (1 + tanh(u)) / 2."""
-    return _gelu_grad(dout, x)
-
-
-def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
-    """Return `x` with a share `ratio` of its elements 0, chosen by a hash of seed, call and index (in C order)."""
-    return _dropout(x, *portable.dropout_keys(ratio, seed, call))
-
-
-def embedding(W: Array, idx: Array) -> Array:
-    """Return W[idx]; an index outside [0, V) gives a row of NaN."""
-    return _embedding(W, idx, *W.shape, cupy.empty((*idx.shape, W.shape[1]), W.dtype))
-
-
-def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
-    """Return (y - onehot(t)) * dout / N; `dout` is a number, or an array without axes, which is not waited for."""
-    if weight is not None:
-        return portable.softmax_loss_grad(y, t, dout, weight)
-    _check_shape("softmax_loss_grad: t", t, y.shape[:-1])
-    kernel = _softmax_loss_grad_array if isinstance(dout, Array) else _softmax_loss_grad
-    return kernel(y, t, dout, y.shape[-1], t.size)
-
-
-# ---- in CUDA C++: cuda.cu ---------------------------------------------------------------------------
+# ---- launches ---------------------------------------------------------------------------------------
 
 _SOURCE = Path(__file__).with_name("cuda.cu").read_text(encoding="utf-8")
 _TYPES = {"e": ("float16", "float"), "f": ("float", "float"), "d": ("double", "double")}
 
+_contiguous = cupy.ascontiguousarray
+_number = functools.lru_cache(maxsize=4096, typed=True)(CScalar)  # an int or float as a launch passes it
+
+
+def _launch(geometry: Callable[..., Any], name: str, x: Any, arrays: tuple[Any, ...], *numbers: Any) -> None:
+    """Launch the kernel `name` of cuda.cu over the elements, columns or rows of `x`.
+
+    Its arguments are `arrays`, None for a null pointer, then the sizes that `geometry` makes of the shape
+    of `x`, then `numbers`.
+    """
+    device = x.data.device_id
+    if device != getDevice():
+        raise ValueError(f"{name}: the arrays are on GPU {device}, and the current one is {getDevice()}")
+    launch, threads, block, sizes = geometry(name, x.dtype.char, x.shape, device)
+    launch(threads, arrays + sizes + tuple(map(_number, numbers)) if numbers else arrays + sizes, 0, block)
+
+
+@functools.lru_cache(maxsize=1024)
+def _elements(name: str, dtype: str, shape: tuple[int, ...], device: int) -> tuple[Any, ...]:
+    """Return what launches the kernel, how many threads, in blocks of how many, and the sizes: one thread an element.
+
+    Of a large array a thread has several.
+    """
+    size = math.prod(shape)
+    return _plan(name, dtype, 0, device, min(4 * _BLOCKS, -(-size // _BLOCK)), size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns(
+    name: str, dtype: str, shape: tuple[int, ...], device: int, depth: int = 1, most: int = 8 * _BLOCKS
+) -> tuple[Any, ...]:
+    """Return the same for blocks of up to 32 columns and a slice of the rows, about `depth` of them a thread.
+
+    So warps read neighboring elements, also of narrow matrices.
+    """
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    tile = min(32, 1 << max(0, columns - 1).bit_length())
+    tiles = max(1, -(-columns // tile))
+    slices = max(1, min(most // tiles, -(-rows * tile // (depth * _BLOCK))))
+    return _plan(name, dtype, 0, device, tiles * slices, rows, columns, tile, tiles)
+
+
+_sums_of_columns = functools.partial(_columns, depth=16, most=_BLOCKS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(name: str, dtype: str, shape: tuple[int, ...], device: int) -> tuple[Any, ...]:
+    """Return the same for rows: 4 threads share a short one, 1024 a long one."""
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    team = next((team for team in (4, 32, _BLOCK) if columns <= 8 * team), 1024)
+    return _plan(name, dtype, team, device, min(_BLOCKS, -(-rows * team // max(team, _BLOCK))), rows, columns)
+
+
+def _plan(name: str, dtype: str, team: int, device: int, blocks: int, *sizes: int) -> tuple[Any, ...]:
+    block = max(team, _BLOCK)
+    return _kernel(name, dtype, team, device), max(1, blocks) * block, block, tuple(map(_number, sizes))
+
 
 @functools.cache
-def _kernel(name: str, dtype: str, team: int = 32) -> Any:
-    """Return the kernel `name` of cuda.cu for the dtype of this letter, with `team` threads to a row."""
-    return _module(dtype, team).get_function(name)
+def _kernel(name: str, dtype: str, team: int, device: int) -> Any:
+    """Return what launches the kernel `name` of cuda.cu for the dtype of this letter on the current `device`."""
+    return _module(dtype, team).get_function(f"nnx_{name}").kernel.linear_launch
 
 
 @functools.cache
 def _module(dtype: str, team: int) -> Any:
     head = "".join(f"#include <cupy/{name}>\n" for name in ("carray.cuh", "float16.cuh", "math_constants.h"))
     t, a = _TYPES[dtype]
-    return cupy.RawModule(code=f"{head}typedef {t} T;\ntypedef {a} A;\nconst int TEAM = {team};\n{_SOURCE}")
+    return cupy.RawModule(code=f"{head}typedef {t} T;\ntypedef {a} A;\n#define TEAM {team}\n{_SOURCE}")
 
 
-def bias_grad(dout: Array, out: Array) -> None:
-    """Write the sum of the rows of `dout` (N, H) into `out` (H,).
-
-    A block adds a tile of up to 32 columns, so that its warps read neighbouring elements, also of
-    narrow matrices. Tall ones are cut into slices of rows, which the last block of a tile adds.
-    """
-    _check_shape("bias_grad: out", out, dout.shape[1:])
-    if not out.flags.c_contiguous or out.dtype != dout.dtype:
-        return portable.bias_grad(dout, out)
-    if out.size:
-        dout = cupy.ascontiguousarray(dout)
-        tile = min(32, 1 << (out.size - 1).bit_length())
-        tiles = -(-out.size // tile)
-        slices = max(1, min(_BLOCKS // tiles, len(dout) * tile // (16 * _BLOCK)))  # 16 rows a thread, or more
-        scratch = _scratch(*_here()) if slices > 1 else 0
-        _kernel("bias_grad", dout.dtype.char)(
-            (tiles, slices), (_BLOCK,), (dout, out, len(dout), out.size, tile, scratch)
-        )
-    return None
+def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """Raise unless `array` has `shape`: a kernel would read or write beside it."""
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
 
 
-def softmax(x: Array) -> Array:
-    """Return exp(x) / sum(exp(x)) over the last axis."""
-    return _softmax(x)
+def _is_plain(out: Array, dtype: Any) -> bool:
+    """Return whether a kernel may write into `out`: a C-contiguous array of `dtype`."""
+    return out.dtype == dtype and _contiguous(out) is out
 
 
-def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
-    """Return the mean of -log softmax(x)[t] over the rows of `x` (..., C), and softmax(x).
-
-    A label outside [0, C) makes its row of softmax(x), and so the loss, NaN. The last block to
-    finish adds the sums of the others, so that one launch yields both.
-    """
-    if weight is not None:
-        return portable.softmax_loss(x, t, weight)
-    _check_shape("softmax_loss: t", t, x.shape[:-1])
-    t = cupy.ascontiguousarray(t if t.dtype.kind == "i" else t.astype(numpy.int64))
-    loss = cupy.empty((), x.dtype)
-    return loss, _softmax(x, t, t.itemsize, loss, _scratch(*_here()))
+# ---- elements ---------------------------------------------------------------------------------------
 
 
-def _softmax(x: Array, t: Any = 0, label_bytes: int = 0, loss: Any = 0, scratch: Any = 0) -> Array:
-    x = cupy.ascontiguousarray(x)
-    y = cupy.empty(x.shape, x.dtype)
-    _launch_rows("softmax", (x, y), t, label_bytes, loss, scratch)
+def _elementwise(formula: Callable[..., Array]) -> Callable[..., Array]:
+    """Return `formula`, of arrays of one shape and dtype, as one launch."""
+    name = formula.__name__
+
+    @functools.wraps(formula)
+    def launch(x: Array, *others: Array) -> Array:
+        for other in others:
+            _check_shape(name, other, x.shape)
+        y = Array(x.shape, x.dtype)
+        _launch(_elements, name, x, (_contiguous(x), *[_contiguous(other, x.dtype) for other in others], y))
+        return y
+
+    return launch
+
+
+sigmoid = _elementwise(portable.sigmoid)
+sigmoid_grad = _elementwise(portable.sigmoid_grad)
+relu = _elementwise(portable.relu)
+relu_grad = _elementwise(portable.relu_grad)
+tanh = _elementwise(portable.tanh)
+tanh_grad = _elementwise(portable.tanh_grad)
+gelu = _elementwise(portable.gelu)
+gelu_grad = _elementwise(portable.gelu_grad)
+
+
+def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
+    y = Array(x.shape, x.dtype)
+    _launch(_elements, "dropout", x, (_contiguous(x), y), *portable.dropout_keys(ratio, seed, call))
     return y
 
 
-def softmax_grad(dout: Array, y: Array) -> Array:
-    """Return y * (dout - sum(dout * y)) over the last axis."""
-    _check_shape("softmax_grad: dout", dout, y.shape)
-    y = cupy.ascontiguousarray(y)
-    dx = cupy.empty(y.shape, y.dtype)
-    _launch_rows("softmax_grad", (cupy.ascontiguousarray(dout, y.dtype), y, dx))
+def sigmoid_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
+    _check_shape("sigmoid_loss: t", t, x.shape)
+    t, (weight, groups) = _integers(t), _weights(weight, x)
+    loss, y = Array((), x.dtype), Array(x.shape, x.dtype)
+    arrays = _contiguous(x), t, weight, y, loss, _scratch(*_here())
+    _launch(_elements, "sigmoid_loss", x, arrays, t.itemsize, groups)
+    return loss, y
+
+
+def sigmoid_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
+    _check_shape("sigmoid_loss_grad: t", t, y.shape)
+    t, (weight, groups), (dout, factor) = _integers(t), _weights(weight, y), _loss_grad(dout)
+    dx = Array(y.shape, y.dtype)
+    _launch(_elements, "sigmoid_loss_grad", y, (_contiguous(y), t, weight, dout, dx), t.itemsize, groups, factor)
     return dx
 
 
-def _launch_rows(name: str, arrays: tuple[Array, ...], *more: Any) -> None:
-    """Launch a kernel over the rows of `arrays`: 4 threads share a short row, 1024 a long one."""
-    x = arrays[0]
-    classes = x.shape[-1]
-    rows = x.size // max(1, classes)
-    team = next((team for team in (4, 32, _BLOCK) if classes <= 8 * team), 1024)
-    block = max(team, _BLOCK)
-    blocks = max(1, min(_BLOCKS, -(-rows * team // block)))
-    _kernel(name, x.dtype.char, team)((blocks,), (block,), (*arrays, rows, classes, *more))
+def squared_error(x: Array, t: Array, weight: Array | None) -> Scalar:
+    _check_shape("squared_error: t", t, x.shape)
+    weight, groups = _weights(weight, x)
+    loss = Array((), x.dtype)
+    arrays = _contiguous(x), _contiguous(t, x.dtype), weight, loss, _scratch(*_here())
+    _launch(_elements, "squared_error", x, arrays, groups)
+    return loss
+
+
+def squared_error_grad(x: Array, t: Array, dout: Any, weight: Array | None) -> Array:
+    _check_shape("squared_error_grad: t", t, x.shape)
+    (weight, groups), (dout, factor) = _weights(weight, x), _loss_grad(dout)
+    dx = Array(x.shape, x.dtype)
+    arrays = _contiguous(x), _contiguous(t, x.dtype), weight, dout, dx
+    _launch(_elements, "squared_error_grad", x, arrays, groups, factor)
+    return dx
+
+
+def _integers(t: Array) -> Array:
+    """Return labels or indices as signed integers in C order, which kernels take in any width."""
+    return _contiguous(t if t.dtype.kind == "i" else t.astype(numpy.int64))
+
+
+def _weights(weight: Array | None, x: Array) -> tuple[Array | None, int]:
+    """Return the weights of a loss of `x` as its kernels take them, and of how many groups they are."""
+    return (None, 1) if weight is None else (_contiguous(weight, accumulation_dtype(x.dtype)), len(weight))
+
+
+def _loss_grad(dout: Any) -> tuple[Array | None, float]:
+    """Return the gradient of a loss as an array, which is not waited for, or as a number."""
+    return (dout.astype(numpy.float64, copy=False), 1.0) if isinstance(dout, Array) else (None, float(dout))
+
+
+# ---- products ---------------------------------------------------------------------------------------
+
+
+def affine(x: Array, W: Array, b: Array | None) -> Array:
+    y = _product(x, W)
+    if b is not None:
+        _launch(_columns, "add_bias", y, (_contiguous(b), y))
+    return y
+
+
+def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
+    _product(x, dout, True, False, dW)
+    if db is not None:
+        bias_grad(dout, db)
+
+
+def input_grad(dout: Array, W: Array) -> Array:
+    return _product(dout, W, False, True)
+
+
+def _product(a: Any, b: Any, turn_a: bool = False, turn_b: bool = False, out: Any = None) -> Array:
+    """Return a @ b in `out`, with a.T for `a` or b.T for `b` where these are to be turned.
+
+    This is CuPy's `dot` at half of its time on the host: what it asks of the arrays is asked once for all arrays
+    of their shapes and layouts.
+    """
+    plan = _gemm_plan(_layout(a), _layout(b), out if out is None else _layout(out), turn_a, turn_b, getDevice())
+    if plan is None:
+        return (a.T if turn_a else a).dot(b.T if turn_b else b, out)
+    rows, columns, inner, turn_a, turn_b, a_line, b_line, real, sums, algorithm, one, zero = plan
+    if out is None:
+        out = Array((rows, columns), a.dtype)
+    # cuBLAS's matrices are in Fortran order: to it all three are turned, and out.T = b.T @ a.T.
+    _gemm(
+        get_cublas_handle(), turn_b, turn_a, columns, rows, inner,
+        one, b.data.ptr, real, b_line, a.data.ptr, real, a_line,
+        zero, out.data.ptr, real, columns, sums, algorithm,
+    )  # fmt: skip
+    return out
+
+
+_layout = operator.attrgetter("shape", "strides", "dtype.char")  # a dtype itself takes long to hash
+_COEFFICIENTS = [[numpy.array(number, dtype) for number in (1, 0)] for dtype in ("float32", "float64")]
+_gemm = cupy.cuda.cublas.gemmEx
+
+
+@functools.lru_cache(maxsize=4096)
+def _gemm_plan(a: Any, b: Any, out: Any, turn_a: bool, turn_b: bool, device: int) -> tuple[Any, ...] | None:
+    """Return what cuBLAS asks of a product of arrays with these layouts, as CuPy chooses it.
+
+    None is for what is left to `dot`: arrays that cuBLAS cannot read as they are, empty ones, and sums in a lower
+    precision, such as CUPY_TF32=1 asks for.
+    """
+    cublas, runtime = cupy.cuda.cublas, cupy.cuda.runtime
+    (rows, inner), (inner_b, columns), dtype = a[0][:: -1 if turn_a else 1], b[0][:: -1 if turn_b else 1], a[2]
+    if inner != inner_b or dtype != b[2]:
+        raise ValueError(f"a product of arrays that do not fit: {a[2]} {a[0]} and {b[2]} {b[0]}")
+    if out is not None and out[0] != (rows, columns):
+        raise ValueError(f"affine_grad: dW must have shape {(rows, columns)}, got {out[0]}")
+    a_line, b_line, out_line = (_line(*layout) if layout else (False, columns) for layout in (a, b, out))
+    if not (rows and columns and inner and a_line and b_line and out_line == (False, columns)):
+        return None
+    if dtype not in _TYPES or get_compute_type(numpy.dtype(dtype)) != COMPUTE_TYPE_DEFAULT or (out and out[2] != dtype):
+        return None
+    real = {"e": runtime.CUDA_R_16F, "f": runtime.CUDA_R_32F, "d": runtime.CUDA_R_64F}[dtype]
+    sums = cublas.CUBLAS_COMPUTE_64F if dtype == "d" else cublas.CUBLAS_COMPUTE_32F
+    has_tensor_cores = int(cupy.cuda.Device(device).compute_capability) >= (70 if dtype == "e" else 80)
+    algorithm = cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP if has_tensor_cores else cublas.CUBLAS_GEMM_DEFAULT
+    one, zero = (number.ctypes.data for number in _COEFFICIENTS[dtype == "d"])
+    turns_and_lines = turn_a != a_line[0], turn_b != b_line[0], a_line[1], b_line[1]
+    return rows, columns, inner, *turns_and_lines, real, sums, algorithm, one, zero
+
+
+def _line(shape: tuple[int, int], strides: tuple[int, int], dtype: str) -> tuple[bool, int] | None:
+    """Return whether a matrix is in Fortran order, and the elements from line to line; None if it is in neither."""
+    (rows, columns), (down, right), size = shape, strides, numpy.dtype(dtype).itemsize
+    if right == size and down >= columns * size:
+        return False, down // size
+    if down == size and right >= rows * size:
+        return True, right // size
+    return None
+
+
+# ---- columns ----------------------------------------------------------------------------------------
+
+
+def bias_grad(dout: Array, out: Array) -> None:
+    _check_shape("bias_grad: out", out, dout.shape[1:])
+    if not _is_plain(out, dout.dtype):
+        return portable.bias_grad(dout, out)
+    return _launch(_sums_of_columns, "bias_grad", dout, (_contiguous(dout), out, _scratch(*_here())))
+
+
+def batch_norm(
+    x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
+) -> tuple[Array, Array, Array]:
+    wide = accumulation_dtype(x.dtype)
+    if not (_is_plain(running_mean, x.dtype) and _is_plain(running_var, wide)):
+        return portable.batch_norm(x, gamma, beta, running_mean, running_var, momentum, eps)
+    x, mean, rstd, y = _contiguous(x), Array(gamma.shape, wide), Array(gamma.shape, wide), Array(x.shape, x.dtype)
+    arrays = x, mean, rstd, running_mean, running_var, _scratch(*_here())
+    _launch(_sums_of_columns, "batch_norm_statistics", x, arrays, float(momentum), float(eps))
+    _launch(_columns, "batch_norm", x, (x, _contiguous(gamma), _contiguous(beta), mean, rstd, y))
+    return y, mean, rstd
+
+
+def batch_norm_grad(
+    dout: Array, x: Array, gamma: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array
+) -> Array:
+    if not (_is_plain(dgamma, x.dtype) and _is_plain(dbeta, x.dtype)):
+        return portable.batch_norm_grad(dout, x, gamma, mean, rstd, dgamma, dbeta)
+    dout, x, dx = _contiguous(dout), _contiguous(x), Array(x.shape, x.dtype)
+    # The sums in the dtype of mean, which for float16 is a wider one.
+    wide = (dgamma, dbeta) if mean.dtype == x.dtype else (Array(mean.shape, mean.dtype), Array(mean.shape, mean.dtype))
+    _norm_sums(dout, x, mean, rstd, dgamma, dbeta, wide, False)
+    _launch(_columns, "batch_norm_grad", x, (dout, x, _contiguous(gamma), mean, rstd, *wide, dx))
+    return dx
+
+
+def _norm_sums(
+    dout: Array, x: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, wide: Sequence[Any], of_rows: bool
+) -> None:
+    arrays = dout, x, mean, rstd, dgamma, dbeta, *wide, _scratch(*_here())
+    _launch(_sums_of_columns, "norm_sums", x, arrays, int(of_rows))
+
+
+def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
+    _check_shape("softmax_loss_grad: t", t, y.shape[:-1])
+    t, (weight, groups), (dout, factor) = _integers(t), _weights(weight, y), _loss_grad(dout)
+    dx = Array(y.shape, y.dtype)
+    _launch(_columns, "softmax_loss_grad", y, (_contiguous(y), t, weight, dout, dx), t.itemsize, groups, factor)
+    return dx
+
+
+def embedding(W: Array, idx: Array) -> Array:
+    idx = _integers(idx)
+    y = Array((*idx.shape, W.shape[1]), W.dtype)
+    _launch(_columns, "embedding", y, (_contiguous(W), idx, y), len(W), idx.itemsize)
+    return y
 
 
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
-    """Write into row i of `out` (V, H) the sum of the rows of `dout` (N, H) where idx (N,) is i.
-
-    A block belongs to the first row with an index and adds the others behind it, in their order. To
-    find them it reads all N indices.
-    """
+    # A block belongs to the first row with an index and adds the others behind it, in their order. To find them it
+    # reads all N indices.
     _check_shape("embedding_grad: dout", dout, (idx.size, out.shape[1]))
     if not out.flags.c_contiguous:
         return portable.embedding_grad(idx, dout, out)
     out.fill(0)
     if dout.size:
-        arrays = cupy.ascontiguousarray(idx, numpy.int64), cupy.ascontiguousarray(dout, out.dtype), out
-        _kernel("embedding_grad", out.dtype.char)((min(idx.size, 1 << 30),), (_BLOCK,), (*arrays, len(idx), *out.shape))
+        arrays = _contiguous(idx, numpy.int64), _contiguous(dout, out.dtype), out
+        launch = _kernel("embedding_grad", out.dtype.char, 0, getDevice())
+        launch(min(idx.size, _BLOCKS << 10) * _BLOCK, (*arrays, *map(_number, (len(idx), *out.shape))), 0, _BLOCK)
     return None
+
+
+def gather(x: Array, idx: Array) -> Array:
+    if not (isinstance(x, Array) and x.flags.c_contiguous and x.size):
+        return portable.gather(x, idx)  # also of data on the host
+    idx = _contiguous(cupy.asarray(idx), numpy.int64)
+    y = Array((len(idx), *x.shape[1:]), x.dtype)
+    width = x.nbytes // len(x)
+    word = 4 if width % 4 == address(x) % 4 == 0 else 1
+    launch, threads, block, sizes = _columns("gather", "f", (len(idx), width // word), getDevice())
+    launch(threads, (x, idx, y, *sizes, _number(len(x)), _number(word)), 0, block)
+    return y
+
+
+# ---- rows -------------------------------------------------------------------------------------------
+
+
+def softmax(x: Array) -> Array:
+    return _softmax(x, None, None, None)
+
+
+def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
+    _check_shape("softmax_loss: t", t, x.shape[:-1])
+    loss = Array((), x.dtype)
+    return loss, _softmax(x, _integers(t), weight, loss)
+
+
+def _softmax(x: Array, t: Any, weight: Array | None, loss: Any) -> Array:
+    y, (weight, groups) = Array(x.shape, x.dtype), _weights(weight, x)
+    scratch, label_bytes = (None, 0) if t is None else (_scratch(*_here()), t.itemsize)
+    _launch(_rows, "softmax", x, (_contiguous(x), t, weight, y, loss, scratch), label_bytes, groups)
+    return y
+
+
+def softmax_grad(dout: Array, y: Array) -> Array:
+    _check_shape("softmax_grad: dout", dout, y.shape)
+    dx = Array(y.shape, y.dtype)
+    _launch(_rows, "softmax_grad", y, (_contiguous(dout, y.dtype), _contiguous(y), dx))
+    return dx
+
+
+def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array]:
+    wide = accumulation_dtype(x.dtype)
+    y, mean, rstd = Array(x.shape, x.dtype), Array(x.shape[:1], wide), Array(x.shape[:1], wide)
+    arrays = _contiguous(x), _contiguous(gamma), _contiguous(beta), y, mean, rstd
+    _launch(_rows, "layer_norm", x, arrays, float(eps))
+    return y, mean, rstd
+
+
+def layer_norm_grad(
+    dout: Array, x: Array, gamma: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array
+) -> Array:
+    if not (_is_plain(dgamma, x.dtype) and _is_plain(dbeta, x.dtype)):
+        return portable.layer_norm_grad(dout, x, gamma, mean, rstd, dgamma, dbeta)
+    dout, x, dx = _contiguous(dout), _contiguous(x), Array(x.shape, x.dtype)
+    _norm_sums(dout, x, mean, rstd, dgamma, dbeta, (None, None), True)
+    _launch(_rows, "layer_norm_grad", x, (dout, x, _contiguous(gamma), mean, rstd, dx))
+    return dx
+
+
+# ---- all parameters of a model ----------------------------------------------------------------------
+
+
+def _launch_table(name: str, dtype: str, blocks: int, arguments: tuple[Any, ...]) -> None:
+    _kernel(name, dtype, 0, getDevice())(blocks * _BLOCK, arguments, 0, _BLOCK)
 
 
 def _multi_tensor(formula: Callable[..., None], lists: int) -> Callable[..., None]:
@@ -297,7 +474,7 @@ def _multi_tensor(formula: Callable[..., None], lists: int) -> Callable[..., Non
         arrays, settings = arguments[:lists], [float(value) for value in arguments[lists:]]
         tables, rest = _tables(*arrays)
         for dtype, table in tables:
-            _kernel(formula.__name__, dtype)((len(table),), (_BLOCK,), (table, *settings))
+            _launch_table(formula.__name__, dtype, len(table), (table, *map(_number, settings)))
         if rest:
             formula(*([a[i] for i in rest] for a in arrays), *settings)
 
@@ -313,10 +490,7 @@ adam = _multi_tensor(portable.adam, 4)
 
 
 def clip_grads(grads: Arrays, max_norm: float) -> None:
-    """Scale all of `grads` by max_norm / (norm + 1e-6) where that is below 1, in place.
-
-    The sums of squares are float64 and stay on the device, where the launches of `clip` find them.
-    """
+    # The sums of squares are float64 and stay on the device, where the launches of `clip` find them.
     tables, rest = _tables(grads)
     if rest:
         return portable.clip_grads(grads, max_norm)
@@ -324,10 +498,21 @@ def clip_grads(grads: Arrays, max_norm: float) -> None:
     for i, (dtype, table) in enumerate(tables):
         for scaled in (0, 1) if dtype == "d" else (0,):
             blocks = min(len(table), _BLOCKS)
-            _kernel("square_sum", dtype)((blocks,), (_BLOCK,), (table, len(table), i, scaled, scratch))
+            _launch_table("square_sum", dtype, blocks, (table, *map(_number, (len(table), i, scaled)), scratch))
     for dtype, table in tables:
-        _kernel("clip", dtype)((len(table),), (_BLOCK,), (table, scratch, float(max_norm)))
+        _launch_table("clip", dtype, len(table), (table, scratch, _number(float(max_norm))))
     return None
+
+
+def all_finite(arrays: Arrays) -> Scalar:
+    tables, rest = _tables(arrays)
+    if rest or len(tables) != 1:
+        return portable.all_finite(arrays)
+    ((dtype, table),) = tables
+    finite = Array((), numpy.bool_)
+    arrays = table, _scratch(*_here()), finite
+    _launch_table("all_finite", dtype, min(len(table), _BLOCKS), (*arrays, _number(len(table))))
+    return finite
 
 
 # ---- what is kept on the device between calls -------------------------------------------------------
@@ -350,7 +535,7 @@ def _scratch(*here: int) -> Array:
     """
     if cupy.cuda.get_current_stream().is_capturing():
         raise RuntimeError("nnx: take one step on this stream before it is captured into a graph")
-    return cupy.zeros(512 + 32 * 1024 + 2, numpy.float64)
+    return cupy.zeros(512 + 3 * 32 * 1024 + 2, numpy.float64)
 
 
 def _tables(*lists: Sequence[Any]) -> tuple[list[tuple[str, Array]], list[int]]:
@@ -361,8 +546,10 @@ def _tables(*lists: Sequence[Any]) -> tuple[list[tuple[str, Array]], list[int]]:
     of the arrays, and is kept under them: for the same arrays nothing is uploaded again, and for
     others it is not found.
     """
-    layouts = [[(a.data.ptr, a.shape, a.strides, a.dtype.char) for a in arrays] for arrays in lists]
-    return _upload(_here(), tuple(zip(*layouts, strict=True)))
+    return _upload(_here(), tuple(zip(*(map(_place, arrays) for arrays in lists), strict=True)))
+
+
+_place = operator.attrgetter("data.ptr", "shape", "strides", "dtype.char")
 
 
 @functools.lru_cache(maxsize=64)
@@ -384,9 +571,3 @@ def _upload(here: tuple[int, ...], groups: tuple[tuple[Any, ...], ...]) -> tuple
     if any(end > start for (_, end), (start, _) in itertools.pairwise(extents)):
         return [], list(range(len(groups)))  # an array that stands twice: one treatment after the other
     return [(dtype, cupy.asarray(numpy.concatenate(parts))) for dtype, parts in rows.items()], rest
-
-
-def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """Raise unless `array` has `shape`: a kernel would read or write beside it."""
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")

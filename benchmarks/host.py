@@ -1,0 +1,107 @@
+"""The host's side on a GPU: what Python and CuPy take for layers, optimizers and steps, and how often they launch.
+
+    RUNNER python -m benchmarks.host > benchmarks/results/host.md    # in the root; RUNNER is CuPy-on-CPU's
+
+On small arrays a GPU has done its work before Python asks for more, and this is the time of a step, less the
+driver's own 2 µs or so a launch. It needs CuPy-on-CPU, whose kernels can be counted without being done, and
+is a figure to compare designs with, not a time on a GPU.
+"""
+
+import functools
+import statistics
+import time
+
+import cupy_on_cpu
+import numpy
+
+from benchmarks import peers, report
+from benchmarks.layers import LAYERS, OPTIMIZERS, nnx_call
+from nnx import Affine, asarray, clip_grads, np
+from nnx.kernels import gather
+
+STEPS = [
+    "2-10-3/30",
+    "784-512-10/128",
+    "ReLU Adam 64-100-10/100",
+    "BatchNorm ReLU Dropout Adam 784-512-512-10/128",
+    "LayerNorm GELU AdamW 512-2048-512-10/1024",
+]
+LAYER_SIZE, OPTIMIZER_SIZE = "32x64", "64-100-10"
+PRODUCT = "a product: a.dot(b)"
+HEAD = ["", "launches", "host's side (quartiles)", "products"]
+
+
+def step(workload):
+    """Return a call that takes a training step."""
+    rng = numpy.random.default_rng(0)
+    sizes, N, params = peers.problem(workload, rng)
+    *between, optimizer = workload.split()[:-1] or ["Sigmoid", "SGD"]
+    net = peers.nnx([p.astype("float32") for p in params], 1e-3, "cuda", between, optimizer)
+    x, t = asarray(rng.standard_normal((N, sizes[0]), "float32")), asarray(rng.integers(sizes[-1], size=N))
+    return functools.partial(net.step, x, t)
+
+
+def calls():
+    """Return what is timed, by name."""
+    rng = numpy.random.default_rng(0)
+    a, b, bias = (asarray(rng.standard_normal(shape, "float32")) for shape in ((32, 64), (64, 64), 64))
+    affine, rows, grads = Affine(b, bias), asarray(rng.permutation(32)), [b.copy(), bias.copy()]
+    return {
+        PRODUCT: lambda: a.dot(b),
+        **{f"step {workload}": step(workload) for workload in STEPS},
+        "Affine": lambda: affine.backward(affine.forward(a)),
+        **{name: nnx_call(name, LAYER_SIZE, "cuda")[0] for name in LAYERS},
+        "Embedding": nnx_call("Embedding", "100x64", "cuda")[0],
+        **{name: nnx_call(name, OPTIMIZER_SIZE, "cuda")[0] for name in OPTIMIZERS},
+        "clip_grads": lambda: clip_grads(grads, 1.0),
+        "gather a batch": lambda: gather(a, rows),
+    }
+
+
+def launches(call):
+    """Return how often a call launches once it is warm."""
+    for _ in range(3):
+        call()
+    np.cuda.get_current_stream().synchronize()
+    cupy_on_cpu.reset()
+    call()
+    return cupy_on_cpu.counters()["launches"]
+
+
+def seconds(call, repeats):
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def measure(rounds, repeats):
+    """Return a row under HEAD for each call; the ratio is the median of the rounds', each beside its own product."""
+    timed = calls()
+    counts = {name: launches(call) for name, call in timed.items()}
+    times = {name: [] for name in timed}
+    products = {name: [] for name in timed}
+    with cupy_on_cpu.free_work():
+        for _ in range(rounds):
+            for name, call in timed.items():
+                seconds(call, repeats // 10)  # warm again after the others
+                product = seconds(timed[PRODUCT], repeats)
+                times[name].append(seconds(call, repeats))
+                products[name].append(times[name][-1] / product)
+    rows = []
+    for name in timed:
+        low, median, high = map(report.duration, statistics.quantiles(times[name], method="inclusive"))
+        rows.append([name, str(counts[name]), f"{median} ({low}-{high})", f"{statistics.median(products[name]):.1f}"])
+    return rows
+
+
+def main():
+    lines = [f"# The host's side of nnx on CuPy: {report.device_name()}"]
+    lines += report.table(["", ""], report.configuration().items())
+    lines += ["", f"Layers forward and backward at {LAYER_SIZE}, optimizers at {OPTIMIZER_SIZE}; float32. Kernels and"]
+    lines += ["products are counted and not done: this is what Python and CuPy take, and no time on a GPU."]
+    print("\n".join(lines + report.table(HEAD, measure(rounds=9, repeats=300))))
+
+
+if __name__ == "__main__":
+    main()
