@@ -36,7 +36,8 @@ BYTES = 4 * ((SIZES[0] + 1) * SIZES[1] + (SIZES[1] + 1) * SIZES[2])  # of all gr
 ADDED = """
 Added to a step of ranks that do not know of each other: by waiting for each other where they
 would reduce; by a bare Allreduce there, whose memory is no longer in the cache; by the reduction of
-`Trainer`; by `Comm.average`, which writes the sums back. Last, the Trainer's over the bare one in the step."""
+`Trainer`; by `Comm.allreduce_gradients`, which writes the sums back. Last, the Trainer's over the bare
+one in the step."""
 PAPER = """
 ## On paper: a ring
 
@@ -58,7 +59,7 @@ def ring(ranks, size, latency, bandwidth):
 def steps(comm, batch):
     """Return what is timed for a batch, by name."""
     rng = numpy.random.default_rng(0)
-    part = comm.slice(batch)
+    part = comm.shard(batch)
     x = np.asarray(rng.standard_normal((batch, SIZES[0]))[part], "float32")
     t, share = np.asarray(rng.integers(SIZES[2], size=batch)[part]), (part.stop - part.start) / batch
     model, optimizer = TwoLayerNet(*SIZES, rng=0), SGD(0.1)
@@ -84,12 +85,12 @@ def steps(comm, batch):
 
     def trainer():
         loss = gradients()
-        grads, _ = comm.reduce(model.grads, share, loss * share, 0, 0)
+        grads, _ = comm.allreduce(model.grads, share, loss * share, 0, 0)
         optimizer.update(model.params, grads)
 
     def loop():  # written out
         gradients()
-        comm.average(model.grads, share)
+        comm.allreduce_gradients(model.grads, share)
         optimizer.update(model.params, model.grads)
 
     if comm.size == 1:

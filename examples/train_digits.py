@@ -16,7 +16,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from sklearn.model_selection import train_test_split
 
 from nnx import Adam, Affine, Dropout, ReLU, Sequential, SoftmaxWithLoss, Trainer, distributed, initializers, np, to_cpu
-from nnx.callbacks import BestWeights, Checkpoint, LearningRate
+from nnx.callbacks import BestWeights, Checkpoint, LearningRateScheduler
 from nnx.optimizer import cosine_decay
 
 
@@ -46,7 +46,7 @@ def train(seed, epochs, data, folder, resume, comm, say):
     validation, x, t = (x[:200], t[:200]), x[200:], t[200:]
     rng = numpy.random.default_rng(seed)
     trainer = Trainer(new_model(rng), Adam(), rng=rng, comm=comm)
-    rate = LearningRate(cosine_decay(0.003, steps=epochs * math.ceil(len(x) / 64)))
+    rate = LearningRateScheduler(cosine_decay(0.003, steps=epochs * math.ceil(len(x) / 64)))
     callbacks = [rate, BestWeights(), *([Checkpoint(folder)] if folder else [])]
     if resume and any(Path(folder).glob("epoch-*")):
         say(f"goes on from {trainer.resume(folder)}")

@@ -11,7 +11,7 @@ from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 import numpy
 
 from nnx import Adam, Affine, MeanSquaredError, Sequential, Tanh, Trainer, initializers, np, to_cpu
-from nnx.callbacks import LearningRate
+from nnx.callbacks import LearningRateScheduler
 from nnx.optimizer import cosine_decay
 
 
@@ -36,7 +36,7 @@ def main(epochs=300, points=400, seed=0, picture="regression.png"):
     x = rng.uniform(-2, 2, (points, 1))
     t = curve(x) + 0.2 * rng.standard_normal(x.shape)
     trainer = Trainer(new_model(rng), Adam(), rng=rng)
-    rate = LearningRate(cosine_decay(0.01, steps=epochs * math.ceil(points / 40)))
+    rate = LearningRateScheduler(cosine_decay(0.01, steps=epochs * math.ceil(points / 40)))
     trainer.fit(x, t, epochs, 40, eval_interval=None, verbose=False, callbacks=[rate])
 
     grid = numpy.linspace(-2, 2, 200)[:, None]

@@ -10,29 +10,30 @@ from typing import Any
 
 import numpy
 
-from nnx.device import asarray, check_rows, quiet, to_cpu
+from nnx.checks import check_same_length
+from nnx.device import asarray, quiet, to_cpu
 from nnx.kernels import gather
 from nnx.models import Sequential
 from nnx.np import Array, np
-from nnx.shared import places
+from nnx.tree import memory_keys
 
 __all__ = [
-    "MeanLoss",
+    "WeightedMean",
+    "array_addresses",
     "batches",
     "check_data",
-    "check_placed",
+    "check_not_rebound",
     "check_settings",
-    "fingerprint",
+    "checksum",
     "parameter_dtype",
-    "placed",
-    "shares",
+    "sharded_batches",
 ]
 
 _PIECE_BYTES = 1 << 22  # of data that are checked, cast and copied at a time
 _COLUMN_CHUNK_BYTES = 1 << 24  # of rows gathered at a time from a file in Fortran order, each time from all its pages
 
 
-class MeanLoss:
+class WeightedMean:
     """The mean of losses, weighted by their rows, kept on the device until it is asked for.
 
     Losses of equally many rows are added up by themselves, so that a step costs one addition.
@@ -40,7 +41,7 @@ class MeanLoss:
 
     def __init__(self, state: Iterable[Any] = ()) -> None:
         state = list(state)
-        self.totals: dict[int, Any] = {int(rows): _double(total) for rows, total, _ in state}
+        self.totals: dict[int, Any] = {int(rows): _float64(total) for rows, total, _ in state}
         self.counts: dict[int, int] = {int(rows): int(count) for rows, _, count in state}
 
     def state(self) -> numpy.ndarray:
@@ -54,10 +55,10 @@ class MeanLoss:
             self.totals[rows] += loss
             self.counts[rows] += 1
         else:
-            self.totals[rows] = _double(loss)
+            self.totals[rows] = _float64(loss)
             self.counts[rows] = 1
 
-    def take(self) -> float:
+    def pop(self) -> float:
         """Return the mean of all losses since it was asked for last."""
         total = sum(rows * float(total) for rows, total in self.totals.items())
         weight = sum(rows * count for rows, count in self.counts.items())
@@ -65,7 +66,7 @@ class MeanLoss:
         return total / weight
 
 
-def _double(loss: Any) -> Any:
+def _float64(loss: Any) -> Any:
     """Return a float64 that is added to where it lies: a NumPy scalar, faster than an array, or a CuPy array."""
     return np.array(loss, np.float64)[()]
 
@@ -106,12 +107,12 @@ def _cast(data: Array, dtype: Any) -> Array:
     return data.astype(dtype, copy=False)
 
 
-def shares(
+def sharded_batches(
     x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, comm: Any, dtype: Any = None
 ) -> Iterator[tuple[Array, Array, int]]:
     """Yield this rank's slice of each of `batches`, which may have no row, and the rows of the whole batch."""
     whole = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    mine = [rows[comm.slice(len(rows))] for rows in whole]
+    mine = [rows[comm.shard(len(rows))] for rows in whole]
     most = len(mine[0]) if mine and len(mine[0]) else 1
     gathered = batches(x, t, numpy.concatenate([order[:0], *mine]), most, bytes_at_once, dtype)
     for rows, part in zip(whole, mine, strict=True):  # only the last part may be shorter, as `batches` has it
@@ -130,12 +131,12 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
         raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
     if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
         raise ValueError(f"{name}: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor")
-    x, t = check_rows(name, *data)
+    x, t = check_same_length(name, *data)
     dtype = parameter_dtype(model)
     x, t = (_check_finite(f"{name}: {n}", a, dtype, copy) for n, a in (("x", x), ("t", t)))
-    targets = getattr(getattr(model, "loss_layer", None), "targets", None)
+    targets = getattr(getattr(model, "loss_layer", None), "prepare_targets", None)
     if targets is not None and hasattr(model, "predict"):
-        sample = asarray(_samples(x))
+        sample = asarray(_probe_rows(x))
         shape = model.predict(_cast(sample, _step_dtype(x, dtype))).shape[1:]
         if _is_mapped(t):  # only checked: converted labels may be larger than the file
             try:
@@ -183,22 +184,22 @@ def _row_pieces(data: Array) -> Iterator[tuple[int, Array]]:
         yield start, data[start : start + rows]
 
 
-def placed(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def array_addresses(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return by name where the arrays of `model` lie, and those of its layers."""
 
     def of(holder: Any, owner: str) -> dict[str, Any]:
         arrays = {
             f"{owner}{kind}[{i}]": a for kind in ("params", "grads") for i, a in enumerate(getattr(holder, kind, ()))
         }
-        return {name: places(a)[0] for name, a in arrays.items()}
+        return {name: memory_keys(a)[0] for name, a in arrays.items()}
 
     layers = enumerate(getattr(model, "layers", ()))
     return of(model, ""), {name: place for i, layer in layers for name, place in of(layer, f"layers[{i}].").items()}
 
 
-def check_placed(model: Any, before: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def check_not_rebound(model: Any, before: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Raise a ValueError if the model and a layer had an array together `before` the first step, and no longer have."""
-    after = placed(model)
+    after = array_addresses(model)
     for one, other in ((0, 1), (1, 0)):
         for name, place in after[one].items():
             was = before[one].get(name)
@@ -209,7 +210,7 @@ def check_placed(model: Any, before: tuple[dict[str, Any], dict[str, Any]]) -> N
                 )
 
 
-def _samples(x: Array) -> Array:
+def _probe_rows(x: Array) -> Array:
     """Return rows that stand for all: the first, or those of the least and the largest integer, maybe no index."""
     if x.dtype.kind not in "iu" or not x.size or _is_mapped(x):  # which is not read for that
         return x[:1]
@@ -258,7 +259,7 @@ def _check_finite(name: str, data: Array, dtype: Any, copy: bool) -> Array:
     return result
 
 
-def fingerprint(data: Array) -> str:
+def checksum(data: Array) -> str:
     """Return shape and dtype, and a checksum of about a thousand rows."""
     rows = to_cpu(data[:: 1 + len(data) // 1000])
     return f"{data.shape} {data.dtype} of checksum {zlib.crc32(rows.tobytes()):x}"

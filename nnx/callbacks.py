@@ -1,7 +1,7 @@
 """What `Trainer.fit` calls on its way: progress, learning rates, early stopping, best weights, checkpoints.
 
-A callback is an object with some of the methods `on_begin`, `on_evaluate`, `on_step`, `on_epoch`, `on_save`,
-`on_interrupt` and `on_end`, each called with the trainer; `on_save` after the `on_step` and `on_epoch` of all
+A callback is an object with some of the methods `on_begin`, `on_evaluate`, `on_step`, `on_epoch`, `on_checkpoint`,
+`on_interrupt` and `on_end`, each called with the trainer; `on_checkpoint` after the `on_step` and `on_epoch` of all
 callbacks, when all ranks have heard of a stop, `on_interrupt` next, where a signal has come, `on_end` also
 after an error. `trainer.stop()` ends the training. Attributes that are to go into checkpoints are named in
 `state_names`, a class attribute: numbers, strings, arrays, lists of these. One that has followed a model and is
@@ -15,19 +15,20 @@ import math
 import operator
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nnx import checkpoint, storage
 from nnx.np import Array
+from nnx.tree import attribute_names, named_state
 
-__all__ = ["Bar", "BestWeights", "Checkpoint", "EarlyStopping", "LearningRate", "Lines"]
+__all__ = ["BestWeights", "Checkpoint", "EarlyStopping", "LearningRateScheduler", "PrintLog", "ProgressBar"]
 
-_EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_save", "on_interrupt", "on_end")
+_EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_checkpoint", "on_interrupt", "on_end")
 
 
-class Lines:
+class PrintLog:
     """Prints the source's line of text at every evaluation."""
 
     def on_begin(self, trainer: Any) -> None:
@@ -42,7 +43,7 @@ class Lines:
         )
 
 
-class Bar:
+class ProgressBar:
     """Shows a tqdm bar over all steps, with epoch and loss."""
 
     def on_begin(self, trainer: Any) -> None:
@@ -66,20 +67,20 @@ class Bar:
         self.bar.close()
 
 
-class LearningRate:
+class LearningRateScheduler:
     """Sets `optimizer.lr` for each step to `schedule(steps taken)`.
 
     Parameters
     ----------
     schedule : function of an int
-        See `optimizer.step_decay`, `cosine_decay` and `warm_up`.
+        See `optimizer.step_decay`, `cosine_decay` and `linear_warmup`.
     """
 
     state_names = ("steps",)
 
     def __init__(self, schedule: Callable[[int], float]) -> None:
         if not callable(schedule):
-            raise TypeError(f"LearningRate: schedule must be a function of the steps taken, got {schedule!r}")
+            raise TypeError(f"LearningRateScheduler: schedule must be a function of the steps taken, got {schedule!r}")
         self.schedule = schedule
         self.steps = 0
 
@@ -107,7 +108,7 @@ class EarlyStopping:
     """
 
     needs_validation = True
-    state_names = ("lowest", "since")
+    state_names = ("best_loss", "epochs_without_improvement")
 
     def __init__(self, patience: int = 5) -> None:
         if patience < 1:
@@ -117,51 +118,51 @@ class EarlyStopping:
 
     def reset(self) -> None:
         """Forget the losses seen."""
-        self.lowest, self.since = math.inf, 0
+        self.best_loss, self.epochs_without_improvement = math.inf, 0
 
     def on_epoch(self, trainer: Any) -> None:
         """Look at the epoch's validation loss."""
         loss = trainer.val_list[-1][0]
-        self.since = 0 if loss < self.lowest else self.since + 1
-        self.lowest = min(self.lowest, loss)
-        if self.since >= self.patience:
+        self.epochs_without_improvement = 0 if loss < self.best_loss else self.epochs_without_improvement + 1
+        self.best_loss = min(self.best_loss, loss)
+        if self.epochs_without_improvement >= self.patience:
             trainer.stop()
 
 
 class BestWeights:
     """Keeps a copy of the weights with the lowest validation loss, and puts it back at the end.
 
-    The running statistics of BatchNorm, which that loss depends on, go with them.
+    The run_callbacks statistics of BatchNorm, which that loss depends on, go with them.
 
     Attributes
     ----------
-    lowest : float
+    best_loss : float
         Their validation loss.
     epoch : int
         The epoch after which they were seen, from 1.
     """
 
     needs_validation = True
-    state_names = ("lowest", "epoch", "weights")
+    state_names = ("best_loss", "epoch", "weights")
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Forget the weights."""
-        self.lowest, self.epoch = math.inf, 0
+        self.best_loss, self.epoch = math.inf, 0
         self.weights: list[Array] = []
 
     def on_epoch(self, trainer: Any) -> None:
         """Copy the weights if the epoch's validation loss is the lowest."""
         loss = trainer.val_list[-1][0]
-        if loss < self.lowest:
-            self.lowest, self.epoch = loss, trainer.current_epoch
-            self.weights = [a.copy() for a in _learned(trainer.model)]
+        if loss < self.best_loss:
+            self.best_loss, self.epoch = loss, trainer.current_epoch
+            self.weights = [a.copy() for a in _model_state(trainer.model)]
 
     def on_end(self, trainer: Any) -> None:
         """Put the best weights back."""
-        for a, best in zip(_learned(trainer.model), self.weights, strict=bool(self.weights)):
+        for a, best in zip(_model_state(trainer.model), self.weights, strict=bool(self.weights)):
             a[...] = best
 
 
@@ -186,11 +187,11 @@ class Checkpoint:
     ----------
     path : Path or None
         The numbered file saved last.
-    lowest : float
+    best_loss : float
         The validation loss of `best.safetensors`.
     """
 
-    state_names = ("lowest",)
+    state_names = ("best_loss",)
 
     def __init__(
         self,
@@ -206,12 +207,12 @@ class Checkpoint:
                 raise ValueError(f"Checkpoint: {name} must be at least 1, got {value}")
         self.folder = Path(folder).absolute()  # wherever a callback goes
         self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
-        self.lowest = math.inf
+        self.best_loss = math.inf
         self.path: Path | None = None
 
     def reset(self) -> None:
         """Forget the lowest loss."""
-        self.lowest = math.inf
+        self.best_loss = math.inf
 
     def on_begin(self, trainer: Any) -> None:
         """Make the folder, see that it holds no other training, and remove what a killed save left."""
@@ -219,18 +220,18 @@ class Checkpoint:
 
         if trainer.comm.rank > 0:  # rank 0 saves
             return
-        storage.require()
+        storage.import_safetensors()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f"{storage.PREFIX}*"):
+        for left in self.folder.glob(f"{storage.TEMP_PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
-        there = checkpoint.numbered(self.folder)
-        if there and checkpoint.position(there[-1]) > (trainer.current_epoch, trainer.iteration):
+        there = checkpoint.list_checkpoints(self.folder)
+        if there and checkpoint.parse_filename(there[-1]) > (trainer.current_epoch, trainer.iteration):
             raise ValueError(
                 f"Checkpoint: {there[-1]} is later than epoch {trainer.current_epoch}, step {trainer.iteration}, where "
                 "this training begins; go on from it with Trainer.resume, or choose another folder"
             )
 
-    def on_save(self, trainer: Any) -> None:
+    def on_checkpoint(self, trainer: Any) -> None:
         """Save after every `every_steps` steps, every `every_epochs` epochs and the last one; and the best one."""
         if trainer.iteration:
             count, every, last = trainer.current_epoch * trainer.max_iter + trainer.iteration, self.every_steps, False
@@ -245,15 +246,15 @@ class Checkpoint:
         path = self.folder / f"epoch-{trainer.current_epoch:04d}-step-{trainer.iteration:06d}.safetensors"
         if self._save(trainer, path):
             self.path = path
-            for old in checkpoint.numbered(self.folder)[: -self.keep]:
+            for old in checkpoint.list_checkpoints(self.folder)[: -self.keep]:
                 old.unlink(missing_ok=True)
 
     def _save_best(self, trainer: Any) -> None:
-        before, loss = self.lowest, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
+        before, loss = self.best_loss, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
         if self.best and loss < before:
-            self.lowest = loss  # first, as it is saved too
+            self.best_loss = loss  # first, as it is saved too
             if not self._save(trainer, self.folder / "best.safetensors"):
-                self.lowest = before
+                self.best_loss = before
 
     def _save(self, trainer: Any, path: Path) -> bool:
         if trainer.comm.rank > 0:
@@ -266,15 +267,15 @@ class Checkpoint:
         return True
 
 
-def _learned(model: Any) -> list[Array]:
-    """Return the arrays of `model` that training changes: its parameters, each once, and running statistics."""
-    return list(checkpoint.remembered(model)[0].values())
+def _model_state(model: Any) -> list[Array]:
+    """Return the arrays of `model` that training changes: its parameters, each once, and run_callbacks statistics."""
+    return list(named_state(model)[0].values())
 
 
 _models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # which the callbacks followed last
 
 
-def adopt(model: Any, callbacks: list[Any]) -> None:
+def reset_if_new_model(model: Any, callbacks: list[Any]) -> None:
     """Let `callbacks` follow the training of `model`; one that followed another forgets that, if it can `reset`."""
     for callback in callbacks:
         if hasattr(callback, "reset"):
@@ -283,15 +284,25 @@ def adopt(model: Any, callbacks: list[Any]) -> None:
             _models[callback] = weakref.ref(model) if hasattr(model, "__weakref__") else lambda: model
 
 
-@contextlib.contextmanager
-def running(trainer: Any, callbacks: list[Any]) -> Iterator[Callable[[str], None]]:
-    """Begin the callbacks, yield what calls those that have a method for an event, and end those that began."""
+def as_callback_list(callbacks: Any) -> list[Any]:
+    """Return `callbacks` as a list, having checked that each is an object with at least one of the methods."""
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"Trainer.fit: callbacks must be a list of callbacks, got {callbacks!r}; pass [callback]")
+    callbacks = list(callbacks)
     for callback in callbacks:
         if isinstance(callback, type):
-            raise TypeError(f"Trainer.fit: a callback must be an object, got the class {callback.__name__}")
+            name = callback.__name__
+            raise TypeError(f"Trainer.fit: a callback must be an object, got the class {name}; make one: {name}(...)")
         if not any(hasattr(callback, event) for event in _EVENTS):
             raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
-        checkpoint.attribute_names(callback, "state_names")
+    return callbacks
+
+
+@contextlib.contextmanager
+def run_callbacks(trainer: Any, callbacks: list[Any]) -> Iterator[Callable[[str], None]]:
+    """Begin the callbacks, yield what calls those that have a method for an event, and end those that began."""
+    for callback in callbacks:
+        attribute_names(callback, "state_names")
         if getattr(callback, "needs_validation", False) and trainer.validation is None:
             name = type(callback).__name__
             raise ValueError(f"{name}: there is no validation loss to follow; pass fit(validation=(x, t))")
@@ -310,7 +321,7 @@ def running(trainer: Any, callbacks: list[Any]) -> Iterator[Callable[[str], None
         yield call
 
 
-def restore_states(callbacks: list[Any], saved: Any) -> None:
+def load_callback_states(callbacks: list[Any], saved: Any) -> None:
     """Let `callbacks` go on from what was saved of them: each takes the next state of its class.
 
     Raises
@@ -325,8 +336,8 @@ def restore_states(callbacks: list[Any], saved: Any) -> None:
         state = next((s for s in left if s[0] == name), None)
         if state is not None and hasattr(callback, "state_names"):
             left.remove(state)
-            mine = {n: getattr(callback, n) for n in checkpoint.attribute_names(callback, "state_names")}
-            if lines := checkpoint.compare(name, mine, state[1]):
+            mine = {n: getattr(callback, n) for n in attribute_names(callback, "state_names")}
+            if lines := checkpoint.structure_mismatches(name, mine, state[1]):
                 raise ValueError("\n  ".join(["Trainer.fit: what was saved of the callbacks does not fit:", *lines]))
             plan += [(callback, n, value) for n, value in state[1].items()]
     for callback, name, value in plan:

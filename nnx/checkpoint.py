@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from nnx import storage
 from nnx._version import __version__
 from nnx.device import asarray, to_cpu
 from nnx.np import Array, np
-from nnx.shared import places
+from nnx.tree import name_list, named_layers, named_state
 
-__all__ = ["load", "newest", "save"]
+__all__ = ["latest_checkpoint", "load", "save"]
 
 _NEEDED: dict[str, dict[str, type]] = {
     "model": {"state": dict},
@@ -69,19 +69,19 @@ def save(
         If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is none.
     """
     path = Path(path)
-    arrays, others = remembered(model)
-    tensors = _as_in_file(path, arrays, keys, transpose)
-    state = _pack({name: getattr(*place) for name, place in others.items()}, "state", tensors, model)
-    told: dict[str, Any] = {"model": {"settings": _settings(model), "state": state}}
+    arrays, extra_state = named_state(model)
+    tensors = rename_arrays(path, arrays, keys, transpose)
+    state = _pack({name: getattr(*place) for name, place in extra_state.items()}, "state", tensors, model)
+    metadata_of: dict[str, Any] = {"model": {"settings": layer_config(model), "state": state}}
     if optimizer is not None:
-        settings = _pack(_described(optimizer), "optimizer", tensors, model)
-        told["optimizer"] = {"class": type(optimizer).__name__, "settings": settings}
+        settings = _pack(optimizer_state(optimizer), "optimizer", tensors, model)
+        metadata_of["optimizer"] = {"class": type(optimizer).__name__, "settings": settings}
     if trainer is not None:
-        told["trainer"] = _pack(trainer.state(), "trainer", tensors, model)
+        metadata_of["trainer"] = _pack(trainer.state_dict(), "trainer", tensors, model)
     libraries = {"python": platform.python_version(), "numpy": numpy.__version__, np.__name__: np.__version__}
-    told["versions"] = {"nnx": __version__, **libraries}
-    metadata = {f"nnx.{kind}": json.dumps(words) for kind, words in told.items()}
-    storage.write(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
+    metadata_of["versions"] = {"nnx": __version__, **libraries}
+    metadata = {f"nnx.{kind}": json.dumps(words) for kind, words in metadata_of.items()}
+    storage.atomic_save(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
 
 
 def load(
@@ -95,7 +95,7 @@ def load(
 ) -> None:
     """Read the safetensors file `path` into the arrays of `model`, and into `optimizer` and `trainer`.
 
-    The arrays stay the objects that they are. Files of others, which have no digest, load as well; the
+    The arrays stay the objects that they are. Files of extra_state, which have no digest, load as well; the
     parameters of `torch.nn.Linear`, for example, into an Affine::
 
         load(path, model, keys={"0.weight": "layers.0.W", "0.bias": "layers.0.b"}, transpose=["0.weight"])
@@ -121,35 +121,39 @@ def load(
         For `keys` or `transpose`, as `save`.
     """
     path = Path(path)
-    with storage.opened(path) as file:
-        told = {kind: _parsed(path, kind, file.metadata) for kind in _NEEDED if f"nnx.{kind}" in file.metadata}
+    with storage.open_checked(path) as file:
+        metadata_of = {
+            kind: _load_metadata(path, kind, file.metadata) for kind in _NEEDED if f"nnx.{kind}" in file.metadata
+        }
         unpack = _Unpacker(path, file, model)
-        arrays, others = remembered(model)
-        targets = _as_in_file(path, arrays, keys, transpose)
-        state = unpack(told["model"]["state"], asarray) if "model" in told else {}
+        arrays, extra_state = named_state(model)
+        targets = rename_arrays(path, arrays, keys, transpose)
+        state = unpack(metadata_of["model"]["state"], asarray) if "model" in metadata_of else {}
         left = {name for name, own in (keys or {}).items() if own is None}
-        differences = _differences(file, targets, left | unpack.names)
+        differences = array_mismatches(file, targets, left | unpack.names)
         plan: list[tuple[Any, str, Any]] = []  # object, attribute, its new value
-        if "model" in told:
-            differences += compare("", {name: getattr(*place) for name, place in others.items()}, state)
-            plan += [(*place, state.get(name)) for name, place in others.items()]
+        if "model" in metadata_of:
+            differences += structure_mismatches(
+                "", {name: getattr(*place) for name, place in extra_state.items()}, state
+            )
+            plan += [(*place, state.get(name)) for name, place in extra_state.items()]
         for kind, receiver in (("optimizer", optimizer), ("trainer", trainer)):
-            if receiver is not None and kind not in told:
+            if receiver is not None and kind not in metadata_of:
                 differences.append(f"{kind}: wanted, but not in the file")
-        if optimizer is not None and "optimizer" in told:
-            settings = unpack(told["optimizer"]["settings"], asarray)
-            differences += _compare_optimizer(optimizer, told["optimizer"]["class"], settings)
+        if optimizer is not None and "optimizer" in metadata_of:
+            settings = unpack(metadata_of["optimizer"]["settings"], asarray)
+            differences += _compare_optimizer(optimizer, metadata_of["optimizer"]["class"], settings)
             plan += [(optimizer, name, value) for name, value in settings.items()]
-        if trainer is not None and "trainer" in told:
+        if trainer is not None and "trainer" in metadata_of:
             progress = {  # callbacks may hold arrays of the model's kind, all else lives on the host
                 name: unpack(v, asarray if name == "callbacks" else numpy.asarray)
-                for name, v in told["trainer"].items()
+                for name, v in metadata_of["trainer"].items()
             }
-            differences += compare("trainer", trainer.state(), progress)
+            differences += structure_mismatches("trainer", trainer.state_dict(), progress)
         if differences:
             raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
         values = {name: np.asarray(file.read(name)) for name in targets}
-    restore = trainer.restoring(path, progress) if trainer is not None else None
+    restore = trainer.load_state_dict(path, progress) if trainer is not None else None
     for name, array in targets.items():
         array[...] = values[name]
     for receiver, name, value in plan:
@@ -158,81 +162,38 @@ def load(
         restore()
 
 
-def remembered(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]]:
-    """Return the arrays of `model` by name, and where its other state is: an object and an attribute by name."""
-    if not hasattr(model, "params"):
-        raise TypeError(f"checkpoint: expected a model, an object with params, got {type(model).__name__}")
-    arrays: dict[str, Array] = {}
-    others: dict[str, tuple[Any, str]] = {}
-    known: set[Any] = set()
-
-    def put(layer: Any, name: str, array: Array) -> None:
-        if name in arrays:
-            raise ValueError(
-                f"{type(layer).__name__}: two arrays are called {name}; param_names and state_names must all differ"
-            )
-        arrays[name] = array
-
-    for path, layer in _walk(model, "", set()):
-        names = attribute_names(layer, "param_names")
-        for i, p in enumerate(layer.params):
-            place, flipped = places(p) if p.size else (id(p), None)
-            if place not in known:
-                put(layer, path + (names[i] if i < len(names) else f"params.{i}"), p)
-            known |= {place, flipped}
-        for name in attribute_names(layer, "state_names"):
-            if isinstance(getattr(layer, name), Array):
-                put(layer, path + name, getattr(layer, name))
-            else:
-                others[path + name] = layer, name
-    return arrays, others
-
-
-def name_list(what: str, names: Any) -> list[str]:
-    """Return the strings in `names`, any iterable of them, as a list; `what` opens the message of a TypeError."""
-    if isinstance(names, Iterable) and not isinstance(names, str):
-        names = list(names)
-        if all(isinstance(name, str) for name in names):
-            return names
-    raise TypeError(f"{what} must be a list of names, such as ['W', 'b'], got {names!r}")
-
-
-def attribute_names(holder: Any, attribute: str) -> list[str]:
-    """Return the names in the attribute `param_names` or `state_names` of a layer or callback, which may lack it."""
-    names = getattr(holder, attribute, ())
-    what = f"{type(holder).__name__}.{attribute}"
-    if isinstance(names, Iterator):  # every save reads it
-        raise TypeError(f"{what} must be a list of names, such as ['W', 'b'], got an iterator, which can be read once")
-    return name_list(what, names)
-
-
-def compare(where: str, mine: Any, saved: Any) -> list[str]:
+def structure_mismatches(where: str, mine: Any, saved: Any) -> list[str]:
     """Return in words how `saved` differs from `mine` in names and kinds; the numbers may differ, and None fits all."""
     if isinstance(mine, dict) and isinstance(saved, dict):
         path = f"{where}." if where else ""
         return [
             *(f"{path}{name}: in the file, but not here" for name in saved if name not in mine),
             *(f"{path}{name}: here, but not in the file" for name in mine if name not in saved),
-            *(line for name in mine if name in saved for line in compare(path + name, mine[name], saved[name])),
+            *(
+                line
+                for name in mine
+                if name in saved
+                for line in structure_mismatches(path + name, mine[name], saved[name])
+            ),
         ]
-    if mine is None or saved is None or _kind(mine) == _kind(saved):
+    if mine is None or saved is None or _describe(mine) == _describe(saved):
         return []
-    return [f"{where}: {_kind(mine)} here, {_kind(saved)} in the file"]
+    return [f"{where}: {_describe(mine)} here, {_describe(saved)} in the file"]
 
 
-def position(path: Path) -> tuple[int, int]:
+def parse_filename(path: Path) -> tuple[int, int]:
     """Return the epochs and the steps after them in the name of a Checkpoint callback's file; (-1, -1) for others."""
     match = _NUMBERED.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else (-1, -1)
 
 
-def numbered(folder: Path) -> list[Path]:
-    """Return the numbered files of a Checkpoint callback in `folder`, in their order."""
-    return sorted((p for p in folder.iterdir() if position(p) >= (0, 0)), key=position)
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the list_checkpoints files of a Checkpoint callback in `folder`, in their order."""
+    return sorted((p for p in folder.iterdir() if parse_filename(p) >= (0, 0)), key=parse_filename)
 
 
-def newest(folder: str | Path) -> Path:
-    """Return the newest whole one of the numbered files in `folder`.
+def latest_checkpoint(folder: str | Path) -> Path:
+    """Return the latest_checkpoint whole one of the list_checkpoints files in `folder`.
 
     A damaged one gets the ending `.damaged`, with a warning.
 
@@ -241,9 +202,9 @@ def newest(folder: str | Path) -> Path:
     FileNotFoundError
         If there is none.
     """
-    for path in reversed(numbered(Path(folder))):
+    for path in reversed(list_checkpoints(Path(folder))):
         try:
-            with storage.opened(path):
+            with storage.open_checked(path):
                 return path
         except ValueError as error:
             path.replace(f"{path}.damaged")
@@ -258,29 +219,16 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | numpy.generic | numpy.ndarray | Array)
 
 
-def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yield with their paths the layers that attributes of one hold, alone or in lists and dicts, and then itself."""
-    several = isinstance(value, dict | list | tuple)
-    if id(value) in seen or not (several or not path or (hasattr(value, "forward") and hasattr(value, "params"))):
-        return
-    seen.add(id(value))
-    inside = value if isinstance(value, dict) else dict(enumerate(value)) if several else getattr(value, "__dict__", {})
-    for name, inner in inside.items():
-        yield from _walk(inner, f"{path}{name}.", seen)
-    if not several:
-        yield path, value
-
-
-def _settings(model: Any) -> dict[str, Any]:
+def layer_config(model: Any) -> dict[str, Any]:
     """Return class and numbers of every layer, for the people who look into a file."""
     return {
         path.removesuffix("."): {"class": type(layer).__name__}
         | {n: v for n, v in getattr(layer, "__dict__", {}).items() if isinstance(v, bool | int | float | str)}
-        for path, layer in _walk(model, "", set())
+        for path, layer in named_layers(model, "", set())
     }
 
 
-def _described(optimizer: Any) -> dict[str, Any]:
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
     """Return what an optimizer remembers: its public attributes, those that can be saved."""
     return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and _is_plain(v)}
 
@@ -288,7 +236,7 @@ def _described(optimizer: Any) -> dict[str, Any]:
 def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> list[str]:
     if name != type(optimizer).__name__:
         return [f"optimizer: {type(optimizer).__name__} here, {name} in the file"]
-    lines = compare("optimizer", _described(optimizer), settings)
+    lines = structure_mismatches("optimizer", optimizer_state(optimizer), settings)
     if not lines:  # so that lists are lists
         shapes = {n: [getattr(a, "shape", None) for a in v] for n, v in settings.items() if isinstance(v, list)}
         for state in getattr(optimizer, "_slots", ()):
@@ -297,11 +245,15 @@ def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> l
     return lines
 
 
-def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collection[str]) -> list[str]:
+def array_mismatches(file: storage.Reader, arrays: Mapping[str, Array], left: Collection[str]) -> list[str]:
     """Return in words how the arrays of `file` differ from those of the model, both by their names in the file."""
     lines = []
     for name in file.arrays:
-        if name not in arrays and name not in left and not (file.own and name.startswith(("optimizer.", "trainer."))):
+        if (
+            name not in arrays
+            and name not in left
+            and not (file.has_digest and name.startswith(("optimizer.", "trainer.")))
+        ):
             lines.append(f"{name}: in the file, but not in the model")
     for name, array in arrays.items():
         mine, entry = (array.dtype.name, array.shape), file.arrays.get(name)
@@ -314,7 +266,7 @@ def _differences(file: storage.Reader, arrays: Mapping[str, Array], left: Collec
     return lines
 
 
-def _as_in_file(
+def rename_arrays(
     path: Path, arrays: Mapping[str, Array], keys: Mapping[str, str | None] | None, transpose: Iterable[str]
 ) -> dict[str, Array]:
     """Return the model's arrays under the names, and turned as, they have in the file."""
@@ -328,20 +280,20 @@ def _as_in_file(
     if len(in_file) + [*keys.values()].count(None) < len(keys):
         raise ValueError(f"{path}: keys gives an array of the model several names in the file")
     if unknown := in_file.keys() - arrays.keys():
-        raise ValueError(f"{path}: keys names {_listed(unknown)}, and the model has {_listed(arrays)}")
+        raise ValueError(f"{path}: keys names {_join(unknown)}, and the model has {_join(arrays)}")
     named = {in_file.get(own, own): array for own, array in arrays.items()}
     if len(named) < len(arrays):
         raise ValueError(f"{path}: keys gives several arrays of the model one name in the file")
     if unknown := set(transpose) - named.keys():
-        raise ValueError(f"{path}: transpose names {_listed(unknown)}, and the file has {_listed(named)}")
+        raise ValueError(f"{path}: transpose names {_join(unknown)}, and the file has {_join(named)}")
     return {name: array.T if name in transpose else array for name, array in named.items()}
 
 
-def _listed(names: Collection[str]) -> str:
+def _join(names: Collection[str]) -> str:
     return ", ".join(sorted(names)) or "no arrays"
 
 
-def _kind(value: Any) -> str:
+def _describe(value: Any) -> str:
     """Say what `value` is, as far as another value must be alike."""
     if isinstance(value, numpy.generic):
         value = value.item()  # as `_pack` saves it
@@ -388,7 +340,7 @@ class _Unpacker:
             try:
                 return convert(self.file.read(name))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{self.path}: {name} is no array to be remembered ({error})") from error
+                raise ValueError(f"{self.path}: {name} is no array to be named_state ({error})") from error
         if value.keys() == {"param"} and isinstance(index, int) and 0 <= index < len(self.model.params):
             return self.model.params[index]
         if value.keys() in ({"tensor"}, {"param"}):
@@ -396,12 +348,14 @@ class _Unpacker:
         return {key: self(v, convert) for key, v in value.items()}
 
 
-def _parsed(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _load_metadata(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return what the metadata say of a model, an optimizer or a trainer."""
     try:
-        told = json.loads(metadata[f"nnx.{kind}"])
+        metadata_of = json.loads(metadata[f"nnx.{kind}"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata of the {kind} are not JSON ({error})") from error
-    if not isinstance(told, dict) or not all(isinstance(told.get(n), t) for n, t in _NEEDED[kind].items()):
-        raise ValueError(f"{path}: its metadata of the {kind} lack {_listed(_NEEDED[kind])}")
-    return told
+    if not isinstance(metadata_of, dict) or not all(
+        isinstance(metadata_of.get(n), t) for n, t in _NEEDED[kind].items()
+    ):
+        raise ValueError(f"{path}: its metadata of the {kind} lack {_join(_NEEDED[kind])}")
+    return metadata_of

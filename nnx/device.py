@@ -6,7 +6,6 @@ Everything here works alike on both devices; on the CPU a move is no copy.
 from __future__ import annotations
 
 import importlib
-import numbers
 import warnings
 from typing import Any
 
@@ -54,7 +53,7 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
     ValueError
         If `x` is a ragged list.
     """
-    x = numeric(x, name)
+    x = as_real_array(x, name)
     if GPU and isinstance(x, numpy.ndarray) and x.nbytes > _LARGE:
         native = numpy.dtype(x.dtype if dtype is None else dtype).newbyteorder("=")
         x = numpy.asarray(x, native, order="A")
@@ -65,7 +64,7 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
         return np.asarray(x, dtype)
 
 
-def numeric(x: Any, name: str) -> Array:
+def as_real_array(x: Any, name: str) -> Array:
     """Return `x` as an array of real numbers where it lies: lists become host arrays."""
     if not isinstance(x, _ARRAYS):
         for part in x if isinstance(x, list | tuple) else ():
@@ -74,10 +73,10 @@ def numeric(x: Any, name: str) -> Array:
         try:
             x = numpy.asarray(given)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: expected an array or a list of numbers, got {_kind(x)} ({error})") from error
+            raise type(error)(f"{name}: expected an array or a list of numbers, got {describe(x)} ({error})") from error
         if x.dtype.kind == "O":
             held = " of what fits no number dtype" if isinstance(given, list | tuple) else ""
-            raise TypeError(f"{name}: expected real numbers, got {_kind(given)}{held}")
+            raise TypeError(f"{name}: expected real numbers, got {describe(given)}{held}")
     check_unmasked(x, name)
     if x.dtype.kind not in "fiub":
         raise TypeError(
@@ -92,97 +91,9 @@ def check_unmasked(x: Any, name: str) -> None:
         raise TypeError(f"{name}: expected an array without a mask; fill the masked elements with filled(...)")
 
 
-def asfloat(x: Any, dtype: Any, name: str) -> Array:
-    """Return `x` as a floating array of the array module.
-
-    `dtype=None` keeps a floating dtype and makes integers `result_type(x, float32)`.
-    """
-    if type(x) is Array and (x.dtype is dtype or (dtype is None and (x.dtype is _FLOAT32 or x.dtype is _FLOAT64))):
-        return x  # nothing to do, as at nearly every call of every layer
-    x = asarray(x, name=name)
-    if dtype is None:
-        dtype = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.result_type(x.dtype, np.float32)
-    with numpy.errstate(under="ignore"):
-        return x.astype(dtype, copy=False)
-
-
-def asgrad(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return the gradient `dout` of a layer's output in `dtype`, having checked that it would not broadcast."""
-    if dout is None:
-        raise ValueError(
-            f"{type(layer).__name__}.backward: dout is None, as of a next layer that was made with input_grad=False"
-        )
-    if type(dout) is not Array or dout.dtype is not dtype:
-        dout = asfloat(dout, dtype, type(layer).__name__)
-    if dout.shape != shape:
-        raise ValueError(
-            f"{type(layer).__name__}.backward: dout must have the shape of the output {shape}, got {dout.shape}"
-        )
-    return dout
-
-
-def as_float(owner: Any, name: str) -> float:
-    """Return the attribute `name` of `owner` as a Python float, so that no NumPy scalar decides about dtypes."""
-    value = getattr(owner, name)
-    if type(value) is float:
-        return value
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
-    return float(value)
-
-
-def loss_grad(layer: Any, dout: Any) -> Any:
-    """Return `dout`, the gradient of the loss of `layer`, as a Python number; an array on the GPU stays there.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `dout` is anything but one real number.
-    """
-    if type(dout) is int or type(dout) is float:
-        return dout
-    dout = numeric(dout, f"{type(layer).__name__}.backward: dout")
-    if dout.ndim:
-        raise ValueError(
-            f"{type(layer).__name__}.backward: dout must be one number, the gradient of the loss, "
-            f"got shape {dout.shape}"
-        )
-    return float(dout) if isinstance(dout, numpy.ndarray) else dout.astype(np.float64, copy=False)
-
-
-def check_weights(name: str, **weights: Any) -> None:
-    """Raise a TypeError unless every weight is a floating array of the array module, and computes as such.
-
-    Nothing is converted: a converted copy would no longer be the array that another layer shares,
-    and integer weights would swallow their gradients. A numpy.memmap computes as an array, a
-    numpy.matrix or numpy.ma.MaskedArray does not.
-    """
-    for argument, weight in weights.items():
-        if (
-            not isinstance(weight, Array)
-            or weight.dtype.kind != "f"
-            or not weight.dtype.isnative
-            or type(weight).__mul__ is not Array.__mul__
-        ):
-            raise TypeError(
-                f"{name}: {argument} must be a {np.__name__} array of a floating dtype, got {_kind(weight)}; "
-                f"make it with nnx.asarray({argument}, dtype='float32')"
-            )
-
-
 def is_writable(x: Array) -> bool:
     """Return whether `x` may be written into; CuPy's arrays always may."""
     return GPU or x.flags.writeable
-
-
-def check_rows(name: str, x: Any, t: Any) -> tuple[Array, Array]:
-    """Return inputs and targets as arrays where they lie, having checked that they have equally many rows."""
-    x, t = numeric(x, f"{name}: x"), numeric(t, f"{name}: t")
-    if x.ndim == 0 or t.ndim == 0 or len(x) != len(t) or len(x) == 0:
-        raise ValueError(
-            f"{name}: x and t must have the same number of rows, at least one, got shapes {x.shape} and {t.shape}"
-        )
-    return x, t
 
 
 def address(x: Any) -> int:
@@ -190,7 +101,7 @@ def address(x: Any) -> int:
     return int(x.data.ptr if GPU else x.ctypes.data)
 
 
-def gather_bytes(x: Any) -> int:
+def chunk_bytes(x: Any) -> int:
     """Return how many bytes of the training data `x` to gather at a time.
 
     On the CPU what fits beside a step in the second-level cache; on the GPU, where a gather is two
@@ -202,7 +113,7 @@ def gather_bytes(x: Any) -> int:
     return _free_bytes() // 4 if isinstance(x, Array) else min(_free_bytes() // 4, 1 << 28)
 
 
-def fits(*arrays: Any) -> bool:
+def fits_on_device(*arrays: Any) -> bool:
     """Return whether those of `arrays` that are on the host may be moved and leave half of the device's memory free."""
     return not GPU or sum(a.nbytes for a in arrays if not isinstance(a, Array)) <= _free_bytes() // 2
 
@@ -222,13 +133,13 @@ def bus_id() -> str:
     return str(_cupy.cuda.Device().pci_bus_id) if GPU else ""
 
 
-def pick(index: int) -> None:
+def set_device(index: int) -> None:
     """Make GPU number `index`, counted round those that are there, the one that arrays are made on."""
     if GPU:
         _cupy.cuda.Device(index % devices()).use()
 
 
-def pinned(x: Array) -> Any:
+def empty_pinned_like(x: Array) -> Any:
     """Return uninitialised host memory like `x` that the GPU copies from and to by itself; on the CPU `x`."""
     return importlib.import_module("cupyx").empty_pinned(x.shape, x.dtype) if GPU else x
 
@@ -243,7 +154,7 @@ def nccl() -> Any:
     return library if library.available else None
 
 
-def stream() -> int:
+def current_stream_ptr() -> int:
     """Return the address of CuPy's current stream; on the CPU 0."""
     return int(_cupy.cuda.get_current_stream().ptr) if GPU else 0
 
@@ -273,7 +184,7 @@ def describe_gpu() -> list[tuple[str, str]]:
     ]
 
 
-def _kind(x: Any) -> str:
+def describe(x: Any) -> str:
     """Say what `x` is, for an error: its type, and the dtype of an array."""
     kind = type(x)
     where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."

@@ -7,10 +7,10 @@ your own:
     comm = nnx.distributed.init()  # first, before the data and the model
     comm.broadcast(model.params)
     for x, t in batches:  # the same on every rank, of at least as many rows as there are ranks
-        part = comm.slice(len(x))
+        part = comm.shard(len(x))
         model.forward(x[part], t[part])
         model.backward()
-        comm.average(model.grads, len(x[part]) / len(x))
+        comm.allreduce_gradients(model.grads, len(x[part]) / len(x))
         optimizer.update(model.params, model.grads)
 
 Started with `mpiexec -n 4 python -m mpi4py train.py`: without `-m mpi4py` nobody notices a rank that leaves
@@ -24,7 +24,6 @@ alone, and its own dropout masks: layers made with the same seed draw the same m
 from __future__ import annotations
 
 import atexit
-import builtins
 import contextlib
 import importlib
 import io
@@ -38,15 +37,25 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from nnx.device import address, asarray, bus_id, nccl, pick, pinned, stream, synchronize, to_cpu
+from nnx.device import (
+    address,
+    asarray,
+    bus_id,
+    current_stream_ptr,
+    empty_pinned_like,
+    nccl,
+    set_device,
+    synchronize,
+    to_cpu,
+)
 from nnx.np import Array, np
 
 __all__ = ["Comm", "init"]
 
 # What the launchers tell a process about the number of ranks: MPICH and Intel, Open MPI, srun, torchrun.
 _LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
-_MODELS = 4  # that are trained in turns, for each of which a buffer is kept
-_PATIENCE = 5  # seconds, for which a rank that failed lets the others save what they have
+_MAX_PLANS = 4  # that are trained in turns, for each of which a buffer is kept
+_ABORT_TIMEOUT = 5  # seconds, for which a rank that failed lets the others save what they have
 
 
 def init(cuda_aware: bool = False) -> Comm:
@@ -71,15 +80,15 @@ def init(cuda_aware: bool = False) -> Comm:
     RuntimeError
         If no MPI library can be loaded, or if the launcher says several ranks and MPI says one.
     """
-    if not _joined:
-        _joined.append(_join(cuda_aware))
-    return _joined[0]
+    if not _instance:
+        _instance.append(_connect(cuda_aware))
+    return _instance[0]
 
 
-_joined: list[Comm] = []
+_instance: list[Comm] = []
 
 
-def _join(cuda_aware: bool) -> Comm:
+def _connect(cuda_aware: bool) -> Comm:
     counts = {name: os.environ.get(name, "") for name in _LAUNCHERS}
     told = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), "nothing")
     asked = {"mpi4py.run", "mpi4py.MPI"} & sys.modules.keys()  # by `python -m mpi4py`, or by the script
@@ -113,7 +122,7 @@ def _join(cuda_aware: bool) -> Comm:
 class Comm:
     """The ranks that train together; made by `init`.
 
-    All methods but `slice` are collective: every rank calls them, in the same order.
+    All methods but `shard` are collective: every rank calls them, in the same order.
 
     Attributes
     ----------
@@ -137,30 +146,30 @@ class Comm:
         self.rank, self.size = self.mpi.rank, self.mpi.size
         local = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = local.rank, local.size
-        self._plans: dict[Any, tuple[list[Array], list[_Flat]]] = {}
-        self._begun, self._window = _counter(MPI)
+        self._plans: dict[Any, tuple[list[Array], list[_Bucket]]] = {}
+        self._collectives_started, self._window = _rma_counter(MPI)
         self._ending = self.mpi.Dup()  # where no other call can come between
         self._failed = False
         self._except = sys.excepthook
-        sys.excepthook = self._report
-        atexit.register(self._end)
-        places = self.mpi.gather(f"{MPI.Get_processor_name()}:{os.getpid()}")
-        if places:  # launchers name a process that was killed, and not its rank
-            sys.stderr.write(f"nnx: ranks 0 to {self.size - 1} are the processes {', '.join(places)}\n")
-        self.agree("nnx.distributed", **{"the array module": np.__name__})
+        sys.excepthook = self._excepthook
+        atexit.register(self._shutdown)
+        hosts = self.mpi.gather(f"{MPI.Get_processor_name()}:{os.getpid()}")
+        if hosts:  # launchers name a process that was killed, and not its rank
+            sys.stderr.write(f"nnx: ranks 0 to {self.size - 1} are the processes {', '.join(hosts)}\n")
+        self.assert_equal_on_ranks("nnx.distributed", **{"the array module": np.__name__})
 
-        pick(self.local_rank)
+        set_device(self.local_rank)
         mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count() or 1)}
         sharers = sum(not mine.isdisjoint(cores) for cores in local.allgather(mine))
         share = max(1, len(mine) // sharers)
         threads.threadpool_limits(min([share, *(pool["num_threads"] for pool in threads.threadpool_info())]))
 
         library = None if cuda_aware else nccl()
-        places = local.allgather(bus_id())
-        usable = self.mpi.allreduce(library is not None and len({*places}) == len(places), MPI.LAND)
+        bus_ids = local.allgather(bus_id())
+        usable = self.mpi.allreduce(library is not None and len({*bus_ids}) == len(bus_ids), MPI.LAND)
         self._nccl = _Nccl(library, self.mpi) if usable else None
 
-    def slice(self, n: int) -> builtins.slice:
+    def shard(self, n: int) -> slice:
         """Return this rank's share of `n` rows; the shares differ by at most one row, the first are the larger."""
         least, more = divmod(n, self.size)
         start = self.rank * least + min(self.rank, more)
@@ -178,15 +187,15 @@ class Comm:
             return
         arrays = list(arrays)
         layout = {f"array {i}": f"{a.shape} {a.dtype}" for i, a in enumerate(arrays)}
-        self.agree("Comm.broadcast", **{"the number of arrays": len(arrays)}, **layout)
+        self.assert_equal_on_ranks("Comm.broadcast", **{"the number of arrays": len(arrays)}, **layout)
         for a in arrays:
             host = numpy.array(to_cpu(a), order="C")
-            self._begun += 1
+            self._collectives_started += 1
             self.mpi.Bcast(host.reshape(-1).view(numpy.uint8))
             if self.rank > 0:
                 a[...] = host if isinstance(a, numpy.ndarray) else asarray(host)
 
-    def average(self, grads: Iterable[Array], share: float) -> None:
+    def allreduce_gradients(self, grads: Iterable[Array], share: float) -> None:
         """Make the gradients of this rank's rows, in place, those of the whole batch: the sum of grads * share.
 
         All ranks get the same bits.
@@ -199,12 +208,12 @@ class Comm:
             This rank's part of the rows of the batch. A rank without rows passes 0; its `grads` are not read.
         """
         grads = list(grads)
-        for g, mean in zip(grads, self.reduce(grads, share)[0], strict=True):
+        for g, mean in zip(grads, self.allreduce(grads, share)[0], strict=True):
             if mean is not g:
                 g[...] = mean
 
-    def reduce(self, grads: Iterable[Array], share: float, *scalars: Any) -> tuple[list[Array], list[float]]:
-        """Return what `average` writes, and the sums of `scalars`, by one all-reduce for each dtype.
+    def allreduce(self, grads: Iterable[Array], share: float, *scalars: Any) -> tuple[list[Array], list[float]]:
+        """Return what `allreduce_gradients` writes, and the sums of `scalars`, by one all-reduce for each dtype.
 
         The gradients lie in a buffer that the next call overwrites, which saves a copy; `grads` are only read.
         float16 is summed, and so returned, in float32 and then written into `grads`. The scalars travel in the
@@ -215,9 +224,9 @@ class Comm:
             return grads, [float(s) for s in scalars]
         layout = (tuple((g.shape, g.dtype) for g in grads), len(scalars))
         if layout not in self._plans:
-            if len(self._plans) == _MODELS:
+            if len(self._plans) == _MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[layout] = _plan(grads, len(scalars), pin=not self.cuda_aware and self._nccl is None)
+            self._plans[layout] = _make_buckets(grads, len(scalars), pin=not self.cuda_aware and self._nccl is None)
         views, flats = self._plans[layout]
         for g, view in zip(grads, views, strict=True):
             if share:
@@ -227,30 +236,30 @@ class Comm:
                 view[...] = 0
         for i, scalar in enumerate(scalars):
             flats[-1].device[i - len(scalars)] = scalar
-        self._begun += 1
+        self._collectives_started += 1
         for flat in flats:
-            self._sum(flat)
+            self._allreduce(flat)
         sums = to_cpu(flats[-1].host[len(flats[-1].host) - len(scalars) :]).tolist() if scalars else []
         for g, view in zip(grads, views, strict=True):
             if g.dtype != view.dtype:
                 g[...] = view
         return [v if g.dtype == v.dtype else g for g, v in zip(grads, views, strict=True)], sums
 
-    def sum(self, *scalars: Any) -> Any:
+    def all_sum(self, *scalars: Any) -> Any:
         """Return the sum of a number over all ranks, of several numbers a list; in float64."""
         total = numpy.array([float(s) for s in scalars])
         if self.size > 1:
-            self._begun += 1
+            self._collectives_started += 1
             self.mpi.Allreduce(self._MPI.IN_PLACE, total)
         return total.item() if len(scalars) == 1 else total.tolist()
 
     def barrier(self) -> None:
         """Wait until all ranks have come here."""
         if self.size > 1:
-            self._begun += 1
+            self._collectives_started += 1
             self.mpi.Barrier()
 
-    def first(self, function: Callable[[], Any]) -> Any:
+    def main_process_first(self, function: Callable[[], Any]) -> Any:
         """Return what `function` returns or raises, called on rank 0 before the others: it may tidy up, or download."""
         if self.rank > 0:
             self.barrier()
@@ -260,11 +269,11 @@ class Comm:
             if self.rank == 0:
                 self.barrier()
 
-    def agree(self, what: str, **values: Any) -> None:
+    def assert_equal_on_ranks(self, what: str, **values: Any) -> None:
         """Raise a ValueError on all ranks unless `values` are the same everywhere; `what` opens the message."""
         if self.size == 1:
             return
-        self._begun += 1
+        self._collectives_started += 1
         first, *others = self.mpi.allgather(values)
         for rank, theirs in enumerate(others, 1):
             for name, value in first.items():
@@ -281,7 +290,7 @@ class Comm:
         way = "" if self.size == 1 else ", MPI" if self._nccl is None else ", NCCL"
         return f"Comm(rank {self.rank} of {self.size}, {self.local_rank} of {self.local_size} on this machine{way})"
 
-    def _sum(self, flat: _Flat) -> None:
+    def _allreduce(self, flat: _Bucket) -> None:
         """Sum a buffer over all ranks, in place."""
         device, host = flat
         if self._nccl is not None:
@@ -294,8 +303,8 @@ class Comm:
         if host is not device:
             device.set(host)
 
-    def _report(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Print an uncaught exception with the rank that raised it; `_end` comes after it.
+    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Print an uncaught exception with the rank that raised it; `_shutdown` comes after it.
 
         In one piece, as the lines of several ranks would mix; and of Ctrl-C, which all ranks get, rank 0 prints more.
         """
@@ -305,7 +314,7 @@ class Comm:
                 self._except(kind, error, trace)
         sys.stderr.write(f"nnx: rank {self.rank} of {self.size} ends with {kind.__name__}: {error}\n{text.getvalue()}")
 
-    def _end(self) -> None:
+    def _shutdown(self) -> None:
         """Leave when all ranks leave; end the job if another waits for this one, which is gone.
 
         Such a rank has begun more collective calls than this one ever will. It is enough to look at the
@@ -320,7 +329,7 @@ class Comm:
             self._window.Get(theirs, neighbour)
             self._window.Unlock(neighbour)
             late = time.monotonic() - begin
-            if theirs > self._begun or (self._failed and late > _PATIENCE):
+            if theirs > self._collectives_started or (self._failed and late > _ABORT_TIMEOUT):
                 why = "failed" if self._failed else "has ended before the others (by sys.exit, or with fewer steps)"
                 sys.stderr.write(f"nnx: rank {self.rank} of {self.size} {why}: the job is aborted\n")
                 sys.stdout.flush()
@@ -343,17 +352,19 @@ class _Nccl:
     def sum(self, device: Array) -> None:
         """Put the sum into CuPy's current stream: what comes after it there sees it, and the host does not wait."""
         where = address(device)
-        self.communicator.allReduce(where, where, device.size, self.kinds[device.dtype.char], self.operation, stream())
+        self.communicator.allReduce(
+            where, where, device.size, self.kinds[device.dtype.char], self.operation, current_stream_ptr()
+        )
 
 
-class _Flat(NamedTuple):
+class _Bucket(NamedTuple):
     """A buffer that one all-reduce sums, and the host memory that MPI sees of it: itself where no copy is made."""
 
     device: Any
     host: Any
 
 
-def _plan(grads: Sequence[Array], scalars: int, pin: bool) -> tuple[list[Array], list[_Flat]]:
+def _make_buckets(grads: Sequence[Array], scalars: int, pin: bool) -> tuple[list[Array], list[_Bucket]]:
     """Return a buffer for each dtype, `scalars` behind the last and largest, and the views of them that are `grads`."""
     wire = [np.dtype(np.float32 if g.dtype.itemsize == 2 else g.dtype) for g in grads] or [np.dtype(np.float32)]
     views, flats = {}, []
@@ -363,11 +374,11 @@ def _plan(grads: Sequence[Array], scalars: int, pin: bool) -> tuple[list[Array],
         device = np.zeros(ends[-1] + scalars, dtype)
         for i, start, end in zip(members, ends, ends[1:], strict=False):
             views[i] = device[start:end].reshape(grads[i].shape)
-        flats.append(_Flat(device, pinned(device) if pin else device))
+        flats.append(_Bucket(device, empty_pinned_like(device) if pin else device))
     return [views[i] for i in range(len(grads))], flats
 
 
-def _counter(MPI: Any) -> tuple[Any, Any]:
+def _rma_counter(MPI: Any) -> tuple[Any, Any]:
     """Return a count that starts at 0, and the window through which the other ranks read it."""
     window = MPI.Win.Allocate(8, comm=MPI.COMM_WORLD)
     begun = numpy.frombuffer(window, numpy.int64)

@@ -5,7 +5,6 @@ Numbers are drawn in float64 and then cast and moved. D inputs (fan-in), H outpu
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,48 +13,9 @@ import numpy
 
 from nnx.device import asarray
 from nnx.np import Array
+from nnx.rng import as_generator
 
-__all__ = ["generator", "he", "normal", "xavier"]
-
-
-def generator(rng: Any = None) -> Any:
-    """Return what draws random numbers: a new generator for a seed, NumPy's global one for None, a generator itself."""
-    if rng is None or rng is numpy.random:
-        return numpy.random
-    if isinstance(rng, numpy.random.Generator | numpy.random.RandomState):
-        return rng
-    try:
-        return numpy.random.default_rng(rng)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"rng must be a seed, a numpy.random.Generator or None, got {rng!r} ({error})") from error
-
-
-def get_state(rng: Any) -> dict[str, Any]:
-    """Return what `set_state` brings `generator(rng)` back with: numbers and arrays under the name of its kind."""
-    state = rng.bit_generator.state if isinstance(rng, numpy.random.Generator) else rng.get_state(legacy=False)
-    kind = "numpy.random" if rng is numpy.random else type(rng).__name__
-    return {f"{kind} {state['bit_generator']}": state}
-
-
-def set_state(rng: Any, state: dict[str, Any]) -> None:
-    """Make `rng` draw as the generator of `get_state` did from there on."""
-    (inner,) = state.values()
-    if isinstance(rng, numpy.random.Generator):
-        rng.bit_generator.state = inner
-    else:
-        rng.set_state(inner)
-
-
-def check_state(rng: Any, state: dict[str, Any]) -> None:
-    """Raise a ValueError unless `state` is one for `rng`, such as NumPy itself would not always find."""
-    (inner,) = state.values()
-    pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy reads from there without a look
-    try:
-        set_state(numpy.random.RandomState() if rng is numpy.random else copy.deepcopy(rng), state)
-    except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError) as error:
-        raise ValueError(f"no state of a generator ({error})") from error
-    if not (0 <= pos[0] <= 624 and 0 <= pos[1] <= 4):
-        raise ValueError(f"no state of a generator: its position is {max(pos)}")
+__all__ = ["he", "normal", "xavier"]
 
 
 def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.float32, rng: Any = None) -> Array:
@@ -123,7 +83,7 @@ def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: 
             "convert the result with astype(...) if you need others"
         )
     shape = tuple(shape) if isinstance(shape, Iterable) else shape
-    return asarray(std * generator(rng).standard_normal(shape), known)
+    return asarray(std * as_generator(rng).standard_normal(shape), known)
 
 
 def _fans(name: str, shape: Any) -> tuple[int, int]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy
 
-from nnx.device import asarray, check_rows
-from nnx.initializers import generator, normal
+from nnx.checks import check_same_length
+from nnx.device import asarray
+from nnx.initializers import normal
 from nnx.layers import Affine, Sigmoid, SoftmaxWithLoss
 from nnx.np import Array, np
-from nnx.shared import Shared
+from nnx.protocols import Layer, LossLayer
+from nnx.rng import as_generator
+from nnx.tree import TiedParameters
 
 __all__ = ["Sequential", "TwoLayerNet"]
 
@@ -41,7 +44,7 @@ class Sequential:
     array itself, and parts W from W.T; `checkpoint.save` and `load` part nothing.
     """
 
-    def __init__(self, layers: Iterable[Any], loss_layer: Any = None) -> None:
+    def __init__(self, layers: Iterable[Layer], loss_layer: LossLayer | None = None) -> None:
         layers = list(layers)
         for i, layer in enumerate([*layers, loss_layer]):
             if isinstance(layer, type):
@@ -55,8 +58,8 @@ class Sequential:
                 f"{type(self).__name__}: a layer stands twice, and its second forward would overwrite what its first "
                 "backward needs; make another layer, which may share its weights"
             )
-        self.layers = layers
-        self.loss_layer = loss_layer
+        self.layers: list[Any] = layers
+        self.loss_layer: Any = loss_layer
         self.params: list[Array] = [p for layer in layers for p in layer.params]
         self.grads: list[Array] = [g for layer in layers for g in layer.grads]
 
@@ -66,14 +69,14 @@ class Sequential:
         Layers that take `train_flg` get False, those within others too. All run as shallow copies, so that
         no activation is kept and a `backward` that is still to come finds what its `forward` left.
         """
-        twins: dict[int, Any] = {}
+        copies: dict[int, Any] = {}
         for layer in self.layers:
             if hasattr(layer, "predict"):
                 x = layer.predict(x)
             elif _takes_train_flg(layer.__class__):
-                x = _predicting(layer, twins).forward(x, train_flg=False)
+                x = _inference_copy(layer, copies).forward(x, train_flg=False)
             else:
-                x = _predicting(layer, twins).forward(x)
+                x = _inference_copy(layer, copies).forward(x)
         return x
 
     def forward(self, x: Any, t: Any = None) -> Array:
@@ -101,14 +104,16 @@ class Sequential:
         """
         if self.loss_layer is None:
             raise ValueError(f"{type(self).__name__}.evaluate: there is no loss layer; pass one to the constructor")
-        x, t = check_rows(f"{type(self).__name__}.evaluate", x, t)
+        x, t = check_same_length(f"{type(self).__name__}.evaluate", x, t)
         if operator.index(batch_size) < 1:
             raise ValueError(f"{type(self).__name__}.evaluate: batch_size must be at least 1, got {batch_size}")
         loss = hits = total = counted = numpy.float64(0)  # the sum over all rows may be beyond float16
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             layer, part = copy.copy(self.loss_layer), t[rows]
-            if not hasattr(layer, "targets"):  # which moves the labels itself, once it has looked at them on the host
+            if not hasattr(
+                layer, "prepare_targets"
+            ):  # which moves the labels itself, once it has looked at them on the host
                 part = asarray(part)
             mean = layer.forward(self.predict(asarray(x[rows])), part)
             weight = getattr(layer, "weight_sum", None)
@@ -126,23 +131,23 @@ class Sequential:
         ) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        for group in Shared(self.params).groups:
+        for group in TiedParameters(self.params).groups:
             i, turned = next((member for member in group if id(self.params[member[0]]) in memo), group[0])
             kept = copy.deepcopy(self.params[i], memo)
             for j, transposed in group:  # views, which would become arrays of their own
                 memo.setdefault(id(self.params[j]), kept if transposed == turned else kept.T)
         reduced: Any = self.__reduce_ex__(4)  # from here on as copy.deepcopy does
         make, arguments, state = (*reduced, None)[:3]
-        twin = memo[id(self)] = make(*arguments)
+        copied = memo[id(self)] = make(*arguments)
         state = copy.deepcopy(state, memo)
-        if hasattr(twin, "__setstate__"):
-            twin.__setstate__(state)
-            return twin
+        if hasattr(copied, "__setstate__"):
+            copied.__setstate__(state)
+            return copied
         attributes, slots = state if isinstance(state, tuple) else (state, {})
-        vars(twin).update(attributes or {})
+        vars(copied).update(attributes or {})
         for name, value in slots.items():
-            setattr(twin, name, value)
-        return twin
+            setattr(copied, name, value)
+        return copied
 
     def __repr__(self) -> str:
         layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers
@@ -153,7 +158,7 @@ class Sequential:
             count = sum(p.size for p in params)
             rows.append(f"  {type(layer).__name__:16}  {shapes:24}  {count:>12,}")
         dtypes = ", ".join(sorted({str(p.dtype) for p in self.params})) or "no weights"
-        total = sum(self.params[group[0][0]].size for group in Shared(self.params).groups)  # a shared one once
+        total = sum(self.params[group[0][0]].size for group in TiedParameters(self.params).groups)  # a shared one once
         return "\n".join([f"{type(self).__name__}(", *rows, f") {total:,} parameters, {dtypes}"])
 
 
@@ -186,7 +191,7 @@ class TwoLayerNet(Sequential):
         rng: Any = None,
         input_grad: bool = False,
     ) -> None:
-        rng = generator(rng)
+        rng = as_generator(rng)
         W1 = normal((input_size, hidden_size), dtype=dtype, rng=rng)
         W2 = normal((hidden_size, output_size), dtype=dtype, rng=rng)
         super().__init__(
@@ -199,28 +204,28 @@ class TwoLayerNet(Sequential):
         )
 
 
-def _predicting(value: Any, twins: dict[int, Any]) -> Any:
+def _inference_copy(value: Any, copies: dict[int, Any]) -> Any:
     """Return `value`; a layer, and those in attributes, lists and dicts of it, as copies that predict by default."""
-    if id(value) in twins:
-        return twins[id(value)]
-    twins[id(value)] = value  # where it is met within itself
+    if id(value) in copies:
+        return copies[id(value)]
+    copies[id(value)] = value  # where it is met within itself
     if type(value) in (list, tuple):
-        if value and _predicting(value[0], twins) is not value[0]:  # else it is no list of layers
-            twins[id(value)] = type(value)(_predicting(inner, twins) for inner in value)
+        if value and _inference_copy(value[0], copies) is not value[0]:  # else it is no list of layers
+            copies[id(value)] = type(value)(_inference_copy(inner, copies) for inner in value)
     elif type(value) is dict:
-        if value and _predicting(first := next(iter(value.values())), twins) is not first:
-            twins[id(value)] = {name: _predicting(inner, twins) for name, inner in value.items()}
+        if value and _inference_copy(first := next(iter(value.values())), copies) is not first:
+            copies[id(value)] = {name: _inference_copy(inner, copies) for name, inner in value.items()}
     elif not isinstance(value, type) and hasattr(value, "forward") and hasattr(value, "params"):
-        twin = twins[id(value)] = copy.copy(value)
-        if hasattr(twin, "__dict__") and not type(value).__module__.startswith("nnx.layers."):  # which hold no others
-            inside = {name: _predicting(inner, twins) for name, inner in vars(value).items()}
-            vars(twin).update((name, inner) for name, inner in inside.items() if inner is not vars(value)[name])
-        if hasattr(twin, "__dict__") and _takes_train_flg(value.__class__):
-            vars(twin)["forward"] = functools.partial(_predict, twin.forward)
-    return twins[id(value)]
+        copied = copies[id(value)] = copy.copy(value)
+        if hasattr(copied, "__dict__") and not type(value).__module__.startswith("nnx.layers."):  # which hold no others
+            inside = {name: _inference_copy(inner, copies) for name, inner in vars(value).items()}
+            vars(copied).update((name, inner) for name, inner in inside.items() if inner is not vars(value)[name])
+        if hasattr(copied, "__dict__") and _takes_train_flg(value.__class__):
+            vars(copied)["forward"] = functools.partial(_call_inference, copied.forward)
+    return copies[id(value)]
 
 
-def _predict(forward: Any, *arguments: Any, **options: Any) -> Any:
+def _call_inference(forward: Any, *arguments: Any, **options: Any) -> Any:
     """Call a layer's `forward`, with train_flg=False unless a layer that holds it says otherwise."""
     call = inspect.signature(forward).bind(*arguments, **options)
     call.arguments.setdefault("train_flg", False)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nnx import kernels
-from nnx.device import as_float, check_unmasked, check_weights, is_writable, quiet
+from nnx.checks import as_float, check_weights
+from nnx.device import check_unmasked, is_writable, quiet
 from nnx.np import Array, np
 
 __all__ = [
@@ -28,8 +29,8 @@ __all__ = [
     "RMSprop",
     "clip_grads",
     "cosine_decay",
+    "linear_warmup",
     "step_decay",
-    "warm_up",
 ]
 
 
@@ -52,13 +53,13 @@ class _Optimizer:
 
     def check_update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Raise what `update` would raise for these arrays, and change nothing."""
-        self._checked(params, grads)
+        self._check_arguments(params, grads)
 
-    def _checked(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
+    def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
         """Return `grads` in the dtypes of `params`, and the settings as Python floats."""
         settings = [v if type(v := getattr(self, n)) is float else as_float(self, n) for n in self._settings]
         if not kernels.can_update(params, grads):
-            grads = _matching_grads(type(self).__name__, params, grads)
+            grads = _cast_gradients(type(self).__name__, params, grads)
         if self.params is not None and (
             len(params) != len(self.params) or not all(map(operator.is_, params, self.params))
         ):
@@ -71,7 +72,7 @@ class _Optimizer:
     def _prepare(self, params: Any, grads: Any) -> tuple[Sequence[Array], Sequence[Array], list[float]]:
         """Return lists of arrays and the settings, checked, with the state made where there is none."""
         params, grads = _as_list(params), _as_list(grads)
-        grads, settings = self._checked(params, grads)
+        grads, settings = self._check_arguments(params, grads)
         if self._slots and self.params is None:
             made = {name: [np.zeros(p.shape, p.dtype) for p in params] for name in self._slots}
             vars(self).update(made, params=list(params))
@@ -272,8 +273,8 @@ class Adam(_Optimizer):
         super().reset()
         self.iter = 0
 
-    def _checked(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
-        grads, settings = super()._checked(params, grads)
+    def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
+        grads, settings = super()._check_arguments(params, grads)
         for name, beta in zip(("beta1", "beta2"), settings[1:3], strict=True):
             if not 0 <= beta < 1:  # its power is divided by, or its root taken
                 raise ValueError(f"{type(self).__name__}: {name} must be in [0, 1), got {beta}")
@@ -360,15 +361,15 @@ def _check_writable(name: str, argument: str, array: Array) -> None:
         raise ValueError(f"{name}: {argument} is read-only and cannot be written into; pass a copy, {argument}.copy()")
 
 
-def _matching_grads(name: str, params: Sequence[Array], grads: Sequence[Array]) -> list[Array]:
+def _cast_gradients(name: str, params: Sequence[Array], grads: Sequence[Array]) -> list[Array]:
     """Return `grads` in the dtypes of `params`, having checked that the lists match."""
     if len(params) != len(grads):
         raise ValueError(f"{name}: every parameter needs a gradient, got {len(params)} params and {len(grads)} grads")
-    return [_matching_grad(name, i, p, g) for i, (p, g) in enumerate(zip(params, grads, strict=True))]
+    return [_cast_gradient(name, i, p, g) for i, (p, g) in enumerate(zip(params, grads, strict=True))]
 
 
 @quiet
-def _matching_grad(name: str, i: int, p: Array, g: Array) -> Array:
+def _cast_gradient(name: str, i: int, p: Array, g: Array) -> Array:
     _check_writable(name, f"params[{i}]", p)
     g = _plain_array(name, f"grads[{i}]", g)
     native = g.astype(g.dtype.newbyteorder("="), copy=False) if isinstance(g, Array) else g
@@ -378,7 +379,7 @@ def _matching_grad(name: str, i: int, p: Array, g: Array) -> Array:
     return g.astype(p.dtype, copy=False)
 
 
-# Learning rates: functions of the number of steps taken, for `callbacks.LearningRate` or a loop of your own.
+# Learning rates: functions of the number of steps taken, for `callbacks.LearningRateScheduler` or a loop of your own.
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Callable[[int], float]:
@@ -396,6 +397,6 @@ def cosine_decay(lr: float, steps: int, final: float = 0.0) -> Callable[[int], f
     return lambda step: final + (lr - final) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
-def warm_up(steps: int, schedule: Callable[[int], float]) -> Callable[[int], float]:
+def linear_warmup(steps: int, schedule: Callable[[int], float]) -> Callable[[int], float]:
     """Return `schedule` with its first `steps` values multiplied by 1 / steps, 2 / steps, ..., 1."""
     return lambda step: schedule(step) * min((step + 1) / steps, 1)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from nnx.device import numeric, to_cpu
-from nnx.functions import class_indices
+from nnx.checks import class_indices
+from nnx.device import as_real_array, to_cpu
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def plot_decision_regions(
 
 def _check_points(name: str, x: Any, t: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return points (N, 2) in float64 and integer labels (N,) on the host."""
-    x, t = to_cpu(numeric(x, f"{name}: x")), to_cpu(numeric(t, f"{name}: t"))
+    x, t = to_cpu(as_real_array(x, f"{name}: x")), to_cpu(as_real_array(t, f"{name}: t"))
     if x.ndim != 2 or x.shape[1] != 2 or len(x) == 0:
         raise ValueError(f"{name}: x must be (N, 2), with at least one point, got shape {x.shape}")
     if t.ndim not in (1, 2) or len(t) != len(x) or t.size == 0:
@@ -171,7 +171,7 @@ def _predict_grid(predict: Any, columns: numpy.ndarray, rows: numpy.ndarray) -> 
     for start in range(0, size, _BATCH):
         row, column = numpy.divmod(numpy.arange(start, min(start + _BATCH, size)), len(columns))
         scores = predict(numpy.stack([columns[column], rows[row]], axis=1))
-        scores = to_cpu(numeric(scores, "plot_decision_regions: the result of predict"))
+        scores = to_cpu(as_real_array(scores, "plot_decision_regions: the result of predict"))
         if scores.ndim not in (1, 2) or len(scores) != len(row) or scores.size == 0:
             raise ValueError(
                 f"plot_decision_regions: predict must return scores ({len(row)}, C) or ({len(row)},) for {len(row)} "

@@ -8,28 +8,28 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Stop", "postponed"]
+__all__ = ["DeferredSignals", "defer_signals"]
 
 
-class Stop:
+class DeferredSignals:
     """What a signal asked for.
 
     Attributes
     ----------
     pending : int
         The number of the signal that waits, 0 where none does. Whoever reads it at the end of a step,
-        and has done what must be done first, calls `leave`.
+        and has done what must be done first, calls `deliver`.
     """
 
     def __init__(self) -> None:
         self.pending = 0
         self.previous: dict[int, Any] = {}  # the handlers of before
 
-    def leave(self) -> None:
+    def deliver(self) -> None:
         """Give the signal to the handler of before, which raises, or returns and lets the training go on.
 
         Where that is the system's own, which ends the process, the callers get SystemExit first, with the
-        status that shells give such an end; `postponed` then sends the signal once more.
+        status that shells give such an end; `defer_signals` then sends the signal once more.
         """
         previous = self.previous.get(self.pending)
         if not callable(previous):
@@ -39,14 +39,14 @@ class Stop:
 
 
 @contextlib.contextmanager
-def postponed(*signals: int) -> Iterator[Stop]:
-    """Let `signals` wait for the yielded Stop to be asked; a second one does not wait.
+def defer_signals(*signals: int) -> Iterator[DeferredSignals]:
+    """Let `signals` wait for the yielded DeferredSignals to be asked; a second one does not wait.
 
     Only the main thread gets signals, and handlers of other languages and ignored signals are left
     alone. One that is still pending at the end, after an error too, is sent again when the handlers of
     before are back.
     """
-    stop = Stop()
+    stop = DeferredSignals()
     if threading.current_thread() is threading.main_thread():
         handlers = {signum: signal.getsignal(signum) for signum in signals}
         stop.previous = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 
 import numpy
 
-__all__ = ["PREFIX", "Reader", "opened", "require", "warn", "write"]
+__all__ = ["TEMP_PREFIX", "Reader", "atomic_save", "import_safetensors", "open_checked", "warn"]
 
-PREFIX = ".saving-"  # of the folders that a save works in, beside its target
+TEMP_PREFIX = ".saving-"  # of the folders that a save works in, beside its target
 _DIGEST = "nnx.digest"
 _DTYPES = {
     **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
@@ -31,10 +31,12 @@ _DTYPES = {
     "BOOL": "bool",
     "C64": "complex64",
 }
-_LONGEST = 1 << 24  # bytes of a header; the format allows six times as many, and JSON costs many times its length
+_MAX_HEADER_BYTES = (
+    1 << 24
+)  # bytes of a header; the format allows six times as many, and JSON costs many times its length
 
 
-def require() -> Any:
+def import_safetensors() -> Any:
     """Return safetensors' module for NumPy, or raise the one error that says how to get it."""
     try:
         from safetensors import numpy as format  # noqa: PLC0415 - an extra
@@ -51,7 +53,7 @@ def warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
-def write(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> None:
+def atomic_save(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> None:
     """Write a file beside `path`, see it on the disk, and give it that name: until then the old one stays.
 
     Raises
@@ -61,28 +63,28 @@ def write(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str
     """
     import tempfile  # noqa: PLC0415 - as in _digest
 
-    library, target = require(), path.resolve()  # not the link that `path` may be
+    library, target = import_safetensors(), path.resolve()  # not the link that `path` may be
     arrays = {name: numpy.asarray(a, order="C") for name, a in arrays.items()}
     for name, a in arrays.items():
         if a.dtype.name not in _DTYPES.values():
             raise TypeError(f"{path}: {name} is {a.dtype}, which safetensors files cannot hold")
-    digest = _digest(metadata, {n: (a.dtype.name, a.shape, [_little(a)]) for n, a in arrays.items()})
+    digest = _digest(metadata, {n: (a.dtype.name, a.shape, [_little_endian_bytes(a)]) for n, a in arrays.items()})
     try:
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=target.parent) as folder:
             file = Path(folder, path.name)
             file.touch()  # as any new file, where the library's would be private
             mode = stat.S_IMODE((target if target.exists() else file).stat().st_mode)
             library.save_file(arrays, file, {**metadata, _DIGEST: digest})
             file.chmod(mode)
-            _flush(file)
+            _fsync(file)
             file.replace(target)
-        _flush(target.parent)
+        _fsync(target.parent)
     except Exception as error:  # the library's own hold the system's words, but not its class
         raise OSError(f"{path}: not saved: {error}") from error
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Reader]:
+def open_checked(path: Path) -> Iterator[Reader]:
     """Open a file that somebody has written, nnx or not, and yield what reads its arrays.
 
     Raises
@@ -96,13 +98,13 @@ def opened(path: Path) -> Iterator[Reader]:
     with open(path, "rb") as file:
         try:
             yield Reader(file)
-        except _Damaged as error:
+        except _CorruptFileError as error:
             raise ValueError(f"{path}: {error}") from error
         except RecursionError as error:
             raise ValueError(f"{path}: its metadata are lists in lists without end") from error
 
 
-class _Damaged(Exception):
+class _CorruptFileError(Exception):
     """Says what is wrong with a file."""
 
 
@@ -114,7 +116,7 @@ class Reader:
     arrays : dict of name to (dtype, shape)
         The dtype in NumPy's word for it, or the file's where NumPy has none.
     metadata : dict of str to str
-    own : bool
+    has_digest : bool
         Whether the file is one of nnx, with a digest.
     """
 
@@ -123,22 +125,22 @@ class Reader:
         header, self._start, size = _header(file)
         self.metadata = header.pop("__metadata__", {})
         if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
-            raise _Damaged("the metadata in its header are not strings")
+            raise _CorruptFileError("the metadata in its header are not strings")
         self._offsets = {name: _entry(name, entry) for name, entry in header.items()}
         self.arrays = {name: (dtype, shape) for name, (dtype, shape, _, _) in self._offsets.items()}
         end = 0
         for name, (_, _, begin, after) in sorted(self._offsets.items(), key=lambda item: item[1][2:]):
             if begin != end:
-                raise _Damaged(f"{name!r} begins at byte {begin} of the data, where {end} was expected")
+                raise _CorruptFileError(f"{name!r} begins at byte {begin} of the data, where {end} was expected")
             end = after
         if end != size:
-            raise _Damaged(f"its header describes {end} bytes of data, and there are {size}")
+            raise _CorruptFileError(f"its header describes {end} bytes of data, and there are {size}")
         digest = self.metadata.pop(_DIGEST, None)
-        self.own = digest is not None
-        if self.own or any(key.startswith("nnx") for key in self.metadata):
+        self.has_digest = digest is not None
+        if self.has_digest or any(key.startswith("nnx") for key in self.metadata):
             entries = {n: (d, s, self._chunks(a, b)) for n, (d, s, a, b) in self._offsets.items()}
             if digest != _digest(self.metadata, entries):
-                raise _Damaged("damaged: its digest is not that of its contents")
+                raise _CorruptFileError("damaged: its digest is not that of its contents")
 
     def read(self, name: str) -> numpy.ndarray:
         """Return the array `name`, one of `arrays` whose dtype NumPy has."""
@@ -146,7 +148,7 @@ class Reader:
         array = numpy.empty(shape, numpy.dtype(dtype).newbyteorder("<"))
         self._file.seek(self._start + begin)
         if array.size and self._file.readinto(array.reshape(-1).view(numpy.uint8)) != array.nbytes:  # type: ignore[attr-defined]
-            raise _Damaged("it became shorter while it was read")
+            raise _CorruptFileError("it became shorter while it was read")
         return array.astype(dtype, copy=False)
 
     def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
@@ -154,7 +156,7 @@ class Reader:
         while begin < end:
             chunk = self._file.read(min(end - begin, 1 << 20))
             if not chunk:
-                raise _Damaged("it became shorter while it was read")
+                raise _CorruptFileError("it became shorter while it was read")
             begin += len(chunk)
             yield chunk
 
@@ -164,41 +166,49 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or length > size - 8:
-        raise _Damaged(f"no safetensors file: its {size} bytes cannot hold the header of {length} that it begins with")
-    if length > _LONGEST:
-        raise _Damaged(f"its header of {length} bytes is longer than the {_LONGEST} that nnx reads")
+        raise _CorruptFileError(
+            f"no safetensors file: its {size} bytes cannot hold the header of {length} that it begins with"
+        )
+    if length > _MAX_HEADER_BYTES:
+        raise _CorruptFileError(f"its header of {length} bytes is longer than the {_MAX_HEADER_BYTES} that nnx reads")
     try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _Damaged(f"no safetensors file: its header is not JSON ({error})") from error
+        raise _CorruptFileError(f"no safetensors file: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _Damaged("no safetensors file: its header is not an object of JSON")
+        raise _CorruptFileError("no safetensors file: its header is not an object of JSON")
     return header, 8 + length, size - 8 - length
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     items = dict(pairs)
     if len(items) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise _Damaged(f"its header has {name!r} twice")
+        raise _CorruptFileError(f"its header has {name!r} twice")
     return items
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Return dtype, shape and the first and last offset of a header's entry."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Damaged(f"its header says of {name!r} something else than dtype, shape and data_offsets")
+        raise _CorruptFileError(f"its header says of {name!r} something else than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(shape) > 32 or len(offsets) != 2:
-        raise _Damaged(f"the dtype, shape or offsets of {name!r} are no such thing")
+    if (
+        not isinstance(dtype, str)
+        or not _is_index_list(shape)
+        or not _is_index_list(offsets)
+        or len(shape) > 32
+        or len(offsets) != 2
+    ):
+        raise _CorruptFileError(f"the dtype, shape or offsets of {name!r} are no such thing")
     begin, end = offsets
     word = _DTYPES.get(dtype, dtype)
     if end < begin or (dtype in _DTYPES and math.prod(shape) * numpy.dtype(word).itemsize != end - begin):
-        raise _Damaged(f"{name!r} of {dtype} {tuple(shape)} has {end - begin} bytes")
+        raise _CorruptFileError(f"{name!r} of {dtype} {tuple(shape)} has {end - begin} bytes")
     return word, tuple(shape), begin, end
 
 
-def _counts(value: Any) -> bool:
+def _is_index_list(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
 
 
@@ -215,12 +225,12 @@ def _digest(metadata: Mapping[str, str], arrays: Mapping[str, tuple[str, Sequenc
     return digest.hexdigest()
 
 
-def _little(array: numpy.ndarray) -> numpy.ndarray:
+def _little_endian_bytes(array: numpy.ndarray) -> numpy.ndarray:
     """Return the bytes of `array` as in the file."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(numpy.uint8)
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     if path.is_dir() and sys.platform == "win32":  # which has no such call for folders
         return

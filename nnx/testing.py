@@ -14,11 +14,12 @@ import numpy
 
 from nnx.device import asarray, to_cpu
 from nnx.np import Array, np
+from nnx.protocols import Layer
 
 __all__ = ["check_gradients", "check_layer"]
 
 
-def check_gradients(layer: Any, *inputs: Any, rtol: float = 1e-5, eps: float = 1e-5, seed: int = 0) -> None:
+def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float = 1e-5, seed: int = 0) -> None:
     """Compare backward with central differences, (f(a + eps) - f(a - eps)) / (2 eps), element by element.
 
     f is the sum of the outputs under random weights, or the loss itself. The gradients of all
@@ -70,7 +71,7 @@ def check_gradients(layer: Any, *inputs: Any, rtol: float = 1e-5, eps: float = 1
 
 
 def check_layer(
-    make: Callable[[Any], Any], *inputs: Any, dtypes: Iterable[Any] = (numpy.float32, numpy.float64)
+    make: Callable[[Any], Layer], *inputs: Any, dtypes: Iterable[Any] = (numpy.float32, numpy.float64)
 ) -> None:
     """Check that a layer keeps the rules that models, optimizers and trainers rely on.
 

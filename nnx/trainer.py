@@ -13,26 +13,35 @@ import numpy
 
 from nnx import checkpoint
 from nnx.batches import (
-    MeanLoss,
+    WeightedMean,
+    array_addresses,
     batches,
     check_data,
-    check_placed,
+    check_not_rebound,
     check_settings,
-    fingerprint,
+    checksum,
     parameter_dtype,
-    placed,
-    shares,
+    sharded_batches,
 )
-from nnx.callbacks import Bar, Lines, adopt, restore_states, running
-from nnx.device import asarray, check_weights, fits, gather_bytes, is_writable, to_cpu
+from nnx.callbacks import (
+    PrintLog,
+    ProgressBar,
+    as_callback_list,
+    load_callback_states,
+    reset_if_new_model,
+    run_callbacks,
+)
+from nnx.checks import check_weights
+from nnx.device import asarray, chunk_bytes, fits_on_device, is_writable, to_cpu
 from nnx.distributed import Comm
-from nnx.initializers import check_state, generator, get_state, set_state
 from nnx.kernels import all_finite
 from nnx.np import Array, np
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_loss
-from nnx.shared import Shared
-from nnx.signals import Stop, postponed
+from nnx.protocols import Callback, Model, Optimizer
+from nnx.rng import as_generator, check_state, get_state, set_state
+from nnx.signals import DeferredSignals, defer_signals
+from nnx.tree import TiedParameters
 
 __all__ = ["Trainer", "remove_duplicate"]
 
@@ -67,23 +76,25 @@ class Trainer:
         Steps done in this epoch, and all that it has.
     """
 
-    def __init__(self, model: Any, optimizer: Any, *, rng: Any = None, comm: Comm | None = None) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.rng = None if rng is None else generator(rng)  # not NumPy's module, which cannot be copied
+    def __init__(self, model: Model, optimizer: Optimizer, *, rng: Any = None, comm: Comm | None = None) -> None:
+        _check_interface("model", model, ("params", "forward(x, t)", "backward()"))
+        _check_interface("optimizer", optimizer, ("update(params, grads)",))
+        self.model: Any = model
+        self.optimizer: Any = optimizer
+        self.rng = None if rng is None else as_generator(rng)  # not NumPy's module, which cannot be copied
         self.loss_list: list[float] = []
         self.val_list: list[tuple[float, float | None]] = []
         self.eval_interval: int | None = None
         self.validation: tuple[Any, Any] | None = None
         self.current_epoch = self.iteration = self.max_iter = self.max_epoch = 0
         self.comm = comm or Comm()  # one rank
-        self._stop, self._asked = False, 0  # and the signal that the ranks have told each other of
-        self._losses = MeanLoss()
-        self._begun: int | None = None  # the epochs finished when the fit began that is not yet at its end
+        self._stop, self._stop_signal = False, 0  # and the signal that the ranks have told each other of
+        self._losses = WeightedMean()
+        self._first_epoch: int | None = None  # the epochs finished when the fit began that is not yet at its end
         self._plan: Any = (0, 0, 0)  # rows, rows of a batch and steps of an epoch
-        self._order = numpy.zeros(0, numpy.int64)  # the rows of this epoch, or what is left of them
+        self._permutation = numpy.zeros(0, numpy.int64)  # the rows of this epoch, or what is left of them
         self._callbacks: list[Any] = []
-        self._resumed: list[Any] | None = None  # what callbacks remembered, for the next fit
+        self._callback_states: list[Any] | None = None  # what callbacks remembered, for the next fit
 
     def fit(
         self,
@@ -97,7 +108,7 @@ class Trainer:
         validation: tuple[Any, Any] | None = None,
         drop_last: bool = False,
         verbose: bool | None = None,
-        callbacks: Iterable[Any] = (),
+        callbacks: Iterable[Callback] = (),
     ) -> None:
         """Train on the rows of `x` and `t`, host or device arrays.
 
@@ -124,7 +135,7 @@ class Trainer:
         verbose : bool or None
             None shows a progress bar on a terminal and lines of text elsewhere; True lines, False nothing.
         callbacks : iterable of objects
-            See `nnx.callbacks`; one of yours has any of on_begin, on_evaluate, on_step, on_epoch, on_save,
+            See `nnx.callbacks`; one of yours has any of on_begin, on_evaluate, on_step, on_epoch, on_checkpoint,
             on_interrupt and on_end.
 
         Raises
@@ -147,63 +158,63 @@ class Trainer:
                 raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
             self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
-        callbacks, comm = list(callbacks), self.comm
+        callbacks, comm = as_callback_list(callbacks), self.comm
         self._check_update()
         numbers = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
-        self._join((x, t), checked, **numbers, eval_interval=eval_interval, drop_last=drop_last)
+        self._setup_ranks((x, t), checked, **numbers, eval_interval=eval_interval, drop_last=drop_last)
         self._begin(callbacks, max_epoch, (len(x), batch_size, max_iter))
         self.eval_interval, self.validation = eval_interval, validation
         if verbose is not False and comm.rank == 0:
-            callbacks = [Bar() if verbose is None and sys.stderr.isatty() else Lines(), *callbacks]
-        x, t = (asarray(x), asarray(t)) if fits(x, t) else (to_cpu(x), to_cpu(t))
-        shared, losses, bytes_at_once = Shared(self.model.params), self._losses, gather_bytes(x)
+            callbacks = [ProgressBar() if verbose is None and sys.stderr.isatty() else PrintLog(), *callbacks]
+        x, t = (asarray(x), asarray(t)) if fits_on_device(x, t) else (to_cpu(x), to_cpu(t))
+        shared, losses, bytes_at_once = TiedParameters(self.model.params), self._losses, chunk_bytes(x)
         dtype = parameter_dtype(self.model)
-        before: Any = placed(self.model)
+        before: Any = array_addresses(self.model)
         saves = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
-        with postponed(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, running(self, callbacks) as call:
+        with defer_signals(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, run_callbacks(self, callbacks) as call:
 
-            def boundary(event: str) -> None:
+            def after_step(event: str) -> None:
                 call(event)
                 if event == "on_epoch" and comm.size > 1:
-                    self._compare()
-                    self._hear(comm.sum(*self._wishes(stop)))
-                call("on_save")
-                if pending := self._asked if comm.size > 1 else stop.pending:
+                    self._check_ranks_in_sync()
+                    self._apply_stop_flags(comm.all_sum(*self._stop_flags(stop)))
+                call("on_checkpoint")
+                if pending := self._stop_signal if comm.size > 1 else stop.pending:
                     stop.pending = pending
                     call("on_interrupt")
                     comm.barrier()  # until rank 0 has saved
-                    stop.leave()
+                    stop.deliver()
 
-            self._resumed = None  # only now: where a callback cannot begin, fit may be tried again
-            self._hear(comm.sum(*self._wishes(stop)))  # also what callbacks that began wish for
+            self._callback_states = None  # only now: where a callback cannot begin, fit may be tried again
+            self._apply_stop_flags(comm.all_sum(*self._stop_flags(stop)))  # also what callbacks that began wish for
             try:
                 while self.current_epoch < self.max_epoch and (self.iteration or not self._stop):
                     if not self.iteration:  # else what a checkpoint in the middle of the epoch left
-                        self._order = generator(self.rng).permutation(len(x))[: max_iter * batch_size]
-                        comm.broadcast([self._order])
-                    data = (x, t, self._order, batch_size, bytes_at_once)
-                    parts = shares(*data, comm, dtype) if comm.size > 1 else batches(*data, dtype)
+                        self._permutation = as_generator(self.rng).permutation(len(x))[: max_iter * batch_size]
+                        comm.broadcast([self._permutation])
+                    data = (x, t, self._permutation, batch_size, bytes_at_once)
+                    parts = sharded_batches(*data, comm, dtype) if comm.size > 1 else batches(*data, dtype)
                     steps = enumerate(parts, self.iteration + 1)
                     for iteration, (xs, ts, rows) in steps:
                         losses.add(self._step(xs, ts, rows, shared, max_grad, stop), rows)
                         self.iteration = iteration  # now that it is done
                         if before:
-                            check_placed(self.model, before)
+                            check_not_rebound(self.model, before)
                             before = None
                         if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
-                            self._record(losses)
+                            self._log_loss(losses)
                             call("on_evaluate")
-                        boundary("on_step")
+                        after_step("on_step")
                     self.current_epoch, self.iteration = self.current_epoch + 1, 0
                     if validation is not None:
                         self.val_list.append(self._evaluate(*validation))
-                    boundary("on_epoch")
+                    after_step("on_epoch")
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(
                     f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
                     f"of {self.max_iter} iterations; go on from these weights with fit, or from a file with resume"
                 ) from error
-            self._begun, self._stop, self._losses, self._callbacks = None, False, MeanLoss(), []
+            self._first_epoch, self._stop, self._losses, self._callbacks = None, False, WeightedMean(), []
             if losses.totals and not all_finite(self.model.params):
                 raise FloatingPointError(
                     "Trainer.fit: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
@@ -229,7 +240,7 @@ class Trainer:
         """
         file = Path(path)
         if file.is_dir():
-            file = self.comm.first(lambda: checkpoint.newest(file))
+            file = self.comm.main_process_first(lambda: checkpoint.latest_checkpoint(file))
         checkpoint.load(file, self.model, self.optimizer, self)
         return file
 
@@ -241,17 +252,17 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:  # the callbacks of a fit at work may be no data
         return {**vars(self), "_callbacks": []}
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return all that another trainer needs to go on alike: numbers, arrays and lists."""
-        begun = self.current_epoch if self._begun is None else self._begun
+        begun = self.current_epoch if self._first_epoch is None else self._first_epoch
         counts = (self.current_epoch, self.iteration, begun, int(self._stop), *self._plan)
         return {
             **dict(zip(_COUNTS, counts, strict=True)),
             "loss_list": numpy.array(self.loss_list, numpy.float64),
             "val_list": numpy.array(self.val_list, numpy.float64).reshape(-1, 2),  # None, no accuracy, is NaN
             "losses": self._losses.state(),
-            "order": self._order[len(self._order) - _left(self.iteration, *self._plan) :],
-            "rng": get_state(generator(self.rng)),
+            "order": self._permutation[len(self._permutation) - _rows_left(self.iteration, *self._plan) :],
+            "rng": get_state(as_generator(self.rng)),
             "callbacks": [
                 [type(c).__name__, {n: getattr(c, n) for n in c.state_names}]
                 for c in self._callbacks
@@ -259,29 +270,32 @@ class Trainer:
             ],
         }
 
-    def restoring(self, path: Path, state: dict[str, Any]) -> Callable[[], None]:
+    def load_state_dict(self, path: Path, state: dict[str, Any]) -> Callable[[], None]:
         """Return what makes this trainer go on from `state`, which has been looked at and came from the file `path`."""
         counts = [state[name] for name in _COUNTS]
         order, plan = state["order"], counts[4:]
         try:
-            check_state(generator(self.rng), state["rng"])
+            check_state(as_generator(self.rng), state["rng"])
             if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts) or state["iteration"] > state["max_iter"]:
                 raise ValueError("its counters are no such thing")
-            if len(order) != _left(state["iteration"], *plan) or not ((order >= 0) & (order < state["rows"])).all():
+            if (
+                len(order) != _rows_left(state["iteration"], *plan)
+                or not ((order >= 0) & (order < state["rows"])).all()
+            ):
                 raise ValueError("its order is not one of the rows that are left in the epoch")
             if not all(isinstance(c, list) and list(map(type, c)) == [str, dict] for c in state["callbacks"]):
                 raise ValueError("its callbacks are no such thing")
-            losses = MeanLoss(state["losses"])
+            losses = WeightedMean(state["losses"])
             pairs = [(loss, None if math.isnan(hits) else hits) for loss, hits in state["val_list"].tolist()]
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}: no state of a trainer: {error}") from error
 
         def restore() -> None:
-            self.current_epoch, self.iteration, self._begun, stop, *_, self.max_iter = counts
+            self.current_epoch, self.iteration, self._first_epoch, stop, *_, self.max_iter = counts
             self._stop, self._plan, self._losses = bool(stop), tuple(plan), losses
             self.loss_list, self.val_list = state["loss_list"].tolist(), pairs
-            set_state(generator(self.rng), state["rng"])
-            self._order, self._resumed = order, state["callbacks"]
+            set_state(as_generator(self.rng), state["rng"])
+            self._permutation, self._callback_states = order, state["callbacks"]
 
         return restore
 
@@ -304,29 +318,27 @@ class Trainer:
 
     def _begin(self, callbacks: list[Any], max_epoch: int, plan: tuple[int, int, int]) -> None:
         """Take the settings of a fit, which goes on with one that was saved or starts another."""
-        if self._resumed is None or self._begun is None:
-            adopt(self.model, callbacks)
-            self._begun, self.iteration, self._losses, self._stop = self.current_epoch, 0, MeanLoss(), False
+        if self._callback_states is None or self._first_epoch is None:
+            reset_if_new_model(self.model, callbacks)
+            self._first_epoch, self.iteration, self._losses, self._stop = self.current_epoch, 0, WeightedMean(), False
         elif self.iteration and plan != self._plan:
             raise ValueError(
                 f"Trainer.fit: the epoch that was saved has {self._plan[0]} rows in {self._plan[2]} batches of "
                 f"{self._plan[1]}, got {plan[0]} rows in {plan[2]} batches of {plan[1]}; finish it as it began"
             )
-        elif (done := self.current_epoch + (self.iteration > 0) - self._begun) > max_epoch:
+        elif (done := self.current_epoch + (self.iteration > 0) - self._first_epoch) > max_epoch:
             raise ValueError(
                 f"Trainer.fit: the fit that was saved began {done} epochs; max_epoch counts these too, got {max_epoch}"
             )
         else:
-            adopt(self.model, callbacks)
-            restore_states(callbacks, self._resumed)
+            reset_if_new_model(self.model, callbacks)
+            load_callback_states(callbacks, self._callback_states)
         self._callbacks, self._plan = callbacks, plan
-        self.max_iter, self.max_epoch = plan[2], self._begun + max_epoch
+        self.max_iter, self.max_epoch = plan[2], self._first_epoch + max_epoch
 
     def _check_update(self) -> None:
         """Raise what would make the first update fail, before layers have changed their own state."""
         name, params, optimizer = type(self.model).__name__, self.model.params, self.optimizer
-        if isinstance(optimizer, type) or not callable(getattr(optimizer, "update", None)):
-            raise TypeError(f"Trainer.fit: optimizer must be an object with update(params, grads), got {optimizer!r}")
         for i, p in enumerate(params):
             check_weights("Trainer.fit", **{f"params[{i}]": p})
             if not is_writable(p):
@@ -339,30 +351,34 @@ class Trainer:
             )
         if hasattr(optimizer, "check_update"):
             with numpy.errstate(all="ignore"):  # the gradients are those of another step, if any
-                optimizer.check_update(*Shared(params).merge(params, grads))
+                optimizer.check_update(*TiedParameters(params).sum_tied_gradients(params, grads))
 
-    def _join(self, data: Sequence[Array], validation: Sequence[Array], **settings: Any) -> None:
+    def _setup_ranks(self, data: Sequence[Array], validation: Sequence[Array], **settings: Any) -> None:
         """See that all ranks are about to do the same, and give them the weights of rank 0."""
         if self.comm.size == 1:
             return
         numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
-        self.comm.agree(
+        self.comm.assert_equal_on_ranks(
             "Trainer.fit",
-            **dict(zip("xt", map(fingerprint, data), strict=True)),
-            validation=" and ".join(map(fingerprint, validation)) or None,
+            **dict(zip("xt", map(checksum, data), strict=True)),
+            validation=" and ".join(map(checksum, validation)) or None,
             **settings,
             optimizer=f"{type(self.optimizer).__name__} {numbers}",
             begin=f"epoch {self.current_epoch}, step {self.iteration}",
         )
         self.comm.broadcast(self.model.params)
 
-    def _compare(self) -> None:
+    def _check_ranks_in_sync(self) -> None:
         """Raise if the ranks' weights have diverged; one NaN is like another, whatever its sign and payload."""
         params = [np.where(np.isnan(p), np.nan, p) for p in self.model.params]
-        fingerprints = {f"params[{i}]": fingerprint(p.reshape(-1)) for i, p in enumerate(params)}
-        self.comm.agree(f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **fingerprints)
+        fingerprints = {f"params[{i}]": checksum(p.reshape(-1)) for i, p in enumerate(params)}
+        self.comm.assert_equal_on_ranks(
+            f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **fingerprints
+        )
 
-    def _step(self, x: Array, t: Array, rows: int, shared: Shared, max_grad: float | None, stop: Stop) -> Any:
+    def _step(
+        self, x: Array, t: Array, rows: int, shared: TiedParameters, max_grad: float | None, stop: DeferredSignals
+    ) -> Any:
         loss: Any = 0.0
         if len(x):  # always, but for a rank that has no row of a small batch
             loss = self.model.forward(x, t)
@@ -371,11 +387,11 @@ class Trainer:
                     f"Trainer.fit: {type(self.model).__name__}.forward(x, t) must return the loss, got None"
                 )
             self.model.backward()
-        params, grads = shared.merge(self.model.params, self.model.grads)
+        params, grads = shared.sum_tied_gradients(self.model.params, self.model.grads)
         if self.comm.size > 1:
             share = self._share(len(x), rows)
-            grads, (loss, *wishes) = self.comm.reduce(grads, share, loss * share, *self._wishes(stop))
-            self._hear(wishes)
+            grads, (loss, *wishes) = self.comm.allreduce(grads, share, loss * share, *self._stop_flags(stop))
+            self._apply_stop_flags(wishes)
         if max_grad is not None:
             clip_grads(grads, max_grad)
         self.optimizer.update(params, grads)
@@ -386,33 +402,33 @@ class Trainer:
         if not self._is_weighted():
             return part / rows
         weight = float(self.model.loss_layer.weight_sum) if part else 0.0
-        return weight / (self.comm.sum(weight) or 1.0)
+        return weight / (self.comm.all_sum(weight) or 1.0)
 
     def _is_weighted(self) -> bool:
         return getattr(getattr(self.model, "loss_layer", None), "is_weighted", False)
 
-    def _wishes(self, stop: Stop) -> list[bool]:
+    def _stop_flags(self, stop: DeferredSignals) -> list[bool]:
         """Return what this rank has to tell the others: whether each of the signals came, and a call of `stop`."""
         return [*(stop.pending == signum for signum in _SIGNALS), self._stop]
 
-    def _hear(self, wishes: list[float]) -> None:
+    def _apply_stop_flags(self, wishes: list[float]) -> None:
         """Make the wishes of all ranks, added up, this one's."""
         *signals, self._stop = (wish > 0 for wish in wishes)
-        self._asked = next((signum for signum, wish in zip(_SIGNALS, signals, strict=True) if wish), 0)
+        self._stop_signal = next((signum for signum, wish in zip(_SIGNALS, signals, strict=True) if wish), 0)
 
     def _evaluate(self, x: Any, t: Any) -> tuple[float, float | None]:
         """Return what the model's evaluate gives; where rows weigh alike, each rank takes its slice of them."""
         if self._is_weighted():
             return self.model.evaluate(x, t)
-        part = self.comm.slice(len(x))
+        part = self.comm.shard(len(x))
         rows = part.stop - part.start
         loss, accuracy = self.model.evaluate(*((x[part], t[part]) if rows else (x[:1], t[:1])))
-        loss, hits = self.comm.sum(loss * rows / len(x), (accuracy or 0) * rows / len(x))
+        loss, hits = self.comm.all_sum(loss * rows / len(x), (accuracy or 0) * rows / len(x))
         return loss, None if accuracy is None else hits
 
-    def _record(self, losses: MeanLoss) -> None:
+    def _log_loss(self, losses: WeightedMean) -> None:
         """Append the mean loss to `loss_list`, and raise if it or a parameter is no number."""
-        loss = losses.take()
+        loss = losses.pop()
         self.loss_list.append(loss)
         if not (math.isfinite(loss) and all_finite(self.model.params)):
             first = max(1, self.iteration - (self.eval_interval or 1) + 1)
@@ -422,16 +438,25 @@ class Trainer:
             )
 
 
+def _check_interface(name: str, given: Any, needed: Sequence[str]) -> None:
+    """Raise a TypeError unless `given` is an object, not a class, that has the attributes `needed`."""
+    if isinstance(given, type):
+        kind = given.__name__
+        raise TypeError(f"Trainer: {name} must be an object, got the class {kind}; make one with {kind}(...)")
+    if not all(hasattr(given, attribute.partition("(")[0]) for attribute in needed):
+        raise TypeError(f"Trainer: {name} must be an object with {', '.join(needed)}, got {given!r}")
+
+
 def remove_duplicate(params: Iterable[Array], grads: Iterable[Array]) -> tuple[list[Array], list[Array]]:
     """Return new lists in which an array that several layers share stands once, with the sum of its gradients.
 
-    Shared means the same memory, also transposed. (The book compares values, and merges two
+    TiedParameters means the same memory, also transposed. (The book compares values, and merges two
     different matrices that happen to be equal.)
     """
     params, grads = list(params), list(grads)
-    return Shared(params).merge(params, grads)
+    return TiedParameters(params).sum_tied_gradients(params, grads)
 
 
-def _left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:
+def _rows_left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:
     """Return how many rows of an epoch no step has had, of one that is begun."""
     return max(0, min(rows, max_iter * batch_size) - iteration * batch_size) if iteration else 0

@@ -54,11 +54,11 @@ def steps(comm, batch_size, count=200, dtype="float32"):
     order = numpy.random.default_rng(1)
     for _ in range(int(count)):
         rows = order.permutation(len(x))[: int(batch_size)]
-        part = rows[comm.slice(len(rows))]
+        part = rows[comm.shard(len(rows))]
         if len(part):
             model.forward(x[part], t[part])
             model.backward()
-        comm.average(model.grads, len(part) / len(rows))
+        comm.allreduce_gradients(model.grads, len(part) / len(rows))
         optimizer.update(model.params, model.grads)
     return state(model)
 
@@ -84,14 +84,14 @@ def fault(comm, kind):
             if kind == "SIGKILL":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "own calls":  # an exception while the others wait in a call that Comm does not see
-                nnx.distributed._PATIENCE = 0.5
+                nnx.distributed._ABORT_TIMEOUT = 0.5
                 raise ArithmeticError("the last rank has had enough")
         model.forward(x, t)
         model.backward()
         if kind == "own calls":
             comm.mpi.Barrier()
         else:
-            comm.average(model.grads, 1 / comm.size)
+            comm.allreduce_gradients(model.grads, 1 / comm.size)
         optimizer.update(model.params, model.grads)
 
 
@@ -122,9 +122,9 @@ def mixed(comm):
     share = [0.0, 0.25, 0.75][comm.rank + 3 - comm.size] if comm.size > 1 else 1.0
     for g in grads if share == 0 else []:
         g[...] = math.nan  # what a rank without rows has there is not looked at
-    views, sums = comm.reduce(iter(grads), share, np.asarray(comm.rank + 0.5), 1)
+    views, sums = comm.allreduce(iter(grads), share, np.asarray(comm.rank + 0.5), 1)
     reduced = [to_cpu(a).ravel().tolist() for a in views]
-    comm.average(iter(grads), share)
+    comm.allreduce_gradients(iter(grads), share)
     averaged = [to_cpu(a).ravel().tolist() for a in grads]
     before = [to_cpu(a).ravel().tolist() for a in arrays]
     comm.broadcast(iter(arrays))
@@ -134,11 +134,11 @@ def mixed(comm):
 
 @job
 def methods(comm):
-    part = comm.slice(7)
+    part = comm.shard(7)
     return {
         "slice": [part.start, part.stop],
-        "sum": comm.sum(comm.rank + 1),
-        "sums": comm.sum(comm.rank, np.ones(()), 0.5),
+        "sum": comm.all_sum(comm.rank + 1),
+        "sums": comm.all_sum(comm.rank, np.ones(()), 0.5),
         "place": [comm.rank, comm.size, comm.local_rank, comm.local_size],
         "mpi": comm.mpi is not None,
         "repr": repr(comm),
@@ -270,7 +270,7 @@ def many(comm):
     buffers = []
     for hidden in range(10, 20):
         grads = net(0, hidden).grads
-        view = comm.reduce(grads, 1 / comm.size)[0][0]
+        view = comm.allreduce(grads, 1 / comm.size)[0][0]
         buffers.append(weakref.ref(view.base if view.base is not None else view))
     del view
     return sum(buffer() is not None for buffer in buffers)
@@ -315,7 +315,9 @@ class FakeNccl:
 
         from mpi4py import MPI
 
-        self.calls.append(["allReduce", send == receive, count, kind, operation, stream == nnx.device.stream()])
+        self.calls.append(
+            ["allReduce", send == receive, count, kind, operation, stream == nnx.device.current_stream_ptr()]
+        )
         number = {7: ctypes.c_float, 8: ctypes.c_double}[kind]
         if nnx.GPU:  # whose memory the host cannot read
             memory = np.cuda.UnownedMemory(send, count * ctypes.sizeof(number), None)
@@ -337,7 +339,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "fake_nccl":
         nnx.distributed.nccl = FakeNccl
         nnx.distributed.bus_id = os.getpid  # a GPU for each
-        nnx.distributed.pick = lambda local_rank: FakeNccl.calls.append(["pick", local_rank])
+        nnx.distributed.set_device = lambda local_rank: FakeNccl.calls.append(["set_device", local_rank])
     comm = nnx.distributed.init()
     result = JOBS[sys.argv[1]](comm, *sys.argv[2:])
     results = [result] if comm.size == 1 else comm.mpi.gather(result)

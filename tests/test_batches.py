@@ -195,11 +195,11 @@ def test_labels_in_a_file_are_not_converted_whole(tmp_path, monkeypatch):
 def test_the_samples_of_integers_need_no_copy(rng, tmp_path):
     x = column_slice(rng.integers(0, 100, (20000, 10)))
     x[777, 3], x[1234, 0] = -1, 100
-    assert peak(module._samples, x) < x.nbytes / 3
+    assert peak(module._probe_rows, x) < x.nbytes / 3
     for data in (x, numpy.asfortranarray(x), numpy.ascontiguousarray(x)):
-        numpy.testing.assert_array_equal(module._samples(data), x[[777, 1234]])
-    numpy.testing.assert_array_equal(module._samples(x[:, 3]), [-1, x[:, 3].max()])
-    numpy.testing.assert_array_equal(module._samples(mapped(x, tmp_path)), x[:1])
+        numpy.testing.assert_array_equal(module._probe_rows(data), x[[777, 1234]])
+    numpy.testing.assert_array_equal(module._probe_rows(x[:, 3]), [-1, x[:, 3].max()])
+    numpy.testing.assert_array_equal(module._probe_rows(mapped(x, tmp_path)), x[:1])
 
 
 def test_validation_data_are_checked_without_a_copy(rng, monkeypatch):
@@ -239,8 +239,8 @@ def test_labels_in_a_file_have_the_messages_of_labels_in_memory(rng, t, tmp_path
 
 
 def test_the_mean_of_losses_goes_on_from_an_iterator_of_its_state():
-    losses = module.MeanLoss()
+    losses = module.WeightedMean()
     for loss, rows in ((1.0, 30), (2.0, 30), (4.0, 10)):
         losses.add(loss, rows)
-    again = module.MeanLoss(iter(losses.state()))
-    assert again.take() == losses.take() == 130 / 70
+    again = module.WeightedMean(iter(losses.state()))
+    assert again.pop() == losses.pop() == 130 / 70

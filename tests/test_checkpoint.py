@@ -501,7 +501,7 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(TypeError, match=r"state\.layers\.0\.seed\.a cannot be saved: expected a number, a string"):
         checkpoint.save(path, model)
     with pytest.raises(TypeError, match=r"params\.0 is (longdouble|float128)"):
-        nnx.storage.write(path, {"params.0": numpy.zeros(3, numpy.longdouble)}, {})
+        nnx.storage.atomic_save(path, {"params.0": numpy.zeros(3, numpy.longdouble)}, {})
     assert not path.exists()
 
 
@@ -512,7 +512,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
     checkpoint.save(path, model)
     before = path.read_bytes()
-    for function in ("save_file", "_flush"):
+    for function in ("save_file", "_fsync"):
         with monkeypatch.context() as patch:
             target = safetensors if function == "save_file" else nnx.storage
             patch.setattr(target, function, lambda *args: (_ for _ in ()).throw(OSError("the disk is gone")))

@@ -218,12 +218,14 @@ FORGED = {
 def test_a_file_with_a_right_digest_is_not_trusted_either(what, tmp_path):
     path, trainer = tmp_path / "net.safetensors", new_trainer(generator="RandomState")
     fit(trainer, At(8, lambda: checkpoint.save(path, trainer.model, trainer.optimizer, trainer)))
-    with nnx.storage.opened(path) as file:
+    with nnx.storage.open_checked(path) as file:
         arrays = {name: file.read(name) for name in file.arrays}
         told = {kind.removeprefix("nnx."): json.loads(text) for kind, text in file.metadata.items()}
     FORGED[what](told, arrays)
     deep = "[" * 100_000
-    nnx.storage.write(path, arrays, {f"nnx.{k}": json.dumps(v) if v is not None else deep for k, v in told.items()})
+    nnx.storage.atomic_save(
+        path, arrays, {f"nnx.{k}": json.dumps(v) if v is not None else deep for k, v in told.items()}
+    )
     before = everything(trainer)
     with pytest.raises(ValueError, match=r"net\.safetensors"):
         trainer.resume(path)
@@ -233,11 +235,11 @@ def test_a_file_with_a_right_digest_is_not_trusted_either(what, tmp_path):
 @pytest.mark.parametrize(("old", "new"), [(b'"F64"', b'"I64"'), (b"[2,3]", b"[3,2]"), (b"numbers", b"letters")])
 def test_the_digest_is_of_dtypes_shapes_and_metadata_too(old, new, tmp_path):
     path = tmp_path / "net.safetensors"
-    nnx.storage.write(path, {"a": numpy.ones((2, 3))}, {"what": "numbers"})
+    nnx.storage.atomic_save(path, {"a": numpy.ones((2, 3))}, {"what": "numbers"})
     data = path.read_bytes()
     assert data.count(old) == 1
     path.write_bytes(data.replace(old, new))
-    with pytest.raises(ValueError, match="its digest is not that"), nnx.storage.opened(path):
+    with pytest.raises(ValueError, match="its digest is not that"), nnx.storage.open_checked(path):
         pass
 
 

@@ -189,7 +189,7 @@ def test_a_rank_tells_its_error_in_one_piece(rank, kind, traced, monkeypatch):
     comm, pieces = nnx.distributed.Comm(), []
     comm.rank, comm.size, comm._except = rank, 2, sys.__excepthook__
     monkeypatch.setattr(sys.stderr, "write", pieces.append)
-    comm._report(kind, kind("why"), None)
+    comm._excepthook(kind, kind("why"), None)
     (text,) = pieces
     assert text.startswith(f"nnx: rank {rank} of 2 ends with {kind.__name__}: why\n")
     assert text.count(f"\n{kind.__name__}: why\n") == traced
@@ -235,8 +235,8 @@ def test_nccl_is_called_in_order():
     assert [first[0], second[0]] == plain
     size = sum(p.size for p in nnx.TwoLayerNet(20, 30, 5).params)
     sums = [["allReduce", True, size, 7, 0, True]] * 3
-    assert first[1] == [["pick", 0], "get_unique_id", ["NcclCommunicator", 2, "the name", 0], *sums]
-    assert second[1] == [["pick", 1], ["NcclCommunicator", 2, "the name", 1], *sums]
+    assert first[1] == [["set_device", 0], "get_unique_id", ["NcclCommunicator", 2, "the name", 0], *sums]
+    assert second[1] == [["set_device", 1], ["NcclCommunicator", 2, "the name", 1], *sums]
     assert first[2].endswith("NCCL)")
 
 
@@ -428,7 +428,7 @@ def test_a_copy_of_a_trainer_has_the_same_ranks():
 
 @needs_mpi
 def test_a_search_over_sizes_keeps_few_buffers():
-    assert results(2, "many") == [nnx.distributed._MODELS] * 2
+    assert results(2, "many") == [nnx.distributed._MAX_PLANS] * 2
 
 
 # ---- the benchmark ----

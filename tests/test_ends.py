@@ -159,7 +159,7 @@ def test_a_training_goes_on_on_the_other_device(first, second, net, tmp_path):
         command = [sys.executable, "-c", OTHER, str(source), str(target), device, str(epochs), net]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-        with nnx.storage.opened(target) as file:
+        with nnx.storage.open_checked(target) as file:
             return {name: file.read(name) for name in file.arrays}
 
     train("new", begun, first, 4)

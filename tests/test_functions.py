@@ -6,7 +6,8 @@ import numpy
 import pytest
 
 from nnx import np, to_cpu
-from nnx.functions import class_indices, cross_entropy_error, relu, sigmoid, softmax
+from nnx.checks import class_indices
+from nnx.functions import cross_entropy_error, relu, sigmoid, softmax
 
 DTYPES = ["float16", "float32", "float64"]
 

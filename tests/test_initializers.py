@@ -6,7 +6,8 @@ import numpy
 import pytest
 
 from nnx import TwoLayerNet, np, to_cpu
-from nnx.initializers import generator, he, normal, xavier
+from nnx.initializers import he, normal, xavier
+from nnx.rng import as_generator
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_one_generator_goes_on_drawing():
 
 def test_generator_says_what_it_takes():
     with pytest.raises(TypeError, match=r"rng must be a seed, .* or None, got 'dice'"):
-        generator("dice")
+        as_generator("dice")
 
 
 @pytest.mark.parametrize("initializer", [normal, xavier, he])

@@ -23,9 +23,9 @@ def data(rows=N, dtype="float32"):
     return np.asarray(rng.normal(size=(rows, D)).astype(dtype)), np.asarray(rng.integers(0, C, rows))
 
 
-def counted(step, warm_up=2):
+def counted(step, linear_warmup=2):
     """Return how often `step` launches, having seen that it neither waits, copies nor allocates."""
-    for _ in range(warm_up):
+    for _ in range(linear_warmup):
         step()
     cupy_on_cpu.reset()
     step()

@@ -163,7 +163,7 @@ def test_a_label_of_any_integer_dtype_is_left_out(rng, kind, ignore_label):
     t[:2] = 1
     t = numpy.eye(4, dtype=bool)[t] if kind == "one-hot" else t.astype(kind)
     layer = SoftmaxWithLoss(ignore_label=ignore_label)
-    rows = numpy.flatnonzero(to_cpu(SoftmaxWithLoss().targets(t, x.shape)) != ignore_label)
+    rows = numpy.flatnonzero(to_cpu(SoftmaxWithLoss().prepare_targets(t, x.shape)) != ignore_label)
     value, _ = run(layer, x, t)
     assert value == pytest.approx(run(SoftmaxWithLoss(), x[rows], t[rows])[0], rel=1e-12)
     assert to_cpu(layer.kept).sum() == len(rows)

@@ -7,7 +7,7 @@ import pytest
 
 import nnx
 from nnx import SGD, clip_grads, np, to_cpu
-from nnx.optimizer import cosine_decay, step_decay, warm_up
+from nnx.optimizer import cosine_decay, linear_warmup, step_decay
 
 
 def arrays(rng, *shapes, dtype="float32"):
@@ -302,7 +302,7 @@ def test_schedules():
     assert [step(i) for i in (0, 9, 10, 25)] == [0.8, 0.8, 0.4, 0.2]
     cosine = cosine_decay(1.0, steps=100, final=0.1)
     assert [cosine(i) for i in (0, 50, 100, 1000)] == pytest.approx([1, 0.55, 0.1, 0.1])
-    warm = warm_up(4, cosine)
+    warm = linear_warmup(4, cosine)
     assert [warm(i) for i in range(3)] == pytest.approx([0.25 * cosine(0), 0.5 * cosine(1), 0.75 * cosine(2)])
     assert warm(50) == cosine(50)
 

@@ -8,7 +8,7 @@ from training import GENERATORS, OPTIMIZERS, At, Stop, callbacks, check_resumed,
 
 import nnx
 from nnx import checkpoint
-from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRate
+from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRateScheduler
 from nnx.optimizer import step_decay
 
 pytest.importorskip("safetensors")
@@ -60,7 +60,11 @@ def test_a_dropped_last_batch_stays_dropped(tmp_path):
 
 def test_patience_goes_on_where_it_was(tmp_path):
     def others():
-        return [Checkpoint(tmp_path, every_steps=1, keep=99), EarlyStopping(3), LearningRate(step_decay(3.0, 2))]
+        return [
+            Checkpoint(tmp_path, every_steps=1, keep=99),
+            EarlyStopping(3),
+            LearningRateScheduler(step_decay(3.0, 2)),
+        ]
 
     trainer = new_trainer("SGD")
     stopping = others()
@@ -76,7 +80,7 @@ def test_patience_goes_on_where_it_was(tmp_path):
 
 def test_best_weights_seen_before_the_stop_are_put_back(tmp_path):
     def others():
-        return [LearningRate(lambda step: 0.5 if step < 5 else 30.0), BestWeights()]
+        return [LearningRateScheduler(lambda step: 0.5 if step < 5 else 30.0), BestWeights()]
 
     best = others()
     start(new_trainer("SGD"), tmp_path, 12, *best)
@@ -192,7 +196,7 @@ def test_files_are_numbered_and_the_newest_kept(tmp_path):
 
 def test_the_best_epoch_is_kept_beside_them(tmp_path):
     trainer = new_trainer("SGD")
-    rates = LearningRate(lambda step: 0.5 if step < 15 else 30.0)
+    rates = LearningRateScheduler(lambda step: 0.5 if step < 15 else 30.0)
     callback = Checkpoint(tmp_path, every_epochs=4)
     fit(trainer, callback, rates, epochs=8)
     best = min(range(8), key=lambda epoch: trainer.val_list[epoch][0])
@@ -200,7 +204,7 @@ def test_the_best_epoch_is_kept_beside_them(tmp_path):
     checkpoint.load(tmp_path / "best.safetensors", other.model)
     x, t = nnx.spiral.load_data()
     assert other.model.evaluate(x[1::9], t[1::9]) == trainer.val_list[best]
-    assert callback.lowest == trainer.val_list[best][0]
+    assert callback.best_loss == trainer.val_list[best][0]
     assert best < 7
     fit(new_trainer(), Checkpoint(tmp_path / "none", best=False))
     assert not (tmp_path / "none" / "best.safetensors").exists()
@@ -309,7 +313,7 @@ def test_the_best_epoch_is_one_that_could_be_saved(tmp_path, monkeypatch):
     trainer.model.evaluate = lambda x, t: (next(losses), None)
     with pytest.warns(RuntimeWarning, match="full; the training goes on"):
         fit(trainer, callback)
-    assert callback.lowest == 4
+    assert callback.best_loss == 4
     other = new_trainer()
     other.resume(tmp_path / "best.safetensors")
     assert other.val_list == [(5, None), (3, None), (4, None)]

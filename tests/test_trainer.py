@@ -14,7 +14,7 @@ from training import At
 import nnx
 from benchmarks import book
 from nnx import SGD, Affine, MeanSquaredError, Sequential, Sigmoid, SoftmaxWithLoss, Trainer, TwoLayerNet, np, to_cpu
-from nnx.callbacks import BestWeights, EarlyStopping, LearningRate
+from nnx.callbacks import BestWeights, EarlyStopping, LearningRateScheduler
 from nnx.optimizer import step_decay
 from nnx.trainer import remove_duplicate
 
@@ -157,7 +157,7 @@ def test_mean_losses_are_weighted_by_rows():
 def test_how_much_is_gathered_at_a_time_changes_nothing(bytes_at_a_time, monkeypatch):
     expected = new_trainer()
     expected.fit(*spiral(), 2, 70, verbose=False)
-    monkeypatch.setattr("nnx.trainer.gather_bytes", lambda x: bytes_at_a_time)
+    monkeypatch.setattr("nnx.trainer.chunk_bytes", lambda x: bytes_at_a_time)
     trainer = new_trainer()
     trainer.fit(*spiral(), 2, 70, verbose=False)
     numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
@@ -166,7 +166,7 @@ def test_how_much_is_gathered_at_a_time_changes_nothing(bytes_at_a_time, monkeyp
 def test_data_that_does_not_fit_the_device_stays_on_the_host(monkeypatch):
     expected = new_trainer()
     expected.fit(*spiral(), 2, 70, verbose=False)
-    monkeypatch.setattr("nnx.trainer.fits", lambda *arrays: False)
+    monkeypatch.setattr("nnx.trainer.fits_on_device", lambda *arrays: False)
     trainer = new_trainer()
     trainer.fit(*spiral(), 2, 70, verbose=False)
     numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
@@ -262,7 +262,7 @@ def test_early_stopping_waits_for_its_patience():
 def test_best_weights_are_put_back():
     best = BestWeights()
     trainer = fit_losses([5, 4, 2, 6, 3, 2, 9, 9, 9, 9], best)
-    assert (best.lowest, best.epoch) == (2, 3)
+    assert (best.best_loss, best.epoch) == (2, 3)
     assert float(trainer.model.params[0][0]) == 3
 
 
@@ -275,7 +275,7 @@ def test_best_weights_come_with_their_running_statistics():
     validation = x[1::2], t[1::2]
     Trainer(model, SGD(10.0), rng=0).fit(*data, 10, 10, validation=validation, verbose=False, callbacks=[best])
     assert best.epoch < 10
-    assert model.evaluate(*validation)[0] == pytest.approx(best.lowest)
+    assert model.evaluate(*validation)[0] == pytest.approx(best.best_loss)
 
 
 @pytest.mark.parametrize("callback", [EarlyStopping(), BestWeights()])
@@ -301,7 +301,7 @@ def test_learning_rate_follows_its_schedule_over_several_fits():
     trainer, seen = new_trainer(), []
     update = trainer.optimizer.update
     trainer.optimizer.update = lambda *args: seen.append(trainer.optimizer.lr) or update(*args)
-    schedule = LearningRate(step_decay(1.0, every=3, factor=0.5))
+    schedule = LearningRateScheduler(step_decay(1.0, every=3, factor=0.5))
     for _ in range(2):
         trainer.fit(*spiral(), 1, 100, verbose=False, callbacks=[schedule])
     assert seen == [1, 1, 1, 0.5, 0.5, 0.5]
@@ -384,7 +384,7 @@ def test_a_trainer_can_be_copied_from_a_callback_whose_neighbours_cannot():
     copies = []
     trainer = new_trainer()
     once = At(3, lambda: copies.extend([copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))]))
-    trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[LearningRate(lambda step: 0.1), once])
+    trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[LearningRateScheduler(lambda step: 0.1), once])
     for other in copies:
         other.fit(*spiral(), 1, 30, verbose=False)
         assert other.current_epoch == 1
@@ -551,12 +551,12 @@ def test_a_step_that_fails_is_not_counted():
     with pytest.raises(MemoryError):
         trainer.fit(*spiral(), 1, 30, verbose=False)
     assert trainer.iteration == 2
-    assert len(trainer.state()["order"]) == 300 - 2 * 30
+    assert len(trainer.state_dict()["order"]) == 300 - 2 * 30
 
 
 def test_callbacks_of_one_training_begin_anew_in_the_next():
     """Else they would end it at the rate, the loss and the weights of the first one."""
-    callbacks = [BestWeights(), EarlyStopping(30), LearningRate(nnx.optimizer.cosine_decay(1.0, 20))]
+    callbacks = [BestWeights(), EarlyStopping(30), LearningRateScheduler(nnx.optimizer.cosine_decay(1.0, 20))]
     results = []
     for _ in range(2):
         trainer = new_trainer()
@@ -576,6 +576,9 @@ class OwnLoop:
 
     def forward(self, x, t):
         self.net.forward(x, t)
+
+    def backward(self):
+        self.net.backward()
 
 
 @pytest.mark.parametrize(
@@ -712,7 +715,7 @@ def test_a_model_may_have_a_loss_and_targets_of_its_own():
 
 
 def test_callbacks_keep_what_they_know_of_the_same_model():
-    trainer, rate = new_trainer(), LearningRate(lambda step: 0.1)
+    trainer, rate = new_trainer(), LearningRateScheduler(lambda step: 0.1)
     rate.steps = 100  # a reader's, after a file that has only the model
     with pytest.raises(MemoryError):
         trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[rate, At(3, fail)])
@@ -761,9 +764,6 @@ def with_masked(arrays):
 
 nothing = [lambda model: None]
 FAILING = {  # how to spoil the model; the optimizer; the error; an argument of fit
-    "no optimizer": (*nothing, None, TypeError, r"optimizer must be an object with update\(params, grads\), got None"),
-    "a class": (*nothing, nnx.Adam, TypeError, "optimizer must be an object .* got <class"),
-    "a function": (*nothing, print, TypeError, "optimizer must be an object"),
     "no rate": (*nothing, lambda: nnx.Adam(lr=None), TypeError, "Adam: lr must be a number, got None"),
     "a decay of text": (*nothing, lambda: SGD(weight_decay="0"), TypeError, "SGD: weight_decay must be a number"),
     "a beta of 1": (*nothing, lambda: nnx.AdamW(beta1=1), ValueError, "AdamW: beta1 must be in"),
@@ -794,15 +794,52 @@ if not nnx.GPU:
     }
 
 
+@pytest.mark.parametrize(
+    ("model", "optimizer", "message"),
+    [
+        (3, "x", r"model must be an object with params, forward\(x, t\), backward\(\), got 3"),
+        (
+            TwoLayerNet,
+            SGD(),
+            r"model must be an object, got the class TwoLayerNet; make one with TwoLayerNet\(\.\.\.\)",
+        ),
+        (SGD(), fragile(), "model must be an object with params"),
+        (fragile(), None, r"optimizer must be an object with update\(params, grads\), got None"),
+        (fragile(), nnx.Adam, r"optimizer must be an object, got the class Adam; make one with Adam\(\.\.\.\)"),
+        (fragile(), print, "optimizer must be an object with update"),
+    ],
+)
+def test_the_constructor_names_what_is_no_model_and_no_optimizer(model, optimizer, message):
+    with pytest.raises(TypeError, match=f"^Trainer: {message}"):
+        Trainer(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (EarlyStopping(), r"callbacks must be a list of callbacks, got <.*EarlyStopping.*>; pass \[callback\]"),
+        (None, "callbacks must be a list of callbacks, got None"),
+        (
+            [EarlyStopping],
+            r"a callback must be an object, got the class EarlyStopping; make one: EarlyStopping\(\.\.\.\)",
+        ),
+        ([print], "a callback needs one of on_begin, .* has none"),
+    ],
+)
+def test_fit_names_what_is_no_callback(callbacks, message):
+    trainer = Trainer(fragile(), SGD())
+    with pytest.raises(TypeError, match=f"^Trainer.fit: {message}"):
+        trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=callbacks)
+    assert trainer.current_epoch == 0
+
+
 @pytest.mark.parametrize("failing", FAILING)
 def test_what_makes_the_first_update_fail_is_found_before_anything_changes(failing):
     spoil, optimizer, error, words, *max_grad = FAILING[failing]
-    if optimizer not in (None, nnx.Adam, print):
-        optimizer = optimizer()
     model = fragile()
     before = remembered(model)
     spoil(model)
-    trainer = Trainer(model, optimizer, rng=0)
+    trainer = Trainer(model, optimizer(), rng=0)
     with pytest.raises(error, match=words):
         trainer.fit(*spiral(), 1, 30, *max_grad, verbose=False)
     model.params = [p for layer in model.layers for p in layer.params]

@@ -25,8 +25,9 @@ from nnx import (
     storage,
     to_cpu,
 )
-from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRate
+from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRateScheduler
 from nnx.optimizer import cosine_decay
+from nnx.rng import as_generator, get_state
 
 OPTIMIZERS = ["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]
 GENERATORS = {
@@ -63,7 +64,7 @@ def new_trainer(optimizer="Adam", generator="PCG64", dtype="float32", seed=1):
 
 def callbacks():
     """Return those that remember something."""
-    return [LearningRate(cosine_decay(0.02, 15)), EarlyStopping(50), BestWeights()]
+    return [LearningRateScheduler(cosine_decay(0.02, 15)), EarlyStopping(50), BestWeights()]
 
 
 def fit(trainer, *callbacks, epochs=3, batch_size=16, **options):
@@ -84,7 +85,7 @@ def everything(trainer):
         "loss_list": trainer.loss_list,
         "val_list": trainer.val_list,
         "epoch": (trainer.current_epoch, trainer.iteration),
-        "rng": repr(initializers.get_state(initializers.generator(trainer.rng))),
+        "rng": repr(get_state(as_generator(trainer.rng))),
     }
 
 
@@ -126,7 +127,7 @@ class At:
     def __init__(self, step, function):
         self.step, self.function = step, function
 
-    def on_save(self, trainer):
+    def on_checkpoint(self, trainer):
         self.step -= trainer.iteration > 0
         if self.step == 0 and trainer.iteration:
             self.function()
@@ -136,7 +137,7 @@ def main(optimizer, folder, how="run"):
     """Train 60 epochs with a checkpoint every step; `write` is killed within a save, `term` and `int` get signals."""
     extra = []
     if how == "write":
-        flush, calls = storage._flush, []
+        flush, calls = storage._fsync, []
 
         def kill(path):
             calls.append(path)
@@ -144,7 +145,7 @@ def main(optimizer, folder, how="run"):
                 os.kill(os.getpid(), signal.SIGKILL)
             flush(path)
 
-        storage._flush = kill
+        storage._fsync = kill
     elif how in ("term", "int"):
         signum = {"term": signal.SIGTERM, "int": signal.SIGINT}[how]
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,24 +1,28 @@
 """One name per kernel, bound once, at import, to the fastest version for the device.
 
-Every kernel is in `portable`, the reference; `native` (C, on the CPU) or `cuda` (CuPy) replaces those that it has,
-with the same arguments in the same order. `KERNELS` says which of the three was bound, and `native_error` why
-`native` was not, if it could not be imported.
+`portable.__all__` is the list of their names, and `portable` the reference; `native` (C, on the CPU) or `cuda` (CuPy)
+replaces those that it has, with the same arguments in the same order. `KERNELS` says which of the three was bound,
+and `native_error` why `native` was not, if it could not be imported.
 """
 
+import importlib
+from typing import Any
+
 from nnx.config import NATIVE
+from nnx.kernels import portable
 from nnx.kernels.portable import *
 from nnx.np import GPU  # importing it also verifies CuPy
 
 KERNELS = "portable"
 native_error: ImportError | None = None
 
+_fast: Any = portable
 if GPU:
-    from nnx.kernels.cuda import *
-
+    _fast = importlib.import_module("nnx.kernels.cuda")
     KERNELS = "cuda"
 elif NATIVE is not False:
     try:
-        from nnx.kernels.native import *
+        _fast = importlib.import_module("nnx.kernels.native")
     except ImportError as error:
         if NATIVE:
             raise ImportError(
@@ -28,3 +32,4 @@ elif NATIVE is not False:
         native_error = error
     else:
         KERNELS = "native"
+globals().update((name, getattr(_fast, name)) for name in portable.__all__ if hasattr(_fast, name))

@@ -2,7 +2,7 @@
 //
 //     T     the dtype of the arrays
 //     A     the dtype to compute in: float for float16, else T
-//     TEAM  0 for the kernels of elements, columns and tables; 4, 32, 256 or 1024 neighboring threads that share
+//     ROW_THREADS  0 for the kernels of elements, columns and tables; 4, 32, 256 or 1024 neighboring threads that share
 //           a row for the kernels of rows, which are compiled by themselves
 //
 // N rows, D features, H outputs, C classes. Arrays are C-contiguous, indices have 64 bits. A kernel's arguments are
@@ -11,9 +11,9 @@
 
 #define KERNEL(NAME) extern "C" __global__ void __launch_bounds__(BLOCK) nnx_##NAME
 typedef long long Index;
-const int BLOCK = TEAM > 256 ? TEAM : 256;  // threads of a block
+const int BLOCK = ROW_THREADS > 256 ? ROW_THREADS : 256;  // threads of a block
 
-struct Scratch {  // one for each stream; between launches the counters are 0
+struct Workspace {  // one for each stream; between launches the counters are 0
     unsigned counters[1024];
     double partials[3 * 32 * 1024], total[2];
 };
@@ -23,6 +23,7 @@ struct Pair { A first, second; };
 struct Moments { A n, mean, m2; };
 __device__ Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
 __device__ Moments operator+(Moments a, Moments b) {
+    if (a.n == 0) return b;
     if (b.n == 0) return a;
     const A n = a.n + b.n, share = b.n / n, d = b.mean - a.mean;
     return {n, a.mean + d * share, a.m2 + b.m2 + d * d * a.n * share};
@@ -65,12 +66,12 @@ __device__ bool is_last(unsigned* counter, unsigned blocks) {
 }
 
 // Make `v` the sum over all threads of all blocks in the last block, which alone gets true.
-__device__ bool sum_of_blocks(double& v, Scratch* scratch) {
+__device__ bool sum_of_blocks(double& v, Workspace* workspace) {
     v = reduce<BLOCK>(v, Sum());
-    if (threadIdx.x == 0) scratch->partials[blockIdx.x] = v;
-    if (!is_last(scratch->counters, gridDim.x)) return false;
+    if (threadIdx.x == 0) workspace->partials[blockIdx.x] = v;
+    if (!is_last(workspace->counters, gridDim.x)) return false;
     v = 0;
-    for (int i = threadIdx.x; i < gridDim.x; i += BLOCK) v += scratch->partials[i];
+    for (int i = threadIdx.x; i < gridDim.x; i += BLOCK) v += workspace->partials[i];
     v = reduce<BLOCK>(v, Sum());
     return true;
 }
@@ -89,7 +90,7 @@ __device__ A weight_of(const A* weight, Index groups, Index i, Index n) {
     return weight ? weight[i / (n / groups)] * A(groups) : A(1);
 }
 
-#if !TEAM
+#if !ROW_THREADS
 
 // ---- elements: a thread for each, or for several of a large array ----
 
@@ -163,7 +164,7 @@ KERNEL(dropout)(const T* x, T* y, Index size, Index first, Index second, Index t
 }
 
 // loss = mean(log(1 + exp(z))), z = -x where t is 1 and x where it is 0, and y = sigmoid(x); NaN for other labels
-KERNEL(sigmoid_loss)(const T* x, const void* t, const A* weight, T* y, T* loss, Scratch* scratch, Index size,
+KERNEL(sigmoid_loss)(const T* x, const void* t, const A* weight, T* y, T* loss, Workspace* workspace, Index size,
                      Index label_bytes, Index groups) {
     double losses = 0;
     FOR_ELEMENTS(i) {
@@ -173,7 +174,7 @@ KERNEL(sigmoid_loss)(const T* x, const void* t, const A* weight, T* y, T* loss, 
         if (w != 0) losses += w * ((z > A(0) ? z : A(0)) + log1p(exp(-abs(z))));
         y[i] = T(sigmoid(v));
     }
-    if (sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / size));
+    if (sum_of_blocks(losses, workspace) && threadIdx.x == 0) *loss = T(A(losses / size));
 }
 
 KERNEL(sigmoid_loss_grad)(const T* y, const void* t, const A* weight, const double* dout, T* dx, Index size,
@@ -185,13 +186,13 @@ KERNEL(sigmoid_loss_grad)(const T* y, const void* t, const A* weight, const doub
     }
 }
 
-KERNEL(squared_error)(const T* x, const T* t, const A* weight, T* loss, Scratch* scratch, Index size, Index groups) {
+KERNEL(squared_error)(const T* x, const T* t, const A* weight, T* loss, Workspace* workspace, Index size, Index groups) {
     double losses = 0;
     FOR_ELEMENTS(i) {
         const A w = weight_of(weight, groups, i, size), d = A(x[i]) - A(t[i]);
         if (w != 0) losses += w * (d * d);
     }
-    if (sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / size));
+    if (sum_of_blocks(losses, workspace) && threadIdx.x == 0) *loss = T(A(losses / size));
 }
 
 KERNEL(squared_error_grad)(const T* x, const T* t, const A* weight, const double* dout, T* dx, Index size,
@@ -226,14 +227,14 @@ template <class V> __device__ V sum_of_column(V v, Index tile) {
 
 // Make `v` the sum over all rows, and return true to the one thread for each column c that is to write it.
 template <class V> __device__ bool sum_of_rows(V& v, Index c, Index columns, Index tile, Index tiles,
-                                               Scratch* scratch) {
+                                               Workspace* workspace) {
     const bool writes = threadIdx.x < tile && c < columns;
     const unsigned slices = gridDim.x / unsigned(tiles), slice = blockIdx.x / unsigned(tiles);
     v = sum_of_column(v, tile);
     if (slices > 1) {
-        V* partials = (V*)scratch->partials;
+        V* partials = (V*)workspace->partials;
         if (writes) partials[slice * columns + c] = v;
-        if (!is_last(scratch->counters + blockIdx.x % unsigned(tiles), slices)) return false;
+        if (!is_last(workspace->counters + blockIdx.x % unsigned(tiles), slices)) return false;
         v = V();
         for (Index r = threadIdx.x / unsigned(tile); r < slices && c < columns; r += BLOCK / tile)
             v = v + partials[r * columns + c];
@@ -246,10 +247,10 @@ KERNEL(add_bias)(const T* b, T* y, MATRIX) {
     FOR_ROWS(r) y[r * columns + c] = T(A(y[r * columns + c]) + A(b[c]));
 }
 
-KERNEL(bias_grad)(const T* dout, T* out, Scratch* scratch, MATRIX) {
+KERNEL(bias_grad)(const T* dout, T* out, Workspace* workspace, MATRIX) {
     A sum = 0;
     FOR_ROWS(r) sum += A(dout[r * columns + c]);
-    if (sum_of_rows(sum, c, columns, tile, tiles, scratch)) out[c] = T(sum);
+    if (sum_of_rows(sum, c, columns, tile, tiles, workspace)) out[c] = T(sum);
 }
 
 KERNEL(embedding)(const T* W, const void* idx, T* y, MATRIX, Index vocabulary,
@@ -280,7 +281,7 @@ KERNEL(softmax_loss_grad)(const T* y, const void* t, const A* weight, const doub
     }
 }
 
-KERNEL(batch_norm_statistics)(const T* x, A* mean, A* rstd, T* running_mean, A* running_var, Scratch* scratch,
+KERNEL(batch_norm_statistics)(const T* x, A* mean, A* rstd, T* running_mean, A* running_var, Workspace* workspace,
                               MATRIX, double momentum, double eps) {
     Moments m = {0, 0, 0};
     FOR_ROWS(r) {
@@ -289,7 +290,7 @@ KERNEL(batch_norm_statistics)(const T* x, A* mean, A* rstd, T* running_mean, A* 
         m.mean += d / m.n;
         m.m2 += d * (v - m.mean);
     }
-    if (!sum_of_rows(m, c, columns, tile, tiles, scratch)) return;
+    if (!sum_of_rows(m, c, columns, tile, tiles, workspace)) return;
     mean[c] = m.mean;
     rstd[c] = A(1) / sqrt(m.m2 / m.n + A(eps));
     running_mean[c] = T(A(momentum) * A(running_mean[c]) + A(1 - momentum) * m.mean);
@@ -303,14 +304,14 @@ KERNEL(batch_norm)(const T* x, const T* gamma, const T* beta, const A* mean, con
 
 // dgamma = sum_xn = sum(dout * xn), dbeta = sum = sum(dout), mean and rstd those of the rows or of the columns
 KERNEL(norm_sums)(const T* dout, const T* x, const A* mean, const A* rstd, T* dgamma, T* dbeta, A* sum_xn, A* sum,
-                  Scratch* scratch, MATRIX, Index of_rows) {
+                  Workspace* workspace, MATRIX, Index of_rows) {
     Pair sums = {0, 0};
     FOR_ROWS(r) {
         const A d = A(dout[r * columns + c]);
         const Index k = of_rows ? r : c;
         sums = sums + Pair{d * ((A(x[r * columns + c]) - mean[k]) * rstd[k]), d};
     }
-    if (!sum_of_rows(sums, c, columns, tile, tiles, scratch)) return;
+    if (!sum_of_rows(sums, c, columns, tile, tiles, workspace)) return;
     dgamma[c] = T(sums.first);
     dbeta[c] = T(sums.second);
     if (sum) sum_xn[c] = sums.first, sum[c] = sums.second;
@@ -393,7 +394,7 @@ const double TINY = 1.90109156629516e-211;
 
 // total[scaled] = sum(g * g) over all gradients, plus what those of another dtype gave if `add`; up to 1024 blocks,
 // whose sums the last one adds
-KERNEL(square_sum)(const Index* table, Index chunks, Index add, Index scaled, Scratch* scratch) {
+KERNEL(square_sum)(const Index* table, Index chunks, Index add, Index scaled, Workspace* workspace) {
     double sum = 0;
     for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
         const T* gs = (const T*)table[2 * c];
@@ -402,16 +403,16 @@ KERNEL(square_sum)(const Index* table, Index chunks, Index add, Index scaled, Sc
             sum += g * g;
         }
     }
-    if (sum_of_blocks(sum, scratch) && threadIdx.x == 0) {
-        if (!add && !scaled) scratch->total[0] = scratch->total[1] = 0;
-        scratch->total[scaled] += sum;
-        if (sizeof(T) < sizeof(double)) scratch->total[1] += sum * TINY * TINY;  // infinite and NaN in both
+    if (sum_of_blocks(sum, workspace) && threadIdx.x == 0) {
+        if (!add && !scaled) workspace->total[0] = workspace->total[1] = 0;
+        workspace->total[scaled] += sum;
+        if (sizeof(T) < sizeof(double)) workspace->total[1] += sum * TINY * TINY;  // infinite and NaN in both
     }
 }
 
 // g *= max_norm / (norm + 1e-6) where that is below 1 and the norm a number
-KERNEL(clip)(const Index* table, const Scratch* scratch, double max_norm) {
-    const double norm = sqrt(scratch->total[0]), scaled = sqrt(scratch->total[1]);
+KERNEL(clip)(const Index* table, const Workspace* workspace, double max_norm) {
+    const double norm = sqrt(workspace->total[0]), scaled = sqrt(workspace->total[1]);
     const double rate = isfinite(norm) ? max_norm / (norm + 1e-6) : max_norm * TINY / scaled;
     if (!(rate < 1) || isinf(scaled)) return;
     const Index* row = table + blockIdx.x * Index(2);
@@ -420,13 +421,13 @@ KERNEL(clip)(const Index* table, const Scratch* scratch, double max_norm) {
 }
 
 // *finite = whether no element is infinite or NaN; up to 1024 blocks
-KERNEL(all_finite)(const Index* table, Scratch* scratch, bool* finite, Index chunks) {
+KERNEL(all_finite)(const Index* table, Workspace* workspace, bool* finite, Index chunks) {
     double bad = 0;
     for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
         const T* values = (const T*)table[2 * c];
         for (int i = threadIdx.x; i < table[2 * c + 1]; i += BLOCK) bad += !isfinite(A(values[i]));
     }
-    if (sum_of_blocks(bad, scratch) && threadIdx.x == 0) *finite = bad == 0;
+    if (sum_of_blocks(bad, workspace) && threadIdx.x == 0) *finite = bad == 0;
 }
 
 #else
@@ -435,28 +436,28 @@ KERNEL(all_finite)(const Index* table, Scratch* scratch, bool* finite, Index chu
 // A warp reads several short rows at once; a long one has a block, and is in its cache after the first of
 // several passes. Teams without a row keep in step with n = 0, because all threads meet in `reduce`.
 
-#define FOR_TEAMS(FIRST) for (Index FIRST = blockIdx.x * Index(BLOCK / TEAM); FIRST < rows; FIRST += gridDim.x * Index(BLOCK / TEAM))
+#define FOR_ROW_GROUPS(FIRST) for (Index FIRST = blockIdx.x * Index(BLOCK / ROW_THREADS); FIRST < rows; FIRST += gridDim.x * Index(BLOCK / ROW_THREADS))
 #define ROW                                                                   \
-    const Index row = first + threadIdx.x / TEAM, start = row * columns;      \
-    const Index n = row < rows ? columns : 0, lane = threadIdx.x % TEAM
-#define FOR_COLUMNS(K) for (Index K = lane; K < n; K += TEAM)
+    const Index row = first + threadIdx.x / ROW_THREADS, start = row * columns;      \
+    const Index n = row < rows ? columns : 0, lane = threadIdx.x % ROW_THREADS
+#define FOR_COLUMNS(K) for (Index K = lane; K < n; K += ROW_THREADS)
 
 // Return x - top, and 0 at the maximum also where that is infinite.
 __device__ A shifted(A x, A top) { return x == top ? A(0) : x - top; }
 
 // y = exp(x - max) / sum(exp(x - max)) of x (N, C), and unless `loss` is null, for the labels t (N,),
 // loss = mean(log(sum(exp(x - max))) - (x[t] - max)). A NaN score, or a label out of range, makes `total` NaN.
-KERNEL(softmax)(const T* x, const void* t, const A* weight, T* y, T* loss, Scratch* scratch, Index rows,
+KERNEL(softmax)(const T* x, const void* t, const A* weight, T* y, T* loss, Workspace* workspace, Index rows,
                 Index columns, Index label_bytes, Index groups) {
     double losses = 0;
-    FOR_TEAMS(first) {
+    FOR_ROW_GROUPS(first) {
         ROW;
         const T* scores = x + start;
         A top = n ? A(scores[0]) : A(0), total = 0;
         FOR_COLUMNS(k) top = Max()(top, A(scores[k]));
-        top = reduce<TEAM>(top, Max());
+        top = reduce<ROW_THREADS>(top, Max());
         FOR_COLUMNS(k) total += exp(shifted(A(scores[k]), top));
-        total = reduce<TEAM>(total, Sum());
+        total = reduce<ROW_THREADS>(total, Sum());
         if (loss && n) {
             const Index label = label_at(t, row, label_bytes);
             const bool valid = 0 <= label && label < columns;
@@ -466,16 +467,16 @@ KERNEL(softmax)(const T* x, const void* t, const A* weight, T* y, T* loss, Scrat
         }
         FOR_COLUMNS(k) y[start + k] = T(exp(shifted(A(scores[k]), top)) / total);
     }
-    if (loss && sum_of_blocks(losses, scratch) && threadIdx.x == 0) *loss = T(A(losses / rows));
+    if (loss && sum_of_blocks(losses, workspace) && threadIdx.x == 0) *loss = T(A(losses / rows));
 }
 
 // dx = y * (dout - sum(dout * y)), all (N, C)
 KERNEL(softmax_grad)(const T* dout, const T* y, T* dx, Index rows, Index columns) {
-    FOR_TEAMS(first) {
+    FOR_ROW_GROUPS(first) {
         ROW;
         A sum = 0;
         FOR_COLUMNS(k) sum += A(dout[start + k]) * A(y[start + k]);
-        sum = reduce<TEAM>(sum, Sum());
+        sum = reduce<ROW_THREADS>(sum, Sum());
         FOR_COLUMNS(k) dx[start + k] = T(A(y[start + k]) * (A(dout[start + k]) - sum));
     }
 }
@@ -483,13 +484,13 @@ KERNEL(softmax_grad)(const T* dout, const T* y, T* dx, Index rows, Index columns
 // y = gamma * (x - mean) * rstd + beta, mean and rstd = 1 / sqrt(var + eps) those of the rows
 KERNEL(layer_norm)(const T* x, const T* gamma, const T* beta, T* y, A* means, A* rstds, Index rows, Index columns,
                    double eps) {
-    FOR_TEAMS(first) {
+    FOR_ROW_GROUPS(first) {
         ROW;
         A mean = 0, var = 0;
         FOR_COLUMNS(k) mean += A(x[start + k]);
-        mean = reduce<TEAM>(mean, Sum()) / A(columns);
+        mean = reduce<ROW_THREADS>(mean, Sum()) / A(columns);
         FOR_COLUMNS(k) var += (A(x[start + k]) - mean) * (A(x[start + k]) - mean);
-        var = reduce<TEAM>(var, Sum()) / A(columns);
+        var = reduce<ROW_THREADS>(var, Sum()) / A(columns);
         const A rstd = A(1) / sqrt(var + A(eps));
         FOR_COLUMNS(k) y[start + k] = T((A(x[start + k]) - mean) * rstd * A(gamma[k]) + A(beta[k]));
         if (lane == 0 && n) means[row] = mean, rstds[row] = rstd;
@@ -499,7 +500,7 @@ KERNEL(layer_norm)(const T* x, const T* gamma, const T* beta, T* y, A* means, A*
 // dx = rstd * (dxn - mean(dxn) - xn * mean(dxn * xn)), dxn = dout * gamma
 KERNEL(layer_norm_grad)(const T* dout, const T* x, const T* gamma, const A* means, const A* rstds, T* dx, Index rows,
                         Index columns) {
-    FOR_TEAMS(first) {
+    FOR_ROW_GROUPS(first) {
         ROW;
         const A mean = n ? means[row] : A(0), rstd = n ? rstds[row] : A(0);
         A sum = 0, sum_xn = 0;
@@ -508,8 +509,8 @@ KERNEL(layer_norm_grad)(const T* dout, const T* x, const T* gamma, const A* mean
             sum += dxn;
             sum_xn += dxn * ((A(x[start + k]) - mean) * rstd);
         }
-        sum = reduce<TEAM>(sum, Sum()) / A(columns);
-        sum_xn = reduce<TEAM>(sum_xn, Sum()) / A(columns);
+        sum = reduce<ROW_THREADS>(sum, Sum()) / A(columns);
+        sum_xn = reduce<ROW_THREADS>(sum_xn, Sum()) / A(columns);
         FOR_COLUMNS(k) {
             const A xn = (A(x[start + k]) - mean) * rstd;
             dx[start + k] = T(rstd * (A(dout[start + k]) * A(gamma[k]) - sum - xn * sum_xn));

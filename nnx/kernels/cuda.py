@@ -32,45 +32,6 @@ from nnx.kernels import portable
 from nnx.kernels.portable import Arrays, accumulation_dtype
 from nnx.np import Array, Scalar
 
-__all__ = [
-    "adagrad",
-    "adam",
-    "affine",
-    "affine_grad",
-    "all_finite",
-    "batch_norm",
-    "batch_norm_grad",
-    "bias_grad",
-    "clip_grads",
-    "dropout",
-    "embedding",
-    "embedding_grad",
-    "gather",
-    "gelu",
-    "gelu_grad",
-    "input_grad",
-    "layer_norm",
-    "layer_norm_grad",
-    "momentum",
-    "nesterov",
-    "relu",
-    "relu_grad",
-    "rmsprop",
-    "sgd",
-    "sigmoid",
-    "sigmoid_grad",
-    "sigmoid_loss",
-    "sigmoid_loss_grad",
-    "softmax",
-    "softmax_grad",
-    "softmax_loss",
-    "softmax_loss_grad",
-    "squared_error",
-    "squared_error_grad",
-    "tanh",
-    "tanh_grad",
-]
-
 _BLOCK = 256  # threads of a block
 _BLOCKS = 1024  # blocks whose sums are added to one: enough to fill a device
 _CHUNK = 4096  # elements of a parameter that one block works on
@@ -90,9 +51,7 @@ def _launch(geometry: Callable[..., Any], name: str, x: Any, arrays: tuple[Any, 
     Its arguments are `arrays`, None for a null pointer, then the sizes that `geometry` makes of the shape
     of `x`, then `numbers`.
     """
-    device = x.data.device_id
-    if device != getDevice():
-        raise ValueError(f"{name}: the arrays are on GPU {device}, and the current one is {getDevice()}")
+    device = _check_device(name, arrays[0])
     launch, threads, block, sizes = geometry(name, x.dtype.char, x.shape, device)
     launch(threads, arrays + sizes + tuple(map(_number, numbers)) if numbers else arrays + sizes, 0, block)
 
@@ -129,32 +88,58 @@ _sums_of_columns = functools.partial(_columns, depth=16, most=_BLOCKS)
 def _rows(name: str, dtype: str, shape: tuple[int, ...], device: int) -> tuple[Any, ...]:
     """Return the same for rows: 4 threads share a short one, 1024 a long one."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    team = next((team for team in (4, 32, _BLOCK) if columns <= 8 * team), 1024)
-    return _plan(name, dtype, team, device, min(_BLOCKS, -(-rows * team // max(team, _BLOCK))), rows, columns)
+    threads_per_row = next(
+        (threads_per_row for threads_per_row in (4, 32, _BLOCK) if columns <= 8 * threads_per_row), 1024
+    )
+    return _plan(
+        name,
+        dtype,
+        threads_per_row,
+        device,
+        min(_BLOCKS, -(-rows * threads_per_row // max(threads_per_row, _BLOCK))),
+        rows,
+        columns,
+    )
 
 
-def _plan(name: str, dtype: str, team: int, device: int, blocks: int, *sizes: int) -> tuple[Any, ...]:
-    block = max(team, _BLOCK)
-    return _kernel(name, dtype, team, device), max(1, blocks) * block, block, tuple(map(_number, sizes))
+def _plan(name: str, dtype: str, threads_per_row: int, device: int, blocks: int, *sizes: int) -> tuple[Any, ...]:
+    block = max(threads_per_row, _BLOCK)
+    return _kernel(name, dtype, threads_per_row, device), max(1, blocks) * block, block, tuple(map(_number, sizes))
 
 
 @functools.cache
-def _kernel(name: str, dtype: str, team: int, device: int) -> Any:
+def _kernel(name: str, dtype: str, threads_per_row: int, device: int) -> Any:
     """Return what launches the kernel `name` of cuda.cu for the dtype of this letter on the current `device`."""
-    return _module(dtype, team).get_function(f"nnx_{name}").kernel.linear_launch
+    return _module(dtype, threads_per_row).get_function(f"nnx_{name}").kernel.linear_launch
 
 
 @functools.cache
-def _module(dtype: str, team: int) -> Any:
+def _module(dtype: str, threads_per_row: int) -> Any:
     head = "".join(f"#include <cupy/{name}>\n" for name in ("carray.cuh", "float16.cuh", "math_constants.h"))
     t, a = _TYPES[dtype]
-    return cupy.RawModule(code=f"{head}typedef {t} T;\ntypedef {a} A;\n#define TEAM {team}\n{_SOURCE}")
+    return cupy.RawModule(
+        code=f"{head}typedef {t} T;\ntypedef {a} A;\n#define ROW_THREADS {threads_per_row}\n{_SOURCE}"
+    )
+
+
+def _check_device(name: str, array: Any) -> int:
+    """Return the current GPU, having checked that `array` is on it: another one's memory may be out of reach."""
+    device: int = getDevice()
+    if array.data.device_id != device:
+        raise ValueError(f"{name}: the arrays are on GPU {array.data.device_id}, and the current one is {device}")
+    return device
 
 
 def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
     """Raise unless `array` has `shape`: a kernel would read or write beside it."""
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+
+
+def _row(name: str, row: Array, x: Array) -> Array:
+    """Return `row`, one number for each column of `x`, as kernels read it."""
+    _check_shape(name, row, x.shape[-1:])
+    return _contiguous(row, x.dtype)
 
 
 def _is_plain(out: Array, dtype: Any) -> bool:
@@ -198,16 +183,16 @@ def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
 
 def sigmoid_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
     _check_shape("sigmoid_loss: t", t, x.shape)
-    t, (weight, groups) = _integers(t), _weights(weight, x)
+    t, (weight, groups) = _integers(t), _weights(weight, x, t.size)
     loss, y = Array((), x.dtype), Array(x.shape, x.dtype)
-    arrays = _contiguous(x), t, weight, y, loss, _scratch(*_here())
+    arrays = _contiguous(x), t, weight, y, loss, _workspace(*_stream_key())
     _launch(_elements, "sigmoid_loss", x, arrays, t.itemsize, groups)
     return loss, y
 
 
 def sigmoid_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
     _check_shape("sigmoid_loss_grad: t", t, y.shape)
-    t, (weight, groups), (dout, factor) = _integers(t), _weights(weight, y), _loss_grad(dout)
+    t, (weight, groups), (dout, factor) = _integers(t), _weights(weight, y, t.size), _loss_grad(dout)
     dx = Array(y.shape, y.dtype)
     _launch(_elements, "sigmoid_loss_grad", y, (_contiguous(y), t, weight, dout, dx), t.itemsize, groups, factor)
     return dx
@@ -215,16 +200,16 @@ def sigmoid_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Ar
 
 def squared_error(x: Array, t: Array, weight: Array | None) -> Scalar:
     _check_shape("squared_error: t", t, x.shape)
-    weight, groups = _weights(weight, x)
+    weight, groups = _weights(weight, x, t.size)
     loss = Array((), x.dtype)
-    arrays = _contiguous(x), _contiguous(t, x.dtype), weight, loss, _scratch(*_here())
+    arrays = _contiguous(x), _contiguous(t, x.dtype), weight, loss, _workspace(*_stream_key())
     _launch(_elements, "squared_error", x, arrays, groups)
     return loss
 
 
 def squared_error_grad(x: Array, t: Array, dout: Any, weight: Array | None) -> Array:
     _check_shape("squared_error_grad: t", t, x.shape)
-    (weight, groups), (dout, factor) = _weights(weight, x), _loss_grad(dout)
+    (weight, groups), (dout, factor) = _weights(weight, x, t.size), _loss_grad(dout)
     dx = Array(x.shape, x.dtype)
     arrays = _contiguous(x), _contiguous(t, x.dtype), weight, dout, dx
     _launch(_elements, "squared_error_grad", x, arrays, groups, factor)
@@ -236,9 +221,13 @@ def _integers(t: Array) -> Array:
     return _contiguous(t if t.dtype.kind == "i" else t.astype(numpy.int64))
 
 
-def _weights(weight: Array | None, x: Array) -> tuple[Array | None, int]:
-    """Return the weights of a loss of `x` as its kernels take them, and of how many groups they are."""
-    return (None, 1) if weight is None else (_contiguous(weight, accumulation_dtype(x.dtype)), len(weight))
+def _weights(weight: Array | None, x: Array, terms: int) -> tuple[Array | None, int]:
+    """Return the weights of a loss of `x` as its kernels take them, and of how many groups of terms they are."""
+    if weight is None:
+        return None, 1
+    if terms % len(weight):
+        raise ValueError(f"weight must have a number for each group of equal size of {terms} terms, got {len(weight)}")
+    return _contiguous(weight, accumulation_dtype(x.dtype)), len(weight)
 
 
 def _loss_grad(dout: Any) -> tuple[Array | None, float]:
@@ -252,7 +241,7 @@ def _loss_grad(dout: Any) -> tuple[Array | None, float]:
 def affine(x: Array, W: Array, b: Array | None) -> Array:
     y = _product(x, W)
     if b is not None:
-        _launch(_columns, "add_bias", y, (_contiguous(b), y))
+        _launch(_columns, "add_bias", y, (_row("affine: b", b, y), y))
     return y
 
 
@@ -334,21 +323,24 @@ def _line(shape: tuple[int, int], strides: tuple[int, int], dtype: str) -> tuple
 
 def bias_grad(dout: Array, out: Array) -> None:
     _check_shape("bias_grad: out", out, dout.shape[1:])
-    if not _is_plain(out, dout.dtype):
+    if dout.ndim != 2 or not _is_plain(out, dout.dtype):
         return portable.bias_grad(dout, out)
-    return _launch(_sums_of_columns, "bias_grad", dout, (_contiguous(dout), out, _scratch(*_here())))
+    return _launch(_sums_of_columns, "bias_grad", dout, (_contiguous(dout), out, _workspace(*_stream_key())))
 
 
 def batch_norm(
     x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
 ) -> tuple[Array, Array, Array]:
     wide = accumulation_dtype(x.dtype)
+    _check_shape("batch_norm: running_mean", running_mean, x.shape[1:])
+    _check_shape("batch_norm: running_var", running_var, x.shape[1:])
     if not (_is_plain(running_mean, x.dtype) and _is_plain(running_var, wide)):
         return portable.batch_norm(x, gamma, beta, running_mean, running_var, momentum, eps)
-    x, mean, rstd, y = _contiguous(x), Array(gamma.shape, wide), Array(gamma.shape, wide), Array(x.shape, x.dtype)
-    arrays = x, mean, rstd, running_mean, running_var, _scratch(*_here())
+    x, mean, rstd, y = _contiguous(x), Array(x.shape[1:], wide), Array(x.shape[1:], wide), Array(x.shape, x.dtype)
+    arrays = x, mean, rstd, running_mean, running_var, _workspace(*_stream_key())
     _launch(_sums_of_columns, "batch_norm_statistics", x, arrays, float(momentum), float(eps))
-    _launch(_columns, "batch_norm", x, (x, _contiguous(gamma), _contiguous(beta), mean, rstd, y))
+    arrays = x, _row("batch_norm: gamma", gamma, x), _row("batch_norm: beta", beta, x), mean, rstd, y
+    _launch(_columns, "batch_norm", x, arrays)
     return y, mean, rstd
 
 
@@ -361,20 +353,22 @@ def batch_norm_grad(
     # The sums in the dtype of mean, which for float16 is a wider one.
     wide = (dgamma, dbeta) if mean.dtype == x.dtype else (Array(mean.shape, mean.dtype), Array(mean.shape, mean.dtype))
     _norm_sums(dout, x, mean, rstd, dgamma, dbeta, wide, False)
-    _launch(_columns, "batch_norm_grad", x, (dout, x, _contiguous(gamma), mean, rstd, *wide, dx))
+    _launch(_columns, "batch_norm_grad", x, (dout, x, _row("batch_norm_grad: gamma", gamma, x), mean, rstd, *wide, dx))
     return dx
 
 
 def _norm_sums(
     dout: Array, x: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, wide: Sequence[Any], of_rows: bool
 ) -> None:
-    arrays = dout, x, mean, rstd, dgamma, dbeta, *wide, _scratch(*_here())
+    _check_shape("norm_grad: dgamma", dgamma, x.shape[1:])
+    _check_shape("norm_grad: dbeta", dbeta, x.shape[1:])
+    arrays = dout, x, mean, rstd, dgamma, dbeta, *wide, _workspace(*_stream_key())
     _launch(_sums_of_columns, "norm_sums", x, arrays, int(of_rows))
 
 
 def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
     _check_shape("softmax_loss_grad: t", t, y.shape[:-1])
-    t, (weight, groups), (dout, factor) = _integers(t), _weights(weight, y), _loss_grad(dout)
+    t, (weight, groups), (dout, factor) = _integers(t), _weights(weight, y, t.size), _loss_grad(dout)
     dx = Array(y.shape, y.dtype)
     _launch(_columns, "softmax_loss_grad", y, (_contiguous(y), t, weight, dout, dx), t.itemsize, groups, factor)
     return dx
@@ -391,6 +385,7 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     # A block belongs to the first row with an index and adds the others behind it, in their order. To find them it
     # reads all N indices.
     _check_shape("embedding_grad: dout", dout, (idx.size, out.shape[1]))
+    _check_device("embedding_grad", out)
     if not out.flags.c_contiguous:
         return portable.embedding_grad(idx, dout, out)
     out.fill(0)
@@ -427,9 +422,14 @@ def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Arra
 
 
 def _softmax(x: Array, t: Any, weight: Array | None, loss: Any) -> Array:
-    y, (weight, groups) = Array(x.shape, x.dtype), _weights(weight, x)
-    scratch, label_bytes = (None, 0) if t is None else (_scratch(*_here()), t.itemsize)
-    _launch(_rows, "softmax", x, (_contiguous(x), t, weight, y, loss, scratch), label_bytes, groups)
+    if x.shape[-1] == 0:
+        raise ValueError(f"softmax: x must have one class or more, got shape {x.shape}")
+    y = Array(x.shape, x.dtype)
+    workspace, label_bytes, groups = None, 0, 1
+    if t is not None:
+        workspace, label_bytes = _workspace(*_stream_key()), t.itemsize
+        weight, groups = _weights(weight, x, t.size)
+    _launch(_rows, "softmax", x, (_contiguous(x), t, weight, y, loss, workspace), label_bytes, groups)
     return y
 
 
@@ -443,7 +443,7 @@ def softmax_grad(dout: Array, y: Array) -> Array:
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array]:
     wide = accumulation_dtype(x.dtype)
     y, mean, rstd = Array(x.shape, x.dtype), Array(x.shape[:1], wide), Array(x.shape[:1], wide)
-    arrays = _contiguous(x), _contiguous(gamma), _contiguous(beta), y, mean, rstd
+    arrays = _contiguous(x), _row("layer_norm: gamma", gamma, x), _row("layer_norm: beta", beta, x), y, mean, rstd
     _launch(_rows, "layer_norm", x, arrays, float(eps))
     return y, mean, rstd
 
@@ -455,7 +455,7 @@ def layer_norm_grad(
         return portable.layer_norm_grad(dout, x, gamma, mean, rstd, dgamma, dbeta)
     dout, x, dx = _contiguous(dout), _contiguous(x), Array(x.shape, x.dtype)
     _norm_sums(dout, x, mean, rstd, dgamma, dbeta, (None, None), True)
-    _launch(_rows, "layer_norm_grad", x, (dout, x, _contiguous(gamma), mean, rstd, dx))
+    _launch(_rows, "layer_norm_grad", x, (dout, x, _row("layer_norm_grad: gamma", gamma, x), mean, rstd, dx))
     return dx
 
 
@@ -472,7 +472,7 @@ def _multi_tensor(formula: Callable[..., None], lists: int) -> Callable[..., Non
     @functools.wraps(formula)
     def update(*arguments: Any) -> None:
         arrays, settings = arguments[:lists], [float(value) for value in arguments[lists:]]
-        tables, rest = _tables(*arrays)
+        tables, rest = _multi_tensor_tables(*arrays)
         for dtype, table in tables:
             _launch_table(formula.__name__, dtype, len(table), (table, *map(_number, settings)))
         if rest:
@@ -491,26 +491,26 @@ adam = _multi_tensor(portable.adam, 4)
 
 def clip_grads(grads: Arrays, max_norm: float) -> None:
     # The sums of squares are float64 and stay on the device, where the launches of `clip` find them.
-    tables, rest = _tables(grads)
+    tables, rest = _multi_tensor_tables(grads)
     if rest:
         return portable.clip_grads(grads, max_norm)
-    scratch = _scratch(*_here())
+    workspace = _workspace(*_stream_key())
     for i, (dtype, table) in enumerate(tables):
         for scaled in (0, 1) if dtype == "d" else (0,):
             blocks = min(len(table), _BLOCKS)
-            _launch_table("square_sum", dtype, blocks, (table, *map(_number, (len(table), i, scaled)), scratch))
+            _launch_table("square_sum", dtype, blocks, (table, *map(_number, (len(table), i, scaled)), workspace))
     for dtype, table in tables:
-        _launch_table("clip", dtype, len(table), (table, scratch, _number(float(max_norm))))
+        _launch_table("clip", dtype, len(table), (table, workspace, _number(float(max_norm))))
     return None
 
 
 def all_finite(arrays: Arrays) -> Scalar:
-    tables, rest = _tables(arrays)
+    tables, rest = _multi_tensor_tables(arrays)
     if rest or len(tables) != 1:
         return portable.all_finite(arrays)
     ((dtype, table),) = tables
     finite = Array((), numpy.bool_)
-    arrays = table, _scratch(*_here()), finite
+    arrays = table, _workspace(*_stream_key()), finite
     _launch_table("all_finite", dtype, min(len(table), _BLOCKS), (*arrays, _number(len(table))))
     return finite
 
@@ -519,14 +519,14 @@ def all_finite(arrays: Arrays) -> Scalar:
 # It belongs to one stream of one thread, whose order makes it safe to use, to use again and to free.
 
 
-def _here() -> tuple[int, int, int]:
+def _stream_key() -> tuple[int, int, int]:
     """Return thread, device and stream. The thread, because CuPy's per-thread stream has one address in all."""
     return threading.get_ident(), cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
 
 
 @functools.lru_cache(maxsize=64)
-def _scratch(*here: int) -> Array:
-    """Return a `Scratch` of cuda.cu, its counters at 0.
+def _workspace(*here: int) -> Array:
+    """Return a `Workspace` of cuda.cu, its counters at 0.
 
     Raises
     ------
@@ -538,7 +538,7 @@ def _scratch(*here: int) -> Array:
     return cupy.zeros(512 + 3 * 32 * 1024 + 2, numpy.float64)
 
 
-def _tables(*lists: Sequence[Any]) -> tuple[list[tuple[str, Array]], list[int]]:
+def _multi_tensor_tables(*lists: Sequence[Any]) -> tuple[list[tuple[str, Array]], list[int]]:
     """Return for each dtype a table of the elements of `lists`, and the indices that are in none, for `portable`.
 
     lists[0][i], lists[1][i], ... are treated together. A row of the table holds an address for each
@@ -546,14 +546,18 @@ def _tables(*lists: Sequence[Any]) -> tuple[list[tuple[str, Array]], list[int]]:
     of the arrays, and is kept under them: for the same arrays nothing is uploaded again, and for
     others it is not found.
     """
-    return _upload(_here(), tuple(zip(*(map(_place, arrays) for arrays in lists), strict=True)))
+    if lists[0]:
+        _check_device("the optimizer", lists[0][0])
+    return _make_tables(_stream_key(), tuple(zip(*(map(_place, arrays) for arrays in lists), strict=True)))
 
 
 _place = operator.attrgetter("data.ptr", "shape", "strides", "dtype.char")
 
 
 @functools.lru_cache(maxsize=64)
-def _upload(here: tuple[int, ...], groups: tuple[tuple[Any, ...], ...]) -> tuple[list[tuple[str, Array]], list[int]]:
+def _make_tables(
+    here: tuple[int, ...], groups: tuple[tuple[Any, ...], ...]
+) -> tuple[list[tuple[str, Array]], list[int]]:
     rows: dict[str, list[numpy.ndarray]] = {}
     rest, extents = [], []
     for i, group in enumerate(groups):

@@ -20,6 +20,7 @@ from nnx.np import Array, Scalar, np
 Arrays: TypeAlias = Sequence[Array]
 
 __all__ = [
+    "accumulation_dtype",
     "adagrad",
     "adam",
     "affine",

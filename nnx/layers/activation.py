@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asfloat, asgrad
+from nnx.checks import as_floating, check_grad_output
 from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh, tanh_grad
 from nnx.np import Array
 
@@ -22,13 +22,13 @@ class Sigmoid:
 
     def forward(self, x: Any) -> Array:
         """Return 1 / (1 + exp(-x))."""
-        self.out = sigmoid(asfloat(x, None, "Sigmoid"))
+        self.out = sigmoid(as_floating(x, None, "Sigmoid"))
         return self.out
 
     def backward(self, dout: Any) -> Array:
         """Return dout * y * (1 - y)."""
         y = self.out
-        return sigmoid_grad(asgrad(self, dout, y.shape, y.dtype), y)
+        return sigmoid_grad(check_grad_output(self, dout, y.shape, y.dtype), y)
 
 
 class ReLU:
@@ -42,13 +42,13 @@ class ReLU:
 
     def forward(self, x: Any) -> Array:
         """Return max(x, 0)."""
-        self.out = relu(asfloat(x, None, "ReLU"))
+        self.out = relu(as_floating(x, None, "ReLU"))
         return self.out
 
     def backward(self, dout: Any) -> Array:
         """Return dout where y > 0, else 0."""
         y = self.out
-        return relu_grad(asgrad(self, dout, y.shape, y.dtype), y)
+        return relu_grad(check_grad_output(self, dout, y.shape, y.dtype), y)
 
 
 class Tanh:
@@ -62,13 +62,13 @@ class Tanh:
 
     def forward(self, x: Any) -> Array:
         """Return tanh(x)."""
-        self.out = tanh(asfloat(x, None, "Tanh"))
+        self.out = tanh(as_floating(x, None, "Tanh"))
         return self.out
 
     def backward(self, dout: Any) -> Array:
         """Return dout * (1 - y**2)."""
         y = self.out
-        return tanh_grad(asgrad(self, dout, y.shape, y.dtype), y)
+        return tanh_grad(check_grad_output(self, dout, y.shape, y.dtype), y)
 
 
 class GELU:
@@ -89,13 +89,13 @@ class GELU:
 
     def forward(self, x: Any) -> Array:
         """Return x / 2 * (1 + tanh(u))."""
-        self.x = asfloat(x, None, "GELU")
+        self.x = as_floating(x, None, "GELU")
         return gelu(self.x)
 
     def backward(self, dout: Any) -> Array:
         """Return dout * (1 + tanh(u) + x * (1 - tanh(u)**2) * du/dx) / 2."""
         x = self.x
-        return gelu_grad(asgrad(self, dout, x.shape, x.dtype), x)
+        return gelu_grad(check_grad_output(self, dout, x.shape, x.dtype), x)
 
 
 class Softmax:
@@ -109,10 +109,10 @@ class Softmax:
 
     def forward(self, x: Any) -> Array:
         """Return softmax(x)."""
-        self.out = softmax(asfloat(x, None, "Softmax"))
+        self.out = softmax(as_floating(x, None, "Softmax"))
         return self.out
 
     def backward(self, dout: Any) -> Array:
         """Return y * (dout - sum(dout * y))."""
         y = self.out
-        return softmax_grad(asgrad(self, dout, y.shape, y.dtype), y)
+        return softmax_grad(check_grad_output(self, dout, y.shape, y.dtype), y)

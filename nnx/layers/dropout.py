@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asfloat, asgrad, quiet
-from nnx.initializers import generator
+from nnx.checks import as_floating, check_grad_output
+from nnx.device import quiet
 from nnx.kernels import dropout
 from nnx.np import Array, np
+from nnx.rng import as_generator
 
 __all__ = ["Dropout"]
 
@@ -44,12 +45,12 @@ class Dropout:
         self.params: list[Array] = []
         self.grads: list[Array] = []
         self.dropout_ratio = dropout_ratio
-        self.seed = int.from_bytes(generator(rng).bytes(8), "little")
+        self.seed = int.from_bytes(as_generator(rng).bytes(8), "little")
         self.calls = 0
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x with a new mask, or with train_flg=False x * (1 - dropout_ratio)."""
-        x = asfloat(x, None, "Dropout")
+        x = as_floating(x, None, "Dropout")
         self.shape, self.dtype, self.train_flg = x.shape, x.dtype, train_flg
         if not train_flg:
             return self._scale(x)
@@ -58,7 +59,7 @@ class Dropout:
 
     def backward(self, dout: Any) -> Array:
         """Return dout under the mask, or the scale, of the last forward."""
-        dout = asgrad(self, dout, self.shape, self.dtype)
+        dout = check_grad_output(self, dout, self.shape, self.dtype)
         if not self.train_flg:
             return self._scale(dout)
         return dropout(dout, self.dropout_ratio, self.seed, self.calls)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asgrad, check_weights
-from nnx.functions import check_range
+from nnx.checks import check_grad_output, check_range, check_weights
 from nnx.kernels import embedding, embedding_grad
 from nnx.np import Array, np
 
@@ -50,5 +49,5 @@ class Embedding:
     def backward(self, dout: Any) -> None:
         """Write the gradient of W: the sum of dout's rows for each index, in the order of the rows."""
         W = self.params[0]
-        dout = asgrad(self, dout, (*self.idx.shape, W.shape[1]), W.dtype)
+        dout = check_grad_output(self, dout, (*self.idx.shape, W.shape[1]), W.dtype)
         embedding_grad(self.idx.reshape(-1), dout.reshape(-1, W.shape[1]), self.grads[0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from nnx.device import asfloat, asgrad, quiet
-from nnx.kernels.portable import accumulation_dtype
+from nnx.checks import as_floating, check_grad_output
+from nnx.device import quiet
+from nnx.kernels import accumulation_dtype
 from nnx.np import Array, np
 
 __all__ = ["Repeat", "Sum"]
@@ -33,7 +34,7 @@ class Repeat:
 
     def forward(self, x: Any) -> Array:
         """Return x, N times."""
-        x = asfloat(x, None, "Repeat")
+        x = as_floating(x, None, "Repeat")
         if x.ndim == 0 or len(x) != 1:
             raise ValueError(f"Repeat: axis 0 of x must have length 1, got shape {x.shape}; take a row with x[:1]")
         self.x = x
@@ -41,7 +42,7 @@ class Repeat:
 
     def backward(self, dout: Any) -> Array:
         """Return the sum of dout over axis 0, which stays with length 1."""
-        dout = asgrad(self, dout, (self.N, *self.x.shape[1:]), self.x.dtype)
+        dout = check_grad_output(self, dout, (self.N, *self.x.shape[1:]), self.x.dtype)
         return _sum(dout)
 
 
@@ -59,7 +60,7 @@ class Sum:
 
     def forward(self, x: Any) -> Array:
         """Return the sum over axis 0."""
-        x = asfloat(x, None, "Sum")
+        x = as_floating(x, None, "Sum")
         if x.ndim == 0:
             raise ValueError("Sum: x must have an axis to sum over, got a number")
         self.x = x
@@ -68,7 +69,7 @@ class Sum:
     def backward(self, dout: Any) -> Array:
         """Return N copies of dout along axis 0."""
         x = self.x
-        return np.repeat(asgrad(self, dout, (1, *x.shape[1:]), x.dtype), len(x), axis=0)
+        return np.repeat(check_grad_output(self, dout, (1, *x.shape[1:]), x.dtype), len(x), axis=0)
 
 
 @quiet

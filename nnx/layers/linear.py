@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnx.device import asfloat, asgrad, check_weights
+from nnx.checks import as_floating, check_grad_output, check_weights
 from nnx.kernels import affine, affine_grad, input_grad
 from nnx.np import Array, np
 
@@ -50,7 +50,7 @@ class MatMul:
     def forward(self, x: Any) -> Array:
         """Return x @ W, plus b in `Affine`."""
         W = self.params[0]
-        x = asfloat(x, W.dtype, type(self).__name__)
+        x = as_floating(x, W.dtype, type(self).__name__)
         if x.ndim < 2 or x.shape[-1] != W.shape[0]:
             raise ValueError(
                 f"{type(self).__name__}: x must have shape (N, {W.shape[0]}) to fit W {W.shape}, got {x.shape}"
@@ -65,7 +65,7 @@ class MatMul:
     def backward(self, dout: Any) -> Array | None:
         """Write the gradients of W, x.T @ dout, and in `Affine` of b, the sum of dout's rows; return dout @ W.T."""
         W, x, dW = self.params[0], self.x, self.grads[0]
-        dout = asgrad(self, dout, self.shape, W.dtype)
+        dout = check_grad_output(self, dout, self.shape, W.dtype)
         if x.ndim > 2:
             x, dout = _rows(x), _rows(dout)
         affine_grad(x, dout, dW, self.grads[1] if len(self.grads) > 1 else None)

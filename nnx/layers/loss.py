@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy
 
-from nnx.device import asfloat, loss_grad, numeric, quiet
-from nnx.functions import check_range, class_indices
+from nnx.checks import as_floating, check_range, class_indices, loss_grad
+from nnx.device import as_real_array, quiet
 from nnx.kernels import (
+    accumulation_dtype,
     embedding,
     sigmoid_loss,
     sigmoid_loss_grad,
@@ -24,7 +25,6 @@ from nnx.kernels import (
     squared_error,
     squared_error_grad,
 )
-from nnx.kernels.portable import accumulation_dtype
 from nnx.np import Array, Scalar, np
 
 __all__ = ["MeanSquaredError", "SigmoidWithLoss", "SoftmaxWithLoss"]
@@ -62,13 +62,13 @@ class _Loss:
         """Divide the weights by their sum; until then they are float64, so that their scale makes no difference."""
         name, t = type(self).__name__, self.t
         if weight is not None:
-            weight = _check_weight(numeric(weight, f"{name}: weight"), f"{name}: weight")
+            weight = _check_weight(as_real_array(weight, f"{name}: weight"), f"{name}: weight")
             if weight.ndim == 0 or weight.shape != t.shape[: weight.ndim]:
                 raise ValueError(
                     f"{name}: weight must have the leading axes of t {t.shape}, one number for each row, "
                     f"got shape {weight.shape}"
                 )
-            weight = asfloat(weight, np.float64, name)
+            weight = as_floating(weight, np.float64, name)
             if elements is not None:
                 elements = elements * weight.reshape(*weight.shape, *[1] * (t.ndim - weight.ndim))
         weight = weight if elements is None else elements
@@ -89,10 +89,10 @@ class _ClassLoss(_Loss):
         super().__init__()
         name = type(self).__name__
         if class_weight is not None:
-            class_weight = _check_weight(numeric(class_weight, f"{name}: class_weight"), f"{name}: class_weight")
+            class_weight = _check_weight(as_real_array(class_weight, f"{name}: class_weight"), f"{name}: class_weight")
             if class_weight.ndim != 1:
                 raise ValueError(f"{name}: class_weight must be one number a class, got shape {class_weight.shape}")
-            class_weight = asfloat(class_weight, np.float64, name)
+            class_weight = as_floating(class_weight, np.float64, name)
         if ignore_label is not None and not hasattr(ignore_label, "__index__"):
             raise TypeError(f"{name}: ignore_label must be an integer or None, got {ignore_label!r}")
         self.class_weight = class_weight
@@ -160,14 +160,14 @@ class SoftmaxWithLoss(_ClassLoss):
 
     y: Array
 
-    def targets(self, t: Any, shape: tuple[int, ...]) -> Array:
+    def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
         """Return the labels `t` for scores of `shape` as indices, checked; `Trainer` calls it once for all data."""
         return class_indices(t, shape, "SoftmaxWithLoss", self.ignore_label)
 
     def forward(self, x: Any, t: Any, weight: Any = None) -> Scalar:
         """Return the loss."""
-        self.x = x = asfloat(x, None, "SoftmaxWithLoss")
-        self.t = self.targets(t, x.shape)
+        self.x = x = as_floating(x, None, "SoftmaxWithLoss")
+        self.t = self.prepare_targets(t, x.shape)
         self._weigh(weight, x.shape[-1])
         loss, self.y = softmax_loss(x, self.t, self.weight)
         return loss
@@ -213,17 +213,17 @@ class SigmoidWithLoss(_ClassLoss):
 
     y: Array
 
-    def targets(self, t: Any, shape: tuple[int, ...]) -> Array:
+    def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
         """Return the labels `t` for scores of `shape`, checked; `Trainer` calls it once for all data."""
-        t = numeric(t, "SigmoidWithLoss")
+        t = as_real_array(t, "SigmoidWithLoss")
         t = t.astype(np.int8) if t.dtype.kind == "b" else t
         t = check_range(t, 2, "SigmoidWithLoss", "labels", self.ignore_label)
         return _check_same_shape("SigmoidWithLoss", t, shape)
 
     def forward(self, x: Any, t: Any, weight: Any = None) -> Scalar:
         """Return the loss."""
-        self.x = x = asfloat(x, None, "SigmoidWithLoss")
-        self.t = self.targets(t, x.shape)
+        self.x = x = as_floating(x, None, "SigmoidWithLoss")
+        self.t = self.prepare_targets(t, x.shape)
         self._weigh(weight, 2)
         loss, self.y = sigmoid_loss(x, self.t, self.weight)
         return loss
@@ -261,14 +261,14 @@ class MeanSquaredError(_Loss):
         """The prediction of the last forward, x itself."""
         return self.x
 
-    def targets(self, t: Any, shape: tuple[int, ...]) -> Array:
+    def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
         """Return the targets `t` for predictions of `shape`, checked; `Trainer` calls it once for all data."""
-        return _check_same_shape("MeanSquaredError", asfloat(t, None, "MeanSquaredError"), shape)
+        return _check_same_shape("MeanSquaredError", as_floating(t, None, "MeanSquaredError"), shape)
 
     def forward(self, x: Any, t: Any, weight: Any = None) -> Scalar:
         """Return the loss."""
-        self.x = x = asfloat(x, None, "MeanSquaredError")
-        self.t = asfloat(self.targets(t, x.shape), x.dtype, "MeanSquaredError")
+        self.x = x = as_floating(x, None, "MeanSquaredError")
+        self.t = as_floating(self.prepare_targets(t, x.shape), x.dtype, "MeanSquaredError")
         self._set_weight(weight)
         return squared_error(x, self.t, self.weight)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from nnx.device import asfloat, asgrad, check_weights, quiet
-from nnx.kernels import batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
-from nnx.kernels.portable import accumulation_dtype
+from nnx.checks import as_floating, check_grad_output, check_weights
+from nnx.device import quiet
+from nnx.kernels import accumulation_dtype, batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
 from nnx.np import Array, np
 
 __all__ = ["BatchNorm", "LayerNorm"]
@@ -36,14 +36,14 @@ class _Norm:
     def _rows(self, x: Any) -> Array:
         """Return `x` checked, as rows of features, and remember its shape."""
         gamma = self.params[0]
-        x = asfloat(x, gamma.dtype, type(self).__name__)
+        x = as_floating(x, gamma.dtype, type(self).__name__)
         if x.ndim < 2 or x.shape[-1:] != gamma.shape:
             raise ValueError(f"{type(self).__name__}: x must have shape (N, {len(gamma)}), got {x.shape}")
         self.shape = x.shape
         return x if x.ndim == 2 else x.reshape(-1, len(gamma))
 
     def _dout_rows(self, dout: Any) -> Array:
-        dout = asgrad(self, dout, self.shape, self.params[0].dtype)
+        dout = check_grad_output(self, dout, self.shape, self.params[0].dtype)
         return dout if dout.ndim == 2 else dout.reshape(-1, dout.shape[-1])
 
 

@@ -1,0 +1,184 @@
+"""Validation at the public border: floating arrays, weights, gradients, labels, lengths. N rows, C classes."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy
+
+from nnx import kernels
+from nnx.device import as_real_array, asarray, describe
+from nnx.np import Array, np
+
+__all__ = [
+    "as_float",
+    "as_floating",
+    "check_grad_output",
+    "check_range",
+    "check_same_length",
+    "check_weights",
+    "class_indices",
+    "loss_grad",
+]
+
+_FLOAT32, _FLOAT64, _INT64 = map(numpy.dtype, ("float32", "float64", "int64"))
+
+
+def as_floating(x: Any, dtype: Any, name: str) -> Array:
+    """Return `x` as a floating array of the array module.
+
+    `dtype=None` keeps a floating dtype and makes integers `result_type(x, float32)`.
+    """
+    if type(x) is Array and (x.dtype is dtype or (dtype is None and (x.dtype is _FLOAT32 or x.dtype is _FLOAT64))):
+        return x  # nothing to do, as at nearly every call of every layer
+    x = asarray(x, name=name)
+    if dtype is None:
+        dtype = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.result_type(x.dtype, np.float32)
+    with numpy.errstate(under="ignore"):
+        return x.astype(dtype, copy=False)
+
+
+def check_grad_output(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return the gradient `dout` of a layer's output in `dtype`, having checked that it would not broadcast."""
+    if dout is None:
+        raise ValueError(
+            f"{type(layer).__name__}.backward: dout is None, as of a next layer that was made with input_grad=False"
+        )
+    if type(dout) is not Array or dout.dtype is not dtype:
+        dout = as_floating(dout, dtype, type(layer).__name__)
+    if dout.shape != shape:
+        raise ValueError(
+            f"{type(layer).__name__}.backward: dout must have the shape of the output {shape}, got {dout.shape}"
+        )
+    return dout
+
+
+def as_float(owner: Any, name: str) -> float:
+    """Return the attribute `name` of `owner` as a Python float, so that no NumPy scalar decides about dtypes."""
+    value = getattr(owner, name)
+    if type(value) is float:
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
+    return float(value)
+
+
+def loss_grad(layer: Any, dout: Any) -> Any:
+    """Return `dout`, the gradient of the loss of `layer`, as a Python number; an array on the GPU stays there.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `dout` is anything but one real number.
+    """
+    if type(dout) is int or type(dout) is float:
+        return dout
+    dout = as_real_array(dout, f"{type(layer).__name__}.backward: dout")
+    if dout.ndim:
+        raise ValueError(
+            f"{type(layer).__name__}.backward: dout must be one number, the gradient of the loss, "
+            f"got shape {dout.shape}"
+        )
+    return float(dout) if isinstance(dout, numpy.ndarray) else dout.astype(np.float64, copy=False)
+
+
+def check_weights(name: str, **weights: Any) -> None:
+    """Raise a TypeError unless every weight is a floating array of the array module, and computes as such.
+
+    Nothing is converted: a converted copy would no longer be the array that another layer shares,
+    and integer weights would swallow their gradients. A numpy.memmap computes as an array, a
+    numpy.matrix or numpy.ma.MaskedArray does not.
+    """
+    for argument, weight in weights.items():
+        if (
+            not isinstance(weight, Array)
+            or weight.dtype.kind != "f"
+            or not weight.dtype.isnative
+            or type(weight).__mul__ is not Array.__mul__
+        ):
+            raise TypeError(
+                f"{name}: {argument} must be a {np.__name__} array of a floating dtype, got {describe(weight)}; "
+                f"make it with nnx.asarray({argument}, dtype='float32')"
+            )
+
+
+def check_same_length(name: str, x: Any, t: Any) -> tuple[Array, Array]:
+    """Return inputs and targets as arrays where they lie, having checked that they have equally many rows."""
+    x, t = as_real_array(x, f"{name}: x"), as_real_array(t, f"{name}: t")
+    if x.ndim == 0 or t.ndim == 0 or len(x) != len(t) or len(x) == 0:
+        raise ValueError(
+            f"{name}: x and t must have the same number of rows, at least one, got shapes {x.shape} and {t.shape}"
+        )
+    return x, t
+
+
+def class_indices(
+    t: Any, shape: tuple[int, ...], name: str = "class_indices", ignore_label: int | None = None
+) -> Array:
+    """Return the labels `t` for scores of `shape` (..., C) as indices of shape (...).
+
+    Parameters
+    ----------
+    t : integers in [0, C) of shape (...), or one-hot rows (integers or bools) of `shape`
+        Checked where they lie on the host. To look at labels on the GPU would stop it: there only
+        shape and dtype are checked, and the loss turns a label out of range into NaN.
+    name : str
+        Opens the messages.
+    ignore_label : int or None
+        A label that is taken too, wherever it lies.
+
+    Raises
+    ------
+    ValueError
+        If shape, dtype or values are none of these, or the batch is empty.
+    """
+    if type(t) is Array and t.dtype is _INT64 and t.shape == shape[:-1] and t.size and kernels.in_range(t, shape[-1]):
+        return t  # as at nearly every call
+    t = as_real_array(t, name)
+    if not shape:
+        raise ValueError(f"{name}: scores must have an axis for the classes, got a single number")
+    rows, classes = shape[:-1], shape[-1]
+    kind = t.dtype.kind
+    if kind not in "iub":
+        hint = "; use argmax(axis=-1)" if t.shape == shape else "; convert them with astype(int)"
+        raise ValueError(f"{name}: labels must be integers in [0, {classes}) or one-hot, got {t.dtype} {t.shape}{hint}")
+    if t.size == 0:
+        raise ValueError(f"{name}: the batch is empty, and a mean over no rows has no value")
+    if t.shape == rows:
+        _check_range(t, classes, name, "labels", ignore_label)
+        indices = t if kind == "i" else t.astype(np.int64)
+    elif t.shape == shape:
+        indices = t.argmax(axis=-1)
+        if isinstance(t, numpy.ndarray) and not _is_one_hot(t, indices):
+            raise ValueError(f"{name}: every one-hot row must hold a single 1 among zeros")
+    else:
+        raise ValueError(
+            f"{name}: labels must be integers of shape {rows} or one-hot of shape {shape}, got shape {t.shape}"
+        )
+    return indices if isinstance(indices, Array) else np.asarray(indices)
+
+
+def check_range(idx: Any, stop: int, name: str, what: str, ignored: int | None = None) -> Array:
+    """Return `idx` as an integer array of the array module; on the host its values must lie in [0, stop).
+
+    Those that are `ignored` are not looked at.
+    """
+    idx = as_real_array(idx, name)
+    if idx.dtype.kind not in "iu":
+        raise ValueError(f"{name}: {what} must be integers in [0, {stop}), got {idx.dtype}")
+    _check_range(idx, stop, name, what, ignored)
+    return np.asarray(idx)
+
+
+def _check_range(idx: Array, stop: int, name: str, what: str, ignored: int | None = None) -> None:
+    if ignored is not None:
+        idx = idx[idx != ignored] if isinstance(idx, numpy.ndarray) else idx
+    if not kernels.in_range(idx, stop):
+        low, high = idx.min(), idx.max()
+        raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {low if low < 0 else high}")
+
+
+def _is_one_hot(t: numpy.ndarray, indices: numpy.ndarray) -> bool:
+    ones = numpy.take_along_axis(t, indices[..., None], -1)
+    return bool(numpy.all(ones == 1)) and numpy.count_nonzero(t) == indices.size

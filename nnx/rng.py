@@ -1,0 +1,50 @@
+"""Random generators: made from seeds, their state saved and restored."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy
+
+__all__ = ["as_generator", "check_state", "get_state", "set_state"]
+
+
+def as_generator(rng: Any = None) -> Any:
+    """Return what draws random numbers: a new generator for a seed, NumPy's global one for None, a generator itself."""
+    if rng is None or rng is numpy.random:
+        return numpy.random
+    if isinstance(rng, numpy.random.Generator | numpy.random.RandomState):
+        return rng
+    try:
+        return numpy.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"rng must be a seed, a numpy.random.Generator or None, got {rng!r} ({error})") from error
+
+
+def get_state(rng: Any) -> dict[str, Any]:
+    """Return what `set_state` brings `as_generator(rng)` back with: numbers and arrays under the name of its kind."""
+    state = rng.bit_generator.state if isinstance(rng, numpy.random.Generator) else rng.get_state(legacy=False)
+    kind = "numpy.random" if rng is numpy.random else type(rng).__name__
+    return {f"{kind} {state['bit_generator']}": state}
+
+
+def set_state(rng: Any, state: dict[str, Any]) -> None:
+    """Make `rng` draw as the generator of `get_state` did from there on."""
+    (inner,) = state.values()
+    if isinstance(rng, numpy.random.Generator):
+        rng.bit_generator.state = inner
+    else:
+        rng.set_state(inner)
+
+
+def check_state(rng: Any, state: dict[str, Any]) -> None:
+    """Raise a ValueError unless `state` is one for `rng`, such as NumPy itself would not always find."""
+    (inner,) = state.values()
+    pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy reads from there without a look
+    try:
+        set_state(numpy.random.RandomState() if rng is numpy.random else copy.deepcopy(rng), state)
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError) as error:
+        raise ValueError(f"no state of a generator ({error})") from error
+    if not (0 <= pos[0] <= 624 and 0 <= pos[1] <= 4):
+        raise ValueError(f"no state of a generator: its position is {max(pos)}")
