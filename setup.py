@@ -1,6 +1,6 @@
 """The part of the build that pyproject.toml cannot express: the extension module `nnx.kernels.native`.
 
-It is optional. Where it cannot be compiled, the installation succeeds and nnx runs on its portable kernels.
+The extension is optional: if it cannot be compiled, the installation succeeds and nnx uses the portable kernels.
 """
 
 import os
@@ -13,18 +13,18 @@ import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# For GCC and Clang; MSVC keeps its defaults. nnx reads neither errno nor the floating-point exception flags after a
-# computation; without contraction into fused multiply-add a result does not depend on the compiler's choice.
+# For GCC and Clang; MSVC keeps its defaults. nnx reads neither errno nor the floating-point exception flags.
+# Without contraction into fused multiply-add, results do not depend on the compiler.
 FLAGS = "-std=c11 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -Wall -Wextra"
 
-NUMPY_API = "NPY_2_0_API_VERSION"  # built with any NumPy 2.x, it runs with any NumPy 2.x
+NUMPY_API = "NPY_2_0_API_VERSION"  # a build with any NumPy 2.x runs with any NumPy 2.x
 
 
 class BuildExtension(build_ext):
-    """Compile with the flags that the compiler knows."""
+    """Compile with flags for the compiler in use."""
 
     def run(self) -> None:
-        """Delete the result of an earlier build in place, which would be used if this one fails; then build."""
+        """Delete the result of an earlier in-place build, which would be used if this one fails; then build."""
         for extension in self.extensions:
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         super().run()
@@ -36,7 +36,7 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
 
-with tempfile.TemporaryDirectory() as build:  # from ./build, files of an earlier build would be installed as well
+with tempfile.TemporaryDirectory() as build:  # ./build could hold files of an earlier build, which would be installed
     setup(
         ext_modules=[
             Extension(

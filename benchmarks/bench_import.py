@@ -1,4 +1,4 @@
-"""What `import nnx` costs beside NumPy (and CuPy), each in a fresh process: Python's own start is in every row."""
+"""The time of `import nnx` and of importing NumPy (and CuPy), each in a new process, including Python's startup."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""Every native or CUDA kernel beside its portable version, compared and then timed.
+"""Every native or CUDA kernel and its portable version: results compared, then timed.
 
-A kernel stays in `nnx.kernels.native` or `cuda` only while its row here is the smaller one at the sizes it is for.
+A kernel stays in `nnx.kernels.native` or `cuda` only if it is faster here at the sizes it is intended for.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from tests.kernel_cases import CASES, arguments, assert_same, outcome
 NAME = "cuda" if GPU else "native"
 fast = pytest.importorskip(f"nnx.kernels.{NAME}", reason="the native kernels are not built")
 
-SHAPES = ["30x10", "512x1024", "1024x4096"]  # the spiral's hidden layer, the largest workload's scores and weights
+SHAPES = ["30x10", "512x1024", "1024x4096"]  # spiral's hidden layer; scores and weights of the largest workload
 MODULES = {"portable": portable, NAME: fast}
 
 

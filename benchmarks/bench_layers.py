@@ -1,7 +1,7 @@
-"""What the parts of a step cost: nnx in float32 beside the matrix products alone and the book's float64.
+"""The time of each part of a step: nnx in float32, the matrix products alone, and the book in float64.
 
-The affine layer is a workload's first, loss and update are its own. Backward includes the gradient
-of the data, which the book always computes.
+The affine layer is the first of the workload; loss and update are the workload's. Backward includes the
+gradient of the data, which the book always computes.
 """
 
 import pytest
@@ -9,11 +9,11 @@ import pytest
 from benchmarks import book
 from nnx import SGD, Affine, MatMul, SoftmaxWithLoss, np
 
-LR = 1e-6  # small: the same gradients are subtracted again and again
+LR = 1e-6  # small, because the same gradients are subtracted repeatedly
 
 
 def floor(x, t, params):
-    """Return the matrix products alone, their outputs given."""
+    """Return the matrix products alone, with preallocated outputs."""
     W = params[0]
     y, dW, dx = np.dot(x, W), np.empty_like(W), np.empty_like(x)
     dout = y.copy()
@@ -76,7 +76,7 @@ ROWS += [(g, v) for g in ("softmax with loss", "sgd") for v in ("nnx float32", "
 
 @pytest.fixture(scope="module")
 def calls(problem, assert_close):
-    """Return the calls to time, by variant and group; nnx's have been compared with the book's."""
+    """Return the calls to time by variant and group, after comparing nnx's results with the book's."""
     calls = {variant: make(*problem.on(dtype)) for variant, (make, dtype) in VARIANTS.items()}
     for group, call in calls["nnx float32"].items():
         assert_close(call(), calls["book float64"][group]())

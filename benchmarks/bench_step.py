@@ -1,6 +1,6 @@
-"""What a training step costs beside its floor: forward, backward and update on a ready batch.
+"""The time of a training step (forward, backward, update on a prepared batch) and of its matrix products alone.
 
-The nets are those of `peers.py`, on the GPU all of them on CuPy. Every net is compared before it is timed.
+The nets are those of `peers.py`, all on CuPy if on the GPU. Results are compared before timing.
 """
 
 import pytest
@@ -10,10 +10,10 @@ from nnx import GPU
 
 
 def ready(problem, variant):
-    """Return a function that takes a step and returns the loss, and one that returns the weights."""
+    """Return a function that performs a step and returns the loss, and one that returns the weights."""
     _, make, dtype = peers.VARIANTS[variant]
     params = [p.astype(dtype) for p in problem.params]
-    net = make(params, 0.01, "cuda" if GPU else "cpu")  # so small a rate leaves the numbers ordinary
+    net = make(params, 0.01, "cuda" if GPU else "cpu")  # a small rate keeps the values in the normal range
     x, t = net.put(problem.x.astype(dtype)), net.put(problem.t)
     return lambda: net.step(x, t), net.weights
 

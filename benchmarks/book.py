@@ -1,7 +1,7 @@
-"""The formulas of the book's chapter 1 as printed there, on NumPy: what nnx is compared with.
+"""The formulas of chapter 1 of the book in NumPy, as the reference for nnx.
 
-Written for this comparison after the formulas, for tests and benchmarks alone: float64 unless the
-weights say otherwise, a new array for every intermediate, log(y + 1e-7), the gradient of the data
+Written from the formulas, for tests and benchmarks only: float64 unless the weights have another
+dtype, a new array for every intermediate, log(y + 1e-7), the gradient of the data
 always computed. N rows, D inputs, H hidden, C classes.
 """
 

@@ -1,6 +1,6 @@
-"""What the benchmarks share: the workloads, the comparison before the timing, the timing to the GPU's end.
+"""Shared fixtures: the workloads, the comparison of results before timing, and timing that synchronizes with the GPU.
 
-D inputs, H hidden, C classes, N rows of a batch.
+D inputs, H hidden units, C classes, N rows in a batch.
 """
 
 import re
@@ -14,7 +14,7 @@ from nnx import GPU, np, synchronize, to_cpu
 
 
 class Problem(NamedTuple):
-    """A two-layer net's batch and starting weights, on the host in float64."""
+    """The batch and initial weights of a two-layer net, on the host in float64."""
 
     name: str
     x: Any  # (N, D)
@@ -22,13 +22,13 @@ class Problem(NamedTuple):
     params: list  # W1, b1, W2, b2
 
     def on(self, dtype):
-        """Return copies of x, t and params in `dtype` on the active device."""
+        """Return copies of x, t and params as `dtype` arrays of the array module."""
         return np.array(self.x, dtype), np.array(self.t), [np.array(p, dtype) for p in self.params]
 
 
 @pytest.fixture(scope="module", params=["2-10-3/30", "784-100-10/100", "784-512-10/128", "1024-4096-1024/512"])
 def problem(request):
-    """Return the workloads, named D-H-C/N: the spiral, two nets for MNIST, one that is all products."""
+    """Return the workloads, named D-H-C/N: the spiral, two nets for MNIST, and one dominated by matrix products."""
     D, H, C, N = map(int, re.split("[-/]", request.param))
     rng = numpy.random.default_rng(0)
     params = [0.01 * rng.standard_normal(shape) for shape in ((D, H), H, (H, C), C)]
@@ -37,7 +37,7 @@ def problem(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def _book_on_device():
-    """Give the book's formulas the active module, as the source's own shim does: each row of a table is one device."""
+    """Run the book's formulas on the array module, as in the book, so that each row of a table uses one device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(book, "np", np)
         yield
@@ -45,7 +45,7 @@ def _book_on_device():
 
 @pytest.fixture
 def measure(benchmark):
-    """Return what times a call to its end: on the GPU it has only begun when Python goes on."""
+    """Return a function that times a call including synchronization: GPU work is asynchronous."""
 
     def measure(group, function, *args):
         def to_the_end():
@@ -63,7 +63,7 @@ def measure(benchmark):
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """Return what compares arrays, also in nested lists, to float32's accuracy beside their largest element."""
+    """Return a function that compares (nested lists of) arrays to float32 accuracy relative to their largest element."""
 
     def assert_close(got, want):
         if isinstance(want, list | tuple):

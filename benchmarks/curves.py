@@ -1,8 +1,8 @@
-"""Train the spiral from one seed on the CPU and on the GPU, each in its own process, and compare the losses.
+"""Train on the spiral with the same seed on the CPU and on the GPU, in separate processes, and compare the losses.
 
-    python -m benchmarks.curves    # in the root
+    python -m benchmarks.curves    # in the repository root
 
-The exit status is 1 if they differ by more than LIMIT anywhere in the 300 epochs.
+The exit status is 1 if any loss in the 300 epochs differs by more than LIMIT.
 """
 
 import json
@@ -24,7 +24,7 @@ def train():
 
 
 def curve(gpu):
-    """Return the loss list of a process of its own."""
+    """Return the losses of training in a separate process."""
     command = [sys.executable, "-m", "benchmarks.curves", "train"]
     done = subprocess.run(command, env=os.environ | {"NNX_GPU": gpu}, stdout=subprocess.PIPE, check=True)
     return numpy.array(json.loads(done.stdout))

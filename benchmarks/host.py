@@ -1,10 +1,10 @@
-"""The host's side on a GPU: what Python and CuPy take for layers, optimizers and steps, and how often they launch.
+"""Host overhead on a GPU: the time of Python and CuPy for layers, optimizers and steps, and their number of launches.
 
-    RUNNER python -m benchmarks.host > benchmarks/results/host.md    # in the root; RUNNER is CuPy-on-CPU's
+    RUNNER python -m benchmarks.host > benchmarks/results/host.md    # in the repository root; RUNNER runs CuPy-on-CPU
 
-On small arrays a GPU has done its work before Python asks for more, and this is the time of a step, less the
-driver's own 2 µs or so a launch. It needs CuPy-on-CPU, whose kernels can be counted without being done, and
-is a figure to compare designs with, not a time on a GPU.
+For small arrays the GPU finishes before Python launches the next kernel, and the host time is the time of a step,
+except for the driver's 2 µs or so per launch. It needs CuPy-on-CPU, which can count kernels without executing
+them, and serves to compare designs; it is not a time on a GPU.
 """
 
 import functools
@@ -28,11 +28,11 @@ STEPS = [
 ]
 LAYER_SIZE, OPTIMIZER_SIZE = "32x64", "64-100-10"
 PRODUCT = "a product: a.dot(b)"
-HEAD = ["", "launches", "host's side (quartiles)", "products"]
+HEAD = ["", "launches", "host time (quartiles)", "products"]
 
 
 def step(workload):
-    """Return a call that takes a training step."""
+    """Return a function that performs a training step."""
     rng = numpy.random.default_rng(0)
     sizes, N, params = peers.problem(workload, rng)
     *between, optimizer = workload.split()[:-1] or ["Sigmoid", "SGD"]
@@ -42,7 +42,7 @@ def step(workload):
 
 
 def calls():
-    """Return what is timed, by name."""
+    """Return the functions to time, by name."""
     rng = numpy.random.default_rng(0)
     a, b, bias = (asarray(rng.standard_normal(shape, "float32")) for shape in ((32, 64), (64, 64), 64))
     affine, rows, grads = Affine(b, bias), asarray(rng.permutation(32)), [b.copy(), bias.copy()]
@@ -59,7 +59,7 @@ def calls():
 
 
 def launches(call):
-    """Return how often a call launches once it is warm."""
+    """Return the number of launches of a call after warm-up."""
     for _ in range(3):
         call()
     np.cuda.get_current_stream().synchronize()
@@ -76,7 +76,7 @@ def seconds(call, repeats):
 
 
 def measure(rounds, repeats):
-    """Return a row under HEAD for each call; the ratio is the median of the rounds', each beside its own product."""
+    """Return a row with the columns HEAD for each call; the ratio is the median over rounds, each with its own product."""
     timed = calls()
     counts = {name: launches(call) for name, call in timed.items()}
     times = {name: [] for name in timed}
@@ -84,7 +84,7 @@ def measure(rounds, repeats):
     with cupy_on_cpu.free_work():
         for _ in range(rounds):
             for name, call in timed.items():
-                seconds(call, repeats // 10)  # warm again after the others
+                seconds(call, repeats // 10)  # warm up again after the others
                 product = seconds(timed[PRODUCT], repeats)
                 times[name].append(seconds(call, repeats))
                 products[name].append(times[name][-1] / product)
@@ -96,10 +96,10 @@ def measure(rounds, repeats):
 
 
 def main():
-    lines = [f"# The host's side of nnx on CuPy: {report.device_name()}"]
+    lines = [f"# Host overhead of nnx on CuPy: {report.device_name()}"]
     lines += report.table(["", ""], report.configuration().items())
     lines += ["", f"Layers forward and backward at {LAYER_SIZE}, optimizers at {OPTIMIZER_SIZE}; float32. Kernels and"]
-    lines += ["products are counted and not done: this is what Python and CuPy take, and no time on a GPU."]
+    lines += ["products are counted, not executed: this is the time of Python and CuPy, not a time on a GPU."]
     print("\n".join(lines + report.table(HEAD, measure(rounds=9, repeats=300))))
 
 

@@ -1,9 +1,9 @@
 """Classify the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships.
 
-A net of 64-128-10 with ReLU and dropout, trained by Adam with a cosine learning rate on a stratified three quarters of
-the digits; the rest is held out. One training for each of five seeds, in a few seconds; their median held-out accuracy
-is at least 0.96. The picture shows the curves of the last seed and its confusion matrix. It runs on the GPU with
-NNX_GPU=1, as four processes with `mpiexec -n 4 python -m mpi4py`, and goes on where it was ended with --resume.
+A 64-128-10 net with ReLU and dropout is trained by Adam with a cosine learning rate on three quarters of the
+digits, stratified; the rest is held out. It is trained once for each of five seeds, in a few seconds; the median held-out
+accuracy is at least 0.96. The picture shows the loss curves and the confusion matrix of the last seed. Use NNX_GPU=1 for
+the GPU, `mpiexec -n 4 python -m mpi4py` for four processes, and --resume to continue an interrupted run.
 """
 
 import math
@@ -21,7 +21,7 @@ from nnx.optimizer import cosine_decay
 
 
 def load():
-    """Return pixels in [0, 1] and labels, split into training and held-out digits, the same at every call."""
+    """Return pixels in [0, 1] and labels, split into training and held-out digits, the same on every call."""
     x, t = load_digits(return_X_y=True)
     return train_test_split(x.astype("float32") / 16, t, test_size=0.25, stratify=t, random_state=0)
 
@@ -42,21 +42,21 @@ def new_model(rng):
 def train(seed, epochs, data, folder, resume, comm, say):
     """Train one net; return its trainer and its held-out accuracy."""
     x, x_test, t, t_test = data
-    # the best weights are chosen by a part of the training digits: the held-out ones judge, and choose nothing
+    # the best weights are chosen on a part of the training digits; the held-out digits are only used for testing
     validation, x, t = (x[:200], t[:200]), x[200:], t[200:]
     rng = numpy.random.default_rng(seed)
     trainer = Trainer(new_model(rng), Adam(), rng=rng, comm=comm)
     rate = LearningRateScheduler(cosine_decay(0.003, steps=epochs * math.ceil(len(x) / 64)))
     callbacks = [rate, BestWeights(), *([Checkpoint(folder)] if folder else [])]
     if resume and any(Path(folder).glob("epoch-*")):
-        say(f"goes on from {trainer.resume(folder)}")
+        say(f"resumed from {trainer.resume(folder)}")
     trainer.fit(x, t, epochs, 64, validation=validation, verbose=False, callbacks=callbacks)
     return trainer, trainer.model.evaluate(x_test, t_test)[1]
 
 
 def draw(trainer, accuracy, x_test, t_test, path):
-    """Draw the loss of training and validation, and which digit was taken for which."""
-    from matplotlib import pyplot  # noqa: PLC0415 - only where a picture is wanted
+    """Draw the training and validation loss and the confusion matrix."""
+    from matplotlib import pyplot  # noqa: PLC0415 - only needed for the picture
 
     _, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     epochs = numpy.linspace(1, len(trainer.val_list), len(trainer.loss_list))
@@ -75,7 +75,7 @@ def main(epochs=40, seeds=5, picture="digits.png", checkpoint=None, resume=False
     """Return the median held-out accuracy."""
     if resume and not checkpoint:
         raise SystemExit("--resume needs --checkpoint DIR")
-    comm = distributed.init()  # first of all; one process, unless mpiexec has started more
+    comm = distributed.init()  # must come first; one process unless started by mpiexec
     say = print if comm.rank == 0 else lambda text: None
     data, accuracies = load(), []
     for seed in range(seeds):
@@ -95,5 +95,5 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--picture", help="where to save the picture; '' draws none")
     parser.add_argument("--checkpoint", metavar="DIR", help="save after every epoch into this folder")
-    parser.add_argument("--resume", action="store_true", help="go on from what is saved in --checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest file in --checkpoint")
     main(**vars(parser.parse_args()))

@@ -1,8 +1,8 @@
-"""Classify MNIST's handwritten digits of 28 x 28 pixels from its four IDX files, which you have.
+"""Classify MNIST's handwritten digits of 28 x 28 pixels, read from its four IDX files, which are not included.
 
---data names the folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte
-and t10k-labels-idx1-ubyte, as they are or with .gz. A net of 784-512-10 with ReLU, trained by Adam;
-with NNX_GPU=1 on the GPU. It ends with the accuracy on the test digits.
+--data is the folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte
+and t10k-labels-idx1-ubyte, uncompressed or with .gz. A 784-512-10 net with ReLU is trained by Adam, with
+NNX_GPU=1 on the GPU. The last line of output is the accuracy on the test digits.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from nnx import Adam, Affine, ReLU, Sequential, SoftmaxWithLoss, Trainer, initia
 
 
 def read_idx(folder, name, axes):
-    """Return an IDX file of bytes as an array: two zeros, 8, the number of axes, their lengths, the data."""
+    """Read an IDX file of bytes into an array; format: two zeros, 8, the number of axes, their lengths, the data."""
     paths = [Path(folder) / name, Path(folder) / f"{name}.gz"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -30,7 +30,7 @@ def read_idx(folder, name, axes):
 
 
 def load(folder, part):
-    """Return the pixels in [0, 1] (N, 784) and labels (N,) of 'train' or 't10k'."""
+    """Return pixels in [0, 1] of shape (N, 784) and labels (N,) of the part 'train' or 't10k'."""
     images = read_idx(folder, f"{part}-images-idx3-ubyte", 3)
     labels = read_idx(folder, f"{part}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):

@@ -1,7 +1,7 @@
-"""Fit a curve through noisy points: a net of 1-32-32-1 with tanh, the mean squared error, and Adam.
+"""Fit a curve to noisy points with a 1-32-32-1 tanh net, the mean squared error, and Adam.
 
-The points are sin(3 x) + x / 2 with noise of standard deviation 0.2. The fit comes within 0.1 of the curve
-without the noise (root mean square), in a few seconds on a CPU; the picture shows both. With
+The points are sin(3 x) + x / 2 with noise of standard deviation 0.2. The root-mean-square distance of the
+fit from the curve without noise is below 0.1 after a few seconds on a CPU; the picture shows both. With
 NNX_GPU=1 it runs on the GPU.
 """
 
@@ -16,7 +16,7 @@ from nnx.optimizer import cosine_decay
 
 
 def curve(x):
-    """Return what the noise hides."""
+    """Return the function without noise."""
     return numpy.sin(3 * x) + x / 2
 
 
@@ -31,7 +31,7 @@ def new_model(rng, hidden=32):
 
 
 def main(epochs=300, points=400, seed=0, picture="regression.png"):
-    """Return the distance of the fit to the curve."""
+    """Return the root-mean-square distance of the fit from the curve."""
     rng = numpy.random.default_rng(seed)
     x = rng.uniform(-2, 2, (points, 1))
     t = curve(x) + 0.2 * rng.standard_normal(x.shape)
@@ -43,7 +43,7 @@ def main(epochs=300, points=400, seed=0, picture="regression.png"):
     fit = to_cpu(trainer.model.predict(grid))
     distance = float(numpy.sqrt(numpy.square(fit - curve(grid)).mean()))
     if picture:
-        from matplotlib import pyplot  # noqa: PLC0415 - only where a picture is wanted
+        from matplotlib import pyplot  # noqa: PLC0415 - only needed for the picture
 
         _, ax = pyplot.subplots(layout="constrained")
         ax.scatter(x, t, s=8, color="0.7", label="points with noise")

@@ -1,7 +1,7 @@
-"""Train the two-layer net on the spiral, and draw data, loss curve and decision regions.
+"""Train the two-layer net on the spiral, and draw the data, the loss curve and the decision regions.
 
-Source: Deep Learning from Scratch 2, chapter 1. 300 points in three arms, hidden size 10, SGD with
-learning rate 1.0, batches of 30: about 0.97 of the points are right after 300 epochs, in less than
+Reference: Deep Learning from Scratch 2, chapter 1. 300 points in three arms, hidden size 10, SGD with
+learning rate 1.0, batches of 30: the accuracy is about 0.97 after 300 epochs, in less than
 a second on a CPU. With NNX_GPU=1 the same script trains on the GPU.
 """
 
@@ -27,7 +27,7 @@ def main(epochs=300, hidden_size=10, batch_size=30, lr=1.0, seed=0, picture="spi
 
 def draw(trainer, x, t, path):
     """Draw data, loss curve and decision regions side by side."""
-    from matplotlib import pyplot  # noqa: PLC0415 - only where a picture is wanted
+    from matplotlib import pyplot  # noqa: PLC0415 - only needed for the picture
 
     _, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     plot_data(x, t, ax=axes[0]).set_title("data")

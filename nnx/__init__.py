@@ -40,7 +40,7 @@ from nnx.layers import (
     Tanh,
 )
 from nnx.models import Sequential, TwoLayerNet
-from nnx.np import np  # binds the library itself over the submodule of the same name
+from nnx.np import np  # rebinds `nnx.np` from the submodule to the array module
 from nnx.optimizer import SGD, AdaGrad, Adam, AdamW, Momentum, Nesterov, RMSprop, clip_grads
 from nnx.trainer import Trainer
 

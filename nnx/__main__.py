@@ -1,4 +1,4 @@
-"""`python -m nnx` prints what nnx runs on."""
+"""`python -m nnx` prints the configuration."""
 
 from nnx import show_config
 

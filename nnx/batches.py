@@ -1,4 +1,4 @@
-"""The data of a training: checked, in batches, whole or shared by ranks; and the mean of their losses. N rows."""
+"""Training data: validation, batching and sharding over ranks; and the weighted mean of batch losses."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = [
     "sharded_batches",
 ]
 
-_PIECE_BYTES = 1 << 22  # of data that are checked, cast and copied at a time
-_COLUMN_CHUNK_BYTES = 1 << 24  # of rows gathered at a time from a file in Fortran order, each time from all its pages
+_PIECE_BYTES = 1 << 22  # data checked, cast and copied at a time
+_COLUMN_CHUNK_BYTES = 1 << 24  # rows gathered at a time from a file in Fortran order; each gather reads all its pages
 
 
 class WeightedMean:
-    """The mean of losses, weighted by their rows, kept on the device until it is asked for.
+    """The mean of batch losses, weighted by batch size and accumulated on the device.
 
-    Losses of equally many rows are added up by themselves, so that a step costs one addition.
+    There is one total per batch size, so that a step costs one addition.
     """
 
     def __init__(self, state: Iterable[Any] = ()) -> None:
@@ -45,7 +45,7 @@ class WeightedMean:
         self.counts: dict[int, int] = {int(rows): int(count) for rows, _, count in state}
 
     def state(self) -> numpy.ndarray:
-        """Return a row (rows of a batch, sum of losses, their number) for each size of batch."""
+        """Return one row (batch size, sum of losses, number of losses) per batch size."""
         rows = [(n, float(total), self.counts[n]) for n, total in self.totals.items()]
         return numpy.array(rows, numpy.float64).reshape(-1, 3)
 
@@ -58,26 +58,30 @@ class WeightedMean:
             self.totals[rows] = _float64(loss)
             self.counts[rows] = 1
 
-    def pop(self) -> float:
-        """Return the mean of all losses since it was asked for last."""
+    def value(self) -> float:
+        """Return the mean of all losses since the last `pop`."""
         total = sum(rows * float(total) for rows, total in self.totals.items())
-        weight = sum(rows * count for rows, count in self.counts.items())
+        return total / sum(rows * count for rows, count in self.counts.items())
+
+    def pop(self) -> float:
+        """Return the mean, and start anew."""
+        mean = self.value()
         self.totals, self.counts = {}, {}
-        return total / weight
+        return mean
 
 
 def _float64(loss: Any) -> Any:
-    """Return a float64 that is added to where it lies: a NumPy scalar, faster than an array, or a CuPy array."""
+    """Return `loss` in float64: a NumPy scalar, whose addition is faster than an array's, or a CuPy array."""
     return np.array(loss, np.float64)[()]
 
 
 def batches(
     x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, dtype: Any = None
 ) -> Iterator[tuple[Array, Array, int]]:
-    """Yield the rows of `x` and `t` in `order`, `batch_size` at a time, and how many there are.
+    """Yield the rows of `x` and `t` in `order`, `batch_size` at a time, with their number.
 
-    As many whole batches as `bytes_at_once` holds are gathered together and handed out as slices,
-    floating ones in `dtype`.
+    As many whole batches as fit in `bytes_at_once` are gathered together and yielded as slices.
+    Floating data are cast to `dtype`.
     """
     if _is_mapped_in_columns(x) or _is_mapped_in_columns(t):
         bytes_at_once = max(bytes_at_once, _COLUMN_CHUNK_BYTES)
@@ -92,9 +96,9 @@ def batches(
 
 
 def _gather_rows(data: Array, rows: Array, dtype: Any) -> Array:
-    """Return the `rows` of `data` on the device in C order, floating ones in `dtype`."""
+    """Return the `rows` of `data` on the device in C order; floating data are cast to `dtype`."""
     if _is_mapped_in_columns(data):
-        ascending = rows.argsort()  # the elements of neighboring rows share pages and cache lines
+        ascending = rows.argsort()  # neighboring rows share pages and cache lines
         gathered = numpy.empty((len(rows), *data.shape[1:]), data.dtype)
         gathered[ascending] = gather(data, rows[ascending])
     else:
@@ -110,22 +114,22 @@ def _cast(data: Array, dtype: Any) -> Array:
 def sharded_batches(
     x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, comm: Any, dtype: Any = None
 ) -> Iterator[tuple[Array, Array, int]]:
-    """Yield this rank's slice of each of `batches`, which may have no row, and the rows of the whole batch."""
+    """Yield this rank's slice of each batch, which may be empty, and the number of rows of the whole batch."""
     whole = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    mine = [rows[comm.shard(len(rows))] for rows in whole]
-    most = len(mine[0]) if mine and len(mine[0]) else 1
-    gathered = batches(x, t, numpy.concatenate([order[:0], *mine]), most, bytes_at_once, dtype)
-    for rows, part in zip(whole, mine, strict=True):  # only the last part may be shorter, as `batches` has it
+    shards = [rows[comm.shard(len(rows))] for rows in whole]
+    shard_size = len(shards[0]) if shards and len(shards[0]) else 1
+    gathered = batches(x, t, numpy.concatenate([order[:0], *shards]), shard_size, bytes_at_once, dtype)
+    for rows, part in zip(whole, shards, strict=True):  # only the last shard may be shorter, as in `batches`
         xs, ts, _ = next(gathered) if len(part) else (x[:0], t[:0], 0)
         yield xs, ts, len(rows)
 
 
 def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[Array, Array]:
-    """Validate `data` and return its x and t, on the host or the device, ready to be gathered from.
+    """Validate `data` and return x and t, on the host or the device, prepared for gathering rows.
 
     Floating data are cast to the dtype of the parameters. Host data whose rows are not contiguous are
-    copied to C order, because a gather from columns takes about ten times as long. Memory-mapped files are
-    neither cast nor copied; `batches` casts their rows. With `copy=False` nothing is.
+    copied to C order, because gathering from columns takes about ten times as long. Memory-mapped files are
+    neither cast nor copied; `batches` casts their rows. With `copy=False` nothing is cast or copied.
     """
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
@@ -143,7 +147,7 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
                 for _, part in _row_pieces(t):
                     targets(part, (len(part), *shape))
             except ValueError:
-                targets(to_cpu(t), (len(t), *shape))  # raises for all rows: the message holds their shape
+                targets(to_cpu(t), (len(t), *shape))  # raises again, with the shape of all rows in the message
                 raise
         else:
             t = targets(to_cpu(t), (len(x), *shape))
@@ -151,13 +155,13 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
 
 
 def parameter_dtype(model: Any) -> Any:
-    """Return the dtype that all parameters of `model` have, or None if they differ."""
+    """Return the common dtype of the parameters of `model`, or None if they differ."""
     dtypes = {p.dtype for p in model.params}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _step_dtype(data: Array, dtype: Any) -> Any:
-    """Return the dtype that batches of `data` have: `dtype` for floating data, unless it is None."""
+    """Return the dtype of batches of `data`: `dtype` for floating data, unless it is None."""
     return data.dtype if dtype is None or data.dtype.kind != "f" else dtype
 
 
@@ -169,7 +173,7 @@ def _is_mapped(data: Any) -> bool:
 
 
 def _rows_contiguous(data: Array) -> bool:
-    """Return whether each row is C-contiguous; the rows themselves may be any distance apart."""
+    """Return whether each row is C-contiguous; the stride between rows is arbitrary."""
     return bool(data[:1].flags.c_contiguous)
 
 
@@ -178,14 +182,14 @@ def _is_mapped_in_columns(data: Array) -> bool:
 
 
 def _row_pieces(data: Array) -> Iterator[tuple[int, Array]]:
-    """Yield the rows of `data` a few megabytes at a time, each piece with the number of its first row."""
+    """Yield `data` a few megabytes at a time: the index of the first row, and the rows."""
     rows = max(1, _PIECE_BYTES // max(1, data.nbytes // len(data)))
     for start in range(0, len(data), rows):
         yield start, data[start : start + rows]
 
 
 def array_addresses(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return by name where the arrays of `model` lie, and those of its layers."""
+    """Return the memory keys of the arrays of `model`, and those of its layers, both by name."""
 
     def of(holder: Any, owner: str) -> dict[str, Any]:
         arrays = {
@@ -194,33 +198,33 @@ def array_addresses(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {name: memory_keys(a)[0] for name, a in arrays.items()}
 
     layers = enumerate(getattr(model, "layers", ()))
-    return of(model, ""), {name: place for i, layer in layers for name, place in of(layer, f"layers[{i}].").items()}
+    return of(model, ""), {name: key for i, layer in layers for name, key in of(layer, f"layers[{i}].").items()}
 
 
 def check_not_rebound(model: Any, before: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Raise a ValueError if the model and a layer had an array together `before` the first step, and no longer have."""
+    """Raise a ValueError if the first step replaced a parameter or gradient array shared by the model and a layer."""
     after = array_addresses(model)
     for one, other in ((0, 1), (1, 0)):
-        for name, place in after[one].items():
-            was = before[one].get(name)
-            if place != was and was in before[other].values() and place not in after[other].values():
+        for name, key in after[one].items():
+            previous = before[one].get(name)
+            if key != previous and previous in before[other].values() and key not in after[other].values():
                 raise ValueError(
-                    f"Trainer.fit: {name} of {type(model).__name__} is another array after the first step, and not the "
-                    f"one that is trained; backward and update write into the arrays, {name}[...] ="
+                    f"Trainer.fit: {name} of {type(model).__name__} is another array after the first step, not the one "
+                    f"being trained; backward and update must write in place: {name}[...] = ..."
                 )
 
 
 def _probe_rows(x: Array) -> Array:
-    """Return rows that stand for all: the first, or those of the least and the largest integer, maybe no index."""
-    if x.dtype.kind not in "iu" or not x.size or _is_mapped(x):  # which is not read for that
+    """Return sample rows for a trial forward pass: the first, or those of the extreme integers (maybe bad indices)."""
+    if x.dtype.kind not in "iu" or not x.size or _is_mapped(x):  # min and max would read the whole file
         return x[:1]
-    axes = tuple(range(1, x.ndim))  # argmin over all axes would copy an x that is not contiguous
+    axes = tuple(range(1, x.ndim))  # argmin over all axes would copy a non-contiguous x
     low, high = (x.min(axis=axes), x.max(axis=axes)) if axes else (x, x)
     return x[[int(low.argmin()), int(high.argmax())]]
 
 
 def check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: Any) -> None:
-    """Raise for arguments of fit that are none."""
+    """Validate the arguments of fit."""
     for name, value in (("max_epoch", max_epoch), ("batch_size", batch_size), ("eval_interval", eval_interval or 1)):
         if not hasattr(value, "__index__"):
             raise TypeError(f"Trainer.fit: {name} must be an integer, got {value!r}")
@@ -238,7 +242,7 @@ def check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float |
 
 @numpy.errstate(over="ignore", under="ignore")
 def _check_finite(name: str, data: Array, dtype: Any, copy: bool) -> Array:
-    """Return `data` cast and copied as in `check_data`; raise for NaN and infinity, also those that the cast makes."""
+    """Cast and copy `data` as in `check_data`; raise for NaN and infinity, also where the cast causes them."""
     dtype, floating = _step_dtype(data, dtype), data.dtype.kind == "f"
     module: Any = np if isinstance(data, np.ndarray) else numpy
     ready = data.dtype == dtype and (_rows_contiguous(data) or not isinstance(data, numpy.ndarray))
@@ -253,13 +257,11 @@ def _check_finite(name: str, data: Array, dtype: Any, copy: bool) -> Array:
             part = result[start : start + len(part)]
         if floating and not module.isfinite(part).all():
             row = start + int(numpy.argwhere(~numpy.isfinite(to_cpu(part)))[0, 0])
-            raise ValueError(
-                f"{name} holds NaN or infinity in {dtype}, first in row {row}; clean or leave out such rows"
-            )
+            raise ValueError(f"{name} holds NaN or infinity in {dtype}, first in row {row}; clean or remove such rows")
     return result
 
 
 def checksum(data: Array) -> str:
-    """Return shape and dtype, and a checksum of about a thousand rows."""
+    """Return the shape, the dtype and a checksum of about a thousand rows."""
     rows = to_cpu(data[:: 1 + len(data) // 1000])
     return f"{data.shape} {data.dtype} of checksum {zlib.crc32(rows.tobytes()):x}"

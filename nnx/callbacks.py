@@ -1,11 +1,8 @@
-"""What `Trainer.fit` calls on its way: progress, learning rates, early stopping, best weights, checkpoints.
+"""Hooks into `Trainer.fit`: progress, learning-rate schedules, early stopping, best weights, checkpoints.
 
-A callback is an object with some of the methods `on_begin`, `on_evaluate`, `on_step`, `on_epoch`, `on_checkpoint`,
-`on_interrupt` and `on_end`, each called with the trainer; `on_checkpoint` after the `on_step` and `on_epoch` of all
-callbacks, when all ranks have heard of a stop, `on_interrupt` next, where a signal has come, `on_end` also
-after an error. `trainer.stop()` ends the training. Attributes that are to go into checkpoints are named in
-`state_names`, a class attribute: numbers, strings, arrays, lists of these. One that has followed a model and is
-given to the training of another is told by `reset()`, if it has that.
+A callback is any object with at least one of the methods of `Callback`; inheriting from that class is optional.
+Each method is called with the trainer. `trainer.stop()` ends the training after the current epoch. The attributes
+named in `state_names`, a class attribute, are saved in checkpoints: numbers, strings, arrays and lists of these.
 """
 
 from __future__ import annotations
@@ -23,13 +20,53 @@ from nnx import checkpoint, storage
 from nnx.np import Array
 from nnx.tree import attribute_names, named_state
 
-__all__ = ["BestWeights", "Checkpoint", "EarlyStopping", "LearningRateScheduler", "PrintLog", "ProgressBar"]
+__all__ = ["BestWeights", "Callback", "Checkpoint", "EarlyStopping", "LearningRateScheduler", "PrintLog", "ProgressBar"]
 
 _EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_checkpoint", "on_interrupt", "on_end")
 
 
-class PrintLog:
-    """Prints the source's line of text at every evaluation."""
+class Callback:
+    """A base class of hooks that do nothing."""
+
+    state_names: tuple[str, ...] = ()
+    _model: Callable[[], Any] | None = None  # a weak reference to the one that the last fit trained
+
+    def reset(self) -> None:
+        """Discard what was learned from a model; called when the callback is reused with another model."""
+
+    def on_begin(self, trainer: Any) -> None:
+        """Do something before the first step of a fit."""
+
+    def on_evaluate(self, trainer: Any) -> None:
+        """Do something after the mean loss was appended to `trainer.loss_list`."""
+
+    def on_step(self, trainer: Any) -> None:
+        """Do something after a step."""
+
+    def on_epoch(self, trainer: Any) -> None:
+        """Do something after an epoch and its validation."""
+
+    def on_checkpoint(self, trainer: Any) -> None:
+        """Do something after the `on_step` or `on_epoch` of all callbacks, when their state is complete."""
+
+    def on_interrupt(self, trainer: Any) -> None:
+        """Do something after the step during which Ctrl-C or SIGTERM arrived."""
+
+    def on_end(self, trainer: Any) -> None:
+        """Do something at the end of a fit, also after an error."""
+
+    def _follow(self, model: Any, *, resumed: bool) -> None:
+        """Prepare for a fit of `model`, which may continue an interrupted one."""
+        if self._model is not None and self._model() is not model:
+            self.reset()
+        self._model = weakref.ref(model) if hasattr(model, "__weakref__") else lambda: model
+
+    def __getstate__(self) -> dict[str, Any]:  # weak references cannot be pickled
+        return {name: value for name, value in vars(self).items() if name != "_model"}
+
+
+class PrintLog(Callback):
+    """Prints the book's line of text at every evaluation."""
 
     def on_begin(self, trainer: Any) -> None:
         """Start the clock."""
@@ -43,8 +80,8 @@ class PrintLog:
         )
 
 
-class ProgressBar:
-    """Shows a tqdm bar over all steps, with epoch and loss."""
+class ProgressBar(Callback):
+    """Shows a tqdm progress bar over all steps, with epoch and loss."""
 
     def on_begin(self, trainer: Any) -> None:
         """Open the bar."""
@@ -67,7 +104,7 @@ class ProgressBar:
         self.bar.close()
 
 
-class LearningRateScheduler:
+class LearningRateScheduler(Callback):
     """Sets `optimizer.lr` for each step to `schedule(steps taken)`.
 
     Parameters
@@ -85,7 +122,7 @@ class LearningRateScheduler:
         self.steps = 0
 
     def reset(self) -> None:
-        """Forget the steps taken."""
+        """Set the number of steps to 0."""
         self.steps = 0
 
     def on_begin(self, trainer: Any) -> None:
@@ -98,13 +135,15 @@ class LearningRateScheduler:
         trainer.optimizer.lr = self.schedule(self.steps)
 
 
-class EarlyStopping:
-    """Ends the training when the validation loss has not been lower for `patience` epochs.
+class EarlyStopping(Callback):
+    """Ends the training when the validation loss has not improved for `patience` epochs.
+
+    Every fit starts counting these epochs anew; the lowest loss is kept between the fits of one model.
 
     Parameters
     ----------
     patience : int
-        Epochs without a new lowest loss, 1 or more.
+        Epochs without improvement, at least 1.
     """
 
     needs_validation = True
@@ -117,11 +156,16 @@ class EarlyStopping:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the losses seen."""
+        """Discard the lowest loss."""
         self.best_loss, self.epochs_without_improvement = math.inf, 0
 
+    def _follow(self, model: Any, *, resumed: bool) -> None:
+        super()._follow(model, resumed=resumed)
+        if not resumed:
+            self.epochs_without_improvement = 0
+
     def on_epoch(self, trainer: Any) -> None:
-        """Look at the epoch's validation loss."""
+        """Compare the validation loss of the epoch with the lowest one."""
         loss = trainer.val_list[-1][0]
         self.epochs_without_improvement = 0 if loss < self.best_loss else self.epochs_without_improvement + 1
         self.best_loss = min(self.best_loss, loss)
@@ -129,7 +173,7 @@ class EarlyStopping:
             trainer.stop()
 
 
-class BestWeights:
+class BestWeights(Callback):
     """Keeps a copy of the weights with the lowest validation loss, and puts it back at the end.
 
     The run_callbacks statistics of BatchNorm, which that loss depends on, go with them.
@@ -149,7 +193,7 @@ class BestWeights:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the weights."""
+        """Discard the copy."""
         self.best_loss, self.epoch = math.inf, 0
         self.weights: list[Array] = []
 
@@ -161,32 +205,32 @@ class BestWeights:
             self.weights = [a.copy() for a in _model_state(trainer.model)]
 
     def on_end(self, trainer: Any) -> None:
-        """Put the best weights back."""
+        """Restore the best weights."""
         for a, best in zip(_model_state(trainer.model), self.weights, strict=bool(self.weights)):
             a[...] = best
 
 
-class Checkpoint:
-    """Saves the training into numbered files of a folder, from which `Trainer.resume` goes on as if never stopped.
+class Checkpoint(Callback):
+    """Saves checkpoints of a training to numbered files in a folder; `Trainer.resume` continues from them.
 
-    A file is saved at the end of fit too, and when Ctrl-C or SIGTERM ends it. One that cannot be written,
-    for example to a full disk, is a warning, and the training goes on.
+    A checkpoint is also saved at the end of fit, and when Ctrl-C or SIGTERM ends it. A failed write, for example to
+    a full disk, issues a warning; training continues.
 
     Parameters
     ----------
     folder : str or Path
-        Made if need be. It holds one training: one that begins anew needs another folder.
+        Created if it does not exist. Use one folder per training run.
     every_epochs, every_steps : int or None
-        How often to save; None never by this measure.
+        How often to save; None disables this interval.
     keep : int
-        How many of the numbered files to keep, the newest.
+        The number of numbered files to keep; older ones are removed.
     best : bool
-        With validation, save the epoch of the lowest loss as `best.safetensors` too.
+        With validation, also save the epoch with the lowest loss as `best.safetensors`.
 
     Attributes
     ----------
     path : Path or None
-        The numbered file saved last.
+        The numbered file that was saved last.
     best_loss : float
         The validation loss of `best.safetensors`.
     """
@@ -205,34 +249,34 @@ class Checkpoint:
         for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps), ("keep", keep)):
             if (value is not None or name == "keep") and operator.index(value) < 1:  # type: ignore[arg-type]
                 raise ValueError(f"Checkpoint: {name} must be at least 1, got {value}")
-        self.folder = Path(folder).absolute()  # wherever a callback goes
+        self.folder = Path(folder).absolute()  # independent of the working directory
         self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
         self.best_loss = math.inf
         self.path: Path | None = None
 
     def reset(self) -> None:
-        """Forget the lowest loss."""
+        """Discard the lowest loss."""
         self.best_loss = math.inf
 
     def on_begin(self, trainer: Any) -> None:
-        """Make the folder, see that it holds no other training, and remove what a killed save left."""
+        """Create the folder, check that it holds no other run, and remove the temporary files of a killed save."""
         import shutil  # noqa: PLC0415 - importing nnx imports nothing that only files need
 
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         storage.import_safetensors()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f"{storage.TEMP_PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        there = checkpoint.list_checkpoints(self.folder)
-        if there and checkpoint.parse_filename(there[-1]) > (trainer.current_epoch, trainer.iteration):
+        for unfinished in self.folder.glob(f"{storage.TEMP_PREFIX}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        saved = checkpoint.list_checkpoints(self.folder)
+        if saved and checkpoint.parse_filename(saved[-1]) > (trainer.current_epoch, trainer.iteration):
             raise ValueError(
-                f"Checkpoint: {there[-1]} is later than epoch {trainer.current_epoch}, step {trainer.iteration}, where "
-                "this training begins; go on from it with Trainer.resume, or choose another folder"
+                f"Checkpoint: {saved[-1]} is later than epoch {trainer.current_epoch}, step {trainer.iteration}, where "
+                "this training begins; continue it with Trainer.resume, or choose another folder"
             )
 
     def on_checkpoint(self, trainer: Any) -> None:
-        """Save after every `every_steps` steps, every `every_epochs` epochs and the last one; and the best one."""
+        """Save every `every_steps` steps and `every_epochs` epochs, after the last epoch, and the best one."""
         if trainer.iteration:
             count, every, last = trainer.current_epoch * trainer.max_iter + trainer.iteration, self.every_steps, False
         else:
@@ -242,7 +286,7 @@ class Checkpoint:
             self.on_interrupt(trainer)
 
     def on_interrupt(self, trainer: Any) -> None:
-        """Save, and remove what is no longer to be kept."""
+        """Save, and remove old files."""
         path = self.folder / f"epoch-{trainer.current_epoch:04d}-step-{trainer.iteration:06d}.safetensors"
         if self._save(trainer, path):
             self.path = path
@@ -252,7 +296,7 @@ class Checkpoint:
     def _save_best(self, trainer: Any) -> None:
         before, loss = self.best_loss, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
         if self.best and loss < before:
-            self.best_loss = loss  # first, as it is saved too
+            self.best_loss = loss  # before saving, because it is part of the state
             if not self._save(trainer, self.folder / "best.safetensors"):
                 self.best_loss = before
 
@@ -262,83 +306,105 @@ class Checkpoint:
         try:
             checkpoint.save(path, trainer.model, trainer.optimizer, trainer)
         except OSError as error:
-            storage.warn(f"Checkpoint: {error}; the training goes on")
+            storage.warn(f"Checkpoint: {error}; training continues")
             return False
         return True
 
 
 def _model_state(model: Any) -> list[Array]:
-    """Return the arrays of `model` that training changes: its parameters, each once, and run_callbacks statistics."""
+    """Return the arrays of `model` that training changes: its parameters, each once, and running statistics."""
     return list(named_state(model)[0].values())
 
 
-_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # which the callbacks followed last
-
-
-def reset_if_new_model(model: Any, callbacks: list[Any]) -> None:
-    """Let `callbacks` follow the training of `model`; one that followed another forgets that, if it can `reset`."""
-    for callback in callbacks:
-        if hasattr(callback, "reset"):
-            if callback in _models and _models[callback]() is not model:
-                callback.reset()
-            _models[callback] = weakref.ref(model) if hasattr(model, "__weakref__") else lambda: model
-
-
-def as_callback_list(callbacks: Any) -> list[Any]:
-    """Return `callbacks` as a list, having checked that each is an object with at least one of the methods."""
-    if not isinstance(callbacks, Iterable):
-        raise TypeError(f"Trainer.fit: callbacks must be a list of callbacks, got {callbacks!r}; pass [callback]")
-    callbacks = list(callbacks)
-    for callback in callbacks:
-        if isinstance(callback, type):
-            name = callback.__name__
-            raise TypeError(f"Trainer.fit: a callback must be an object, got the class {name}; make one: {name}(...)")
-        if not any(hasattr(callback, event) for event in _EVENTS):
-            raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
-    return callbacks
-
-
-@contextlib.contextmanager
-def run_callbacks(trainer: Any, callbacks: list[Any]) -> Iterator[Callable[[str], None]]:
-    """Begin the callbacks, yield what calls those that have a method for an event, and end those that began."""
-    for callback in callbacks:
-        attribute_names(callback, "state_names")
-        if getattr(callback, "needs_validation", False) and trainer.validation is None:
-            name = type(callback).__name__
-            raise ValueError(f"{name}: there is no validation loss to follow; pass fit(validation=(x, t))")
-    methods = {event: [getattr(c, event) for c in callbacks if hasattr(c, event)] for event in _EVENTS}
-
-    def call(event: str) -> None:
-        for method in methods[event]:
-            method(trainer)
-
-    with contextlib.ExitStack() as stack:
-        for callback in callbacks:
-            if hasattr(callback, "on_begin"):
-                callback.on_begin(trainer)
-            if hasattr(callback, "on_end"):
-                stack.callback(callback.on_end, trainer)
-        yield call
-
-
-def load_callback_states(callbacks: list[Any], saved: Any) -> None:
-    """Let `callbacks` go on from what was saved of them: each takes the next state of its class.
+class CallbackList:
+    """The callbacks of a fit, called in their order.
 
     Raises
     ------
-    ValueError
-        For a state that is none of that class, before any is taken.
+    TypeError
+        If `callbacks` is not an iterable of objects with at least one of the methods.
     """
-    left = list(saved)
-    plan = []
-    for callback in callbacks:
-        name = type(callback).__name__
-        state = next((s for s in left if s[0] == name), None)
-        if state is not None and hasattr(callback, "state_names"):
-            left.remove(state)
-            mine = {n: getattr(callback, n) for n in attribute_names(callback, "state_names")}
-            if lines := checkpoint.structure_mismatches(name, mine, state[1]):
-                raise ValueError("\n  ".join(["Trainer.fit: what was saved of the callbacks does not fit:", *lines]))
-            plan += [(callback, n, value) for n, value in state[1].items()]
-    for callback, name, value in plan:
-        setattr(callback, name, value)
+
+    def __init__(self, callbacks: Any) -> None:
+        if not isinstance(callbacks, Iterable):
+            raise TypeError(f"Trainer.fit: callbacks must be a list of callbacks, got {callbacks!r}; pass [callback]")
+        self.callbacks = list(callbacks)
+        for callback in self.callbacks:
+            if isinstance(callback, type):
+                kind = callback.__name__
+                raise TypeError(f"Trainer.fit: a callback must be an object, got the class {kind}; pass {kind}(...)")
+            if not any(hasattr(callback, event) for event in _EVENTS):
+                raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
+            attribute_names(callback, "state_names")
+        self._hooks = {event: [*self._find_hooks(event)] for event in _EVENTS}
+
+    def _find_hooks(self, event: str) -> Iterator[Callable[[Any], Any]]:
+        """Yield the methods for `event` that do something."""
+        for callback in self.callbacks:
+            hook = getattr(callback, event, None)
+            if hook is not None and getattr(hook, "__func__", None) is not getattr(Callback, event):
+                yield hook
+
+    def __call__(self, event: str, trainer: Any) -> None:
+        """Call the methods for `event`."""
+        for hook in self._hooks[event]:
+            hook(trainer)
+
+    def handles(self, event: str) -> bool:
+        """Return whether any callback has a method for `event`."""
+        return bool(self._hooks[event])
+
+    def check_validation(self, validation: Any) -> None:
+        """Raise a ValueError if a callback needs validation data and there are none."""
+        for callback in self.callbacks:
+            if validation is None and getattr(callback, "needs_validation", False):
+                kind = type(callback).__name__
+                raise ValueError(f"{kind}: there is no validation loss to follow; pass fit(validation=(x, t))")
+
+    def follow(self, model: Any, *, resumed: bool) -> None:
+        """Reset callbacks that were used with another model."""
+        for callback in self.callbacks:
+            if isinstance(callback, Callback):
+                callback._follow(model, resumed=resumed)
+
+    @contextlib.contextmanager
+    def running(self, trainer: Any) -> Iterator[None]:
+        """Call on_begin, and at the end on_end of the callbacks that have begun."""
+        with contextlib.ExitStack() as stack:
+            for callback in self.callbacks:
+                if hasattr(callback, "on_begin"):
+                    callback.on_begin(trainer)
+                if hasattr(callback, "on_end"):
+                    stack.callback(callback.on_end, trainer)
+            yield
+
+    def state(self) -> list[Any]:
+        """Return class name and state of each callback that has `state_names`."""
+        return [
+            [type(c).__name__, {n: getattr(c, n) for n in c.state_names}]
+            for c in self.callbacks
+            if getattr(c, "state_names", ())
+        ]
+
+    def load_state(self, saved: Any) -> None:
+        """Restore saved states: each callback takes the next state of its class.
+
+        Raises
+        ------
+        ValueError
+            If a state does not fit its class, before any callback is changed.
+        """
+        remaining = list(saved)
+        plan = []
+        for callback in self.callbacks:
+            kind = type(callback).__name__
+            state = next((s for s in remaining if s[0] == kind), None)
+            names = attribute_names(callback, "state_names")
+            if state is not None and names:
+                remaining.remove(state)
+                current = {name: getattr(callback, name) for name in names}
+                if mismatches := checkpoint.structure_mismatches(kind, current, state[1]):
+                    raise ValueError("\n  ".join(["Trainer.fit: the saved callbacks do not fit:", *mismatches]))
+                plan += [(callback, name, value) for name, value in state[1].items()]
+        for callback, name, value in plan:
+            setattr(callback, name, value)

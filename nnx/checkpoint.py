@@ -1,8 +1,8 @@
-"""Models, optimizers and trainers in safetensors files: saved whole, loaded all or nothing.
+"""Save and load models, optimizers and trainers in safetensors files, each completely or not at all.
 
-An array has a name that says where it lies in the model: `layers.0.W` is the array that the first layer calls W
-(`param_names`, a class attribute), `params.0` one without a name. One that several layers share is saved
-once. What else a layer or a callback must remember it names in `state_names`.
+The name of an array gives its path in the model: `layers.0.W` is the array that the first layer calls W
+(`param_names`, a class attribute), `params.0` one without a name. An array shared by several layers is saved
+once. Layers and callbacks list further state in `state_names`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from nnx.tree import name_list, named_layers, named_state
 
 __all__ = ["latest_checkpoint", "load", "save"]
 
-_NEEDED: dict[str, dict[str, type]] = {
+_NEEDED: dict[str, dict[str, type]] = {  # required keys of the metadata
     "model": {"state": dict},
     "optimizer": {"class": str, "settings": dict},
     "trainer": {},
-}  # in the metadata
+}
 _NUMBERED = re.compile(r"epoch-(\d{4,})-step-(\d{6,})\.safetensors")
 
 
@@ -41,37 +41,37 @@ def save(
     keys: Mapping[str, str | None] | None = None,
     transpose: Iterable[str] = (),
 ) -> None:
-    """Write the arrays of `model` to the safetensors file `path`, with what `optimizer` and `trainer` remember.
+    """Save the arrays of `model`, and the state of `optimizer` and `trainer`, to the safetensors file `path`.
 
-    The file is written beside `path`, flushed to the disk and renamed: whatever happens, `path` is the old file
-    or the new one. It keeps the rights of the old one, and a link stays one. Settings of the layers, the versions
-    of the libraries and a digest of everything stand in its metadata, which
-    `safetensors.safe_open(path, "np").metadata()` returns.
+    The file is written next to `path`, flushed to the disk and renamed, so that `path` is always either the complete
+    old file or the complete new one. Permissions of the old file and symbolic links are kept. The metadata, which
+    `safetensors.safe_open(path, "np").metadata()` returns, hold the settings of the layers, the versions of the
+    libraries and a digest of everything.
 
     Parameters
     ----------
     path : str or Path
     model : object with params
     optimizer, trainer : objects or None
-        Of an optimizer its public attributes, as far as they are numbers, strings, arrays or lists of these.
+        Of an optimizer, the public attributes that are numbers, strings, arrays or lists of these are saved.
     keys : dict of name in the file to name in the model, or None
-        Renames arrays, as for `load`.
+        Renames arrays, as in `load`.
     transpose : iterable of names in the file
-        Arrays to be saved transposed.
+        Arrays to save transposed.
 
     Raises
     ------
     OSError
         If the file cannot be written, for example to a full disk.
     ValueError
-        If `keys` or `transpose` name what is not there, or two arrays of a layer have one name.
+        If `keys` or `transpose` contain unknown names, or two arrays of a layer have the same name.
     TypeError
-        If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is none.
+        If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is refused.
     """
     path = Path(path)
     arrays, extra_state = named_state(model)
     tensors = rename_arrays(path, arrays, keys, transpose)
-    state = _pack({name: getattr(*place) for name, place in extra_state.items()}, "state", tensors, model)
+    state = _pack({name: getattr(*item) for name, item in extra_state.items()}, "state", tensors, model)
     metadata_of: dict[str, Any] = {"model": {"settings": layer_config(model), "state": state}}
     if optimizer is not None:
         settings = _pack(optimizer_state(optimizer), "optimizer", tensors, model)
@@ -80,7 +80,7 @@ def save(
         metadata_of["trainer"] = _pack(trainer.state_dict(), "trainer", tensors, model)
     libraries = {"python": platform.python_version(), "numpy": numpy.__version__, np.__name__: np.__version__}
     metadata_of["versions"] = {"nnx": __version__, **libraries}
-    metadata = {f"nnx.{kind}": json.dumps(words) for kind, words in metadata_of.items()}
+    metadata = {f"nnx.{kind}": json.dumps(value) for kind, value in metadata_of.items()}
     storage.atomic_save(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
 
 
@@ -93,10 +93,10 @@ def load(
     keys: Mapping[str, str | None] | None = None,
     transpose: Iterable[str] = (),
 ) -> None:
-    """Read the safetensors file `path` into the arrays of `model`, and into `optimizer` and `trainer`.
+    """Load the safetensors file `path` into the arrays of `model`, and into `optimizer` and `trainer`.
 
-    The arrays stay the objects that they are. Files of extra_state, which have no digest, load as well; the
-    parameters of `torch.nn.Linear`, for example, into an Affine::
+    The arrays are written in place. Files from other libraries, which have no digest, can be loaded as well, for
+    example the parameters of `torch.nn.Linear` into an Affine::
 
         load(path, model, keys={"0.weight": "layers.0.W", "0.bias": "layers.0.b"}, transpose=["0.weight"])
 
@@ -105,20 +105,20 @@ def load(
     path : str or Path
     model : object with params
     optimizer, trainer : objects or None
-        To go on as those did that were saved; what is not asked for stays unread.
+        Restored to their saved state. None ignores the corresponding part of the file.
     keys : dict of name in the file to name in the model, or None
-        For names that differ. None in place of the model's name leaves an array of the file out.
+        For names that differ. None in place of the model's name ignores that array of the file.
     transpose : iterable of names in the file
-        Arrays that lie there transposed.
+        Arrays stored transposed in the file.
 
     Raises
     ------
     OSError
         If the file cannot be read.
     ValueError
-        If it is damaged, or does not fit: the error lists every difference. Nothing has been changed.
+        If the file is damaged or does not match the objects; the message lists all differences. Nothing is changed.
     TypeError
-        For `keys` or `transpose`, as `save`.
+        For `keys` or `transpose`, as in `save`.
     """
     path = Path(path)
     with storage.open_checked(path) as file:
@@ -129,23 +129,21 @@ def load(
         arrays, extra_state = named_state(model)
         targets = rename_arrays(path, arrays, keys, transpose)
         state = unpack(metadata_of["model"]["state"], asarray) if "model" in metadata_of else {}
-        left = {name for name, own in (keys or {}).items() if own is None}
-        differences = array_mismatches(file, targets, left | unpack.names)
+        ignored = {name for name, model_name in (keys or {}).items() if model_name is None}
+        differences = array_mismatches(file, targets, ignored | unpack.names)
         plan: list[tuple[Any, str, Any]] = []  # object, attribute, its new value
         if "model" in metadata_of:
-            differences += structure_mismatches(
-                "", {name: getattr(*place) for name, place in extra_state.items()}, state
-            )
-            plan += [(*place, state.get(name)) for name, place in extra_state.items()]
+            differences += structure_mismatches("", {name: getattr(*item) for name, item in extra_state.items()}, state)
+            plan += [(*item, state.get(name)) for name, item in extra_state.items()]
         for kind, receiver in (("optimizer", optimizer), ("trainer", trainer)):
             if receiver is not None and kind not in metadata_of:
-                differences.append(f"{kind}: wanted, but not in the file")
+                differences.append(f"{kind}: requested, but not in the file")
         if optimizer is not None and "optimizer" in metadata_of:
             settings = unpack(metadata_of["optimizer"]["settings"], asarray)
             differences += _compare_optimizer(optimizer, metadata_of["optimizer"]["class"], settings)
             plan += [(optimizer, name, value) for name, value in settings.items()]
         if trainer is not None and "trainer" in metadata_of:
-            progress = {  # callbacks may hold arrays of the model's kind, all else lives on the host
+            progress = {  # callbacks may hold arrays on the device; all other state is on the host
                 name: unpack(v, asarray if name == "callbacks" else numpy.asarray)
                 for name, v in metadata_of["trainer"].items()
             }
@@ -162,45 +160,45 @@ def load(
         restore()
 
 
-def structure_mismatches(where: str, mine: Any, saved: Any) -> list[str]:
-    """Return in words how `saved` differs from `mine` in names and kinds; the numbers may differ, and None fits all."""
-    if isinstance(mine, dict) and isinstance(saved, dict):
+def structure_mismatches(where: str, current: Any, saved: Any) -> list[str]:
+    """Describe how `saved` differs from `current` in names and types; values may differ, and None matches any type."""
+    if isinstance(current, dict) and isinstance(saved, dict):
         path = f"{where}." if where else ""
         return [
-            *(f"{path}{name}: in the file, but not here" for name in saved if name not in mine),
-            *(f"{path}{name}: here, but not in the file" for name in mine if name not in saved),
+            *(f"{path}{name}: in the file, but not here" for name in saved if name not in current),
+            *(f"{path}{name}: here, but not in the file" for name in current if name not in saved),
             *(
                 line
-                for name in mine
+                for name in current
                 if name in saved
-                for line in structure_mismatches(path + name, mine[name], saved[name])
+                for line in structure_mismatches(path + name, current[name], saved[name])
             ),
         ]
-    if mine is None or saved is None or _describe(mine) == _describe(saved):
+    if current is None or saved is None or _describe(current) == _describe(saved):
         return []
-    return [f"{where}: {_describe(mine)} here, {_describe(saved)} in the file"]
+    return [f"{where}: {_describe(current)} here, {_describe(saved)} in the file"]
 
 
 def parse_filename(path: Path) -> tuple[int, int]:
-    """Return the epochs and the steps after them in the name of a Checkpoint callback's file; (-1, -1) for others."""
+    """Return the epoch and step in the name of a Checkpoint callback's file; (-1, -1) for other names."""
     match = _NUMBERED.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else (-1, -1)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the list_checkpoints files of a Checkpoint callback in `folder`, in their order."""
+    """Return the files of a Checkpoint callback in `folder`, oldest first."""
     return sorted((p for p in folder.iterdir() if parse_filename(p) >= (0, 0)), key=parse_filename)
 
 
 def latest_checkpoint(folder: str | Path) -> Path:
-    """Return the latest_checkpoint whole one of the list_checkpoints files in `folder`.
+    """Return the path of the latest intact checkpoint in `folder`.
 
-    A damaged one gets the ending `.damaged`, with a warning.
+    Damaged files are renamed to end in `.damaged`, with a warning.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no intact checkpoint.
     """
     for path in reversed(list_checkpoints(Path(folder))):
         try:
@@ -209,7 +207,7 @@ def latest_checkpoint(folder: str | Path) -> Path:
         except ValueError as error:
             path.replace(f"{path}.damaged")
             storage.warn(f"{error}; set aside as {path.name}.damaged")
-    raise FileNotFoundError(f"{folder}: no checkpoint in it that is whole")
+    raise FileNotFoundError(f"{folder}: no intact checkpoint found")
 
 
 def _is_plain(value: Any) -> bool:
@@ -220,7 +218,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def layer_config(model: Any) -> dict[str, Any]:
-    """Return class and numbers of every layer, for the people who look into a file."""
+    """Return the class and the plain settings of every layer, for users who inspect a file."""
     return {
         path.removesuffix("."): {"class": type(layer).__name__}
         | {n: v for n, v in getattr(layer, "__dict__", {}).items() if isinstance(v, bool | int | float | str)}
@@ -229,7 +227,7 @@ def layer_config(model: Any) -> dict[str, Any]:
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return what an optimizer remembers: its public attributes, those that can be saved."""
+    """Return the state of an optimizer: its public attributes that can be saved."""
     return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and _is_plain(v)}
 
 
@@ -237,31 +235,31 @@ def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> l
     if name != type(optimizer).__name__:
         return [f"optimizer: {type(optimizer).__name__} here, {name} in the file"]
     lines = structure_mismatches("optimizer", optimizer_state(optimizer), settings)
-    if not lines:  # so that lists are lists
+    if not lines:  # the types match, so that slots are lists
         shapes = {n: [getattr(a, "shape", None) for a in v] for n, v in settings.items() if isinstance(v, list)}
-        for state in getattr(optimizer, "_slots", ()):
-            if shapes.get(state) != shapes.get("params", []):
-                lines.append(f"optimizer.{state}: not of the shapes of its parameters")
+        for slot in getattr(optimizer, "_slots", ()):
+            if shapes.get(slot) != shapes.get("params", []):
+                lines.append(f"optimizer.{slot}: not of the shapes of its parameters")
     return lines
 
 
-def array_mismatches(file: storage.Reader, arrays: Mapping[str, Array], left: Collection[str]) -> list[str]:
-    """Return in words how the arrays of `file` differ from those of the model, both by their names in the file."""
+def array_mismatches(file: storage.Reader, arrays: Mapping[str, Array], ignored: Collection[str]) -> list[str]:
+    """Describe how the arrays of `file` differ from those of the model; all names are those in the file."""
     lines = []
     for name in file.arrays:
         if (
             name not in arrays
-            and name not in left
+            and name not in ignored
             and not (file.has_digest and name.startswith(("optimizer.", "trainer.")))
         ):
             lines.append(f"{name}: in the file, but not in the model")
     for name, array in arrays.items():
-        mine, entry = (array.dtype.name, array.shape), file.arrays.get(name)
+        expected, entry = (array.dtype.name, array.shape), file.arrays.get(name)
         if entry is None:
             lines.append(f"{name}: in the model, but not in the file")
-        elif entry != mine:
-            lines.append(f"{name}: {mine[0]} {mine[1]} in the model, {entry[0]} {entry[1]} in the file")
-        elif not getattr(array.flags, "writeable", True):  # which CuPy's arrays all are
+        elif entry != expected:
+            lines.append(f"{name}: {expected[0]} {expected[1]} in the model, {entry[0]} {entry[1]} in the file")
+        elif not getattr(array.flags, "writeable", True):  # CuPy arrays have no such flag
             lines.append(f"{name}: read-only in the model")
     return lines
 
@@ -269,21 +267,21 @@ def array_mismatches(file: storage.Reader, arrays: Mapping[str, Array], left: Co
 def rename_arrays(
     path: Path, arrays: Mapping[str, Array], keys: Mapping[str, str | None] | None, transpose: Iterable[str]
 ) -> dict[str, Array]:
-    """Return the model's arrays under the names, and turned as, they have in the file."""
+    """Return the model's arrays by their names in the file, transposed where the file has them transposed."""
     keys = {} if keys is None else keys
     if not isinstance(keys, Mapping) or not all(
         isinstance(k, str) and isinstance(v, str | None) for k, v in keys.items()
     ):
         raise TypeError(f"{path}: keys must be a dict of names in the file to names in the model or None, got {keys!r}")
     transpose = name_list(f"{path}: transpose", transpose)
-    in_file = {own: name for name, own in keys.items() if own is not None}
-    if len(in_file) + [*keys.values()].count(None) < len(keys):
+    file_names = {model_name: name for name, model_name in keys.items() if model_name is not None}
+    if len(file_names) + [*keys.values()].count(None) < len(keys):
         raise ValueError(f"{path}: keys gives an array of the model several names in the file")
-    if unknown := in_file.keys() - arrays.keys():
+    if unknown := file_names.keys() - arrays.keys():
         raise ValueError(f"{path}: keys names {_join(unknown)}, and the model has {_join(arrays)}")
-    named = {in_file.get(own, own): array for own, array in arrays.items()}
+    named = {file_names.get(model_name, model_name): array for model_name, array in arrays.items()}
     if len(named) < len(arrays):
-        raise ValueError(f"{path}: keys gives several arrays of the model one name in the file")
+        raise ValueError(f"{path}: keys gives several arrays of the model the same name in the file")
     if unknown := set(transpose) - named.keys():
         raise ValueError(f"{path}: transpose names {_join(unknown)}, and the file has {_join(named)}")
     return {name: array.T if name in transpose else array for name, array in named.items()}
@@ -294,17 +292,17 @@ def _join(names: Collection[str]) -> str:
 
 
 def _describe(value: Any) -> str:
-    """Say what `value` is, as far as another value must be alike."""
+    """Describe the type of `value`; values with equal descriptions are compatible."""
     if isinstance(value, numpy.generic):
-        value = value.item()  # as `_pack` saves it
+        value = value.item()  # as in `_pack`
     if isinstance(value, Array | numpy.ndarray):
         return f"an array of {value.dtype.name} with {value.ndim} axes"
-    kinds = {str: "a string", list: "a list", tuple: "a list", dict: "a dict", int: "a number", float: "a number"}
-    return next((word for kind, word in kinds.items() if isinstance(value, kind)), type(value).__name__)
+    names = {str: "a string", list: "a list", tuple: "a list", dict: "a dict", int: "a number", float: "a number"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Any], model: Any) -> Any:
-    """Return `value` as JSON knows it; its arrays go to `tensors` under names that begin with `name`."""
+    """Return `value` as JSON-serializable data; its arrays are added to `tensors` with names prefixed by `name`."""
     if isinstance(value, dict):
         return {key: _pack(v, f"{name}.{key}", tensors, model) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -323,11 +321,11 @@ def _pack(value: Any, name: str, tensors: dict[str, Any], model: Any) -> Any:
 
 
 class _Unpacker:
-    """What undoes `_pack`, for a file that anybody may have written."""
+    """The inverse of `_pack`, for untrusted files."""
 
     def __init__(self, path: Path, file: storage.Reader, model: Any) -> None:
         self.path, self.file, self.model = path, file, model
-        self.names: set[str] = set()  # of the arrays that were asked for
+        self.names: set[str] = set()  # of the arrays read so far
 
     def __call__(self, value: Any, convert: Callable[[Any], Any] = numpy.asarray) -> Any:
         if isinstance(value, list):
@@ -340,22 +338,20 @@ class _Unpacker:
             try:
                 return convert(self.file.read(name))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{self.path}: {name} is no array to be named_state ({error})") from error
+                raise ValueError(f"{self.path}: array {name} cannot be restored ({error})") from error
         if value.keys() == {"param"} and isinstance(index, int) and 0 <= index < len(self.model.params):
             return self.model.params[index]
         if value.keys() in ({"tensor"}, {"param"}):
-            raise ValueError(f"{self.path}: it refers to an array {value} that is neither in it nor in the model")
+            raise ValueError(f"{self.path}: it refers to an array {value} that is in neither the file nor the model")
         return {key: self(v, convert) for key, v in value.items()}
 
 
 def _load_metadata(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the metadata say of a model, an optimizer or a trainer."""
+    """Return the parsed metadata of `kind`: model, optimizer or trainer."""
     try:
-        metadata_of = json.loads(metadata[f"nnx.{kind}"])
+        parsed = json.loads(metadata[f"nnx.{kind}"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata of the {kind} are not JSON ({error})") from error
-    if not isinstance(metadata_of, dict) or not all(
-        isinstance(metadata_of.get(n), t) for n, t in _NEEDED[kind].items()
-    ):
-        raise ValueError(f"{path}: its metadata of the {kind} lack {_join(_NEEDED[kind])}")
-    return metadata_of
+        raise ValueError(f"{path}: the {kind} metadata is not valid JSON ({error})") from error
+    if not isinstance(parsed, dict) or not all(isinstance(parsed.get(n), t) for n, t in _NEEDED[kind].items()):
+        raise ValueError(f"{path}: the {kind} metadata must be a JSON object with the keys {[*_NEEDED[kind]]}")
+    return parsed

@@ -1,4 +1,4 @@
-"""Validation at the public border: floating arrays, weights, gradients, labels, lengths. N rows, C classes."""
+"""Validation of arguments: floating arrays, weights, gradients, labels, lengths. N rows, C classes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _FLOAT32, _FLOAT64, _INT64 = map(numpy.dtype, ("float32", "float64", "int64"))
 def as_floating(x: Any, dtype: Any, name: str) -> Array:
     """Return `x` as a floating array of the array module.
 
-    `dtype=None` keeps a floating dtype and makes integers `result_type(x, float32)`.
+    With `dtype=None` a floating dtype is kept and integers become `result_type(x, float32)`.
     """
     if type(x) is Array and (x.dtype is dtype or (dtype is None and (x.dtype is _FLOAT32 or x.dtype is _FLOAT64))):
-        return x  # nothing to do, as at nearly every call of every layer
+        return x  # the common case
     x = asarray(x, name=name)
     if dtype is None:
         dtype = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.result_type(x.dtype, np.float32)
@@ -40,10 +40,10 @@ def as_floating(x: Any, dtype: Any, name: str) -> Array:
 
 
 def check_grad_output(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return the gradient `dout` of a layer's output in `dtype`, having checked that it would not broadcast."""
+    """Return `dout`, the gradient of a layer's output, cast to `dtype`; raise if its shape is not `shape`."""
     if dout is None:
         raise ValueError(
-            f"{type(layer).__name__}.backward: dout is None, as of a next layer that was made with input_grad=False"
+            f"{type(layer).__name__}.backward: dout is None; the next layer was probably created with input_grad=False"
         )
     if type(dout) is not Array or dout.dtype is not dtype:
         dout = as_floating(dout, dtype, type(layer).__name__)
@@ -55,7 +55,7 @@ def check_grad_output(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any)
 
 
 def as_float(owner: Any, name: str) -> float:
-    """Return the attribute `name` of `owner` as a Python float, so that no NumPy scalar decides about dtypes."""
+    """Return the attribute `name` of `owner` as a Python float; a NumPy scalar would affect dtype promotion."""
     value = getattr(owner, name)
     if type(value) is float:
         return value
@@ -65,12 +65,12 @@ def as_float(owner: Any, name: str) -> float:
 
 
 def loss_grad(layer: Any, dout: Any) -> Any:
-    """Return `dout`, the gradient of the loss of `layer`, as a Python number; an array on the GPU stays there.
+    """Return `dout`, the gradient of the loss of `layer`, as a Python number; a GPU array stays on the GPU.
 
     Raises
     ------
     TypeError, ValueError
-        If `dout` is anything but one real number.
+        If `dout` is not a single real number.
     """
     if type(dout) is int or type(dout) is float:
         return dout
@@ -84,11 +84,11 @@ def loss_grad(layer: Any, dout: Any) -> Any:
 
 
 def check_weights(name: str, **weights: Any) -> None:
-    """Raise a TypeError unless every weight is a floating array of the array module, and computes as such.
+    """Raise a TypeError unless every weight is a floating array of the array module.
 
-    Nothing is converted: a converted copy would no longer be the array that another layer shares,
-    and integer weights would swallow their gradients. A numpy.memmap computes as an array, a
-    numpy.matrix or numpy.ma.MaskedArray does not.
+    Weights are not converted: a converted copy would not be shared with other layers, and integer weights
+    would truncate their updates. Subclasses with other arithmetic (numpy.matrix, numpy.ma.MaskedArray) are
+    rejected; numpy.memmap is accepted.
     """
     for argument, weight in weights.items():
         if (
@@ -104,7 +104,7 @@ def check_weights(name: str, **weights: Any) -> None:
 
 
 def check_same_length(name: str, x: Any, t: Any) -> tuple[Array, Array]:
-    """Return inputs and targets as arrays where they lie, having checked that they have equally many rows."""
+    """Return inputs and targets as arrays on their devices; raise unless they have equally many rows."""
     x, t = as_real_array(x, f"{name}: x"), as_real_array(t, f"{name}: t")
     if x.ndim == 0 or t.ndim == 0 or len(x) != len(t) or len(x) == 0:
         raise ValueError(
@@ -121,20 +121,20 @@ def class_indices(
     Parameters
     ----------
     t : integers in [0, C) of shape (...), or one-hot rows (integers or bools) of `shape`
-        Checked where they lie on the host. To look at labels on the GPU would stop it: there only
-        shape and dtype are checked, and the loss turns a label out of range into NaN.
+        Values are checked on the host only. Reading labels from the GPU would synchronize it, so there only
+        shape and dtype are checked, and a label out of range makes the loss NaN.
     name : str
-        Opens the messages.
+        Prefix of the error messages.
     ignore_label : int or None
-        A label that is taken too, wherever it lies.
+        An additional valid label; it may be outside [0, C).
 
     Raises
     ------
     ValueError
-        If shape, dtype or values are none of these, or the batch is empty.
+        If the shape, dtype or values of the labels are invalid, or the batch is empty.
     """
     if type(t) is Array and t.dtype is _INT64 and t.shape == shape[:-1] and t.size and kernels.in_range(t, shape[-1]):
-        return t  # as at nearly every call
+        return t  # the common case
     t = as_real_array(t, name)
     if not shape:
         raise ValueError(f"{name}: scores must have an axis for the classes, got a single number")
@@ -144,14 +144,14 @@ def class_indices(
         hint = "; use argmax(axis=-1)" if t.shape == shape else "; convert them with astype(int)"
         raise ValueError(f"{name}: labels must be integers in [0, {classes}) or one-hot, got {t.dtype} {t.shape}{hint}")
     if t.size == 0:
-        raise ValueError(f"{name}: the batch is empty, and a mean over no rows has no value")
+        raise ValueError(f"{name}: the batch is empty, so the mean is undefined")
     if t.shape == rows:
         _check_range(t, classes, name, "labels", ignore_label)
         indices = t if kind == "i" else t.astype(np.int64)
     elif t.shape == shape:
         indices = t.argmax(axis=-1)
         if isinstance(t, numpy.ndarray) and not _is_one_hot(t, indices):
-            raise ValueError(f"{name}: every one-hot row must hold a single 1 among zeros")
+            raise ValueError(f"{name}: every one-hot row must hold a single 1 and otherwise zeros")
     else:
         raise ValueError(
             f"{name}: labels must be integers of shape {rows} or one-hot of shape {shape}, got shape {t.shape}"
@@ -160,9 +160,9 @@ def class_indices(
 
 
 def check_range(idx: Any, stop: int, name: str, what: str, ignored: int | None = None) -> Array:
-    """Return `idx` as an integer array of the array module; on the host its values must lie in [0, stop).
+    """Return `idx` as an integer array of the array module; raise if host values are outside [0, stop).
 
-    Those that are `ignored` are not looked at.
+    Values equal to `ignored` are not checked.
     """
     idx = as_real_array(idx, name)
     if idx.dtype.kind not in "iu":
@@ -176,7 +176,7 @@ def _check_range(idx: Array, stop: int, name: str, what: str, ignored: int | Non
         idx = idx[idx != ignored] if isinstance(idx, numpy.ndarray) else idx
     if not kernels.in_range(idx, stop):
         low, high = idx.min(), idx.max()
-        raise ValueError(f"{name}: {what} must lie in [0, {stop}), got {low if low < 0 else high}")
+        raise ValueError(f"{name}: {what} must be in [0, {stop}), got {low if low < 0 else high}")
 
 
 def _is_one_hot(t: numpy.ndarray, indices: numpy.ndarray) -> bool:

@@ -1,6 +1,6 @@
-"""Arrays crossing the border: between host and device, and from the caller into a layer.
+"""Conversion of arguments to arrays, transfers between host and device, and queries of the device.
 
-Everything here works alike on both devices; on the CPU a move is no copy.
+All functions work on both devices; on the CPU a transfer copies nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from nnx.np import Array, np
 
 _ARRAYS = (Array, numpy.ndarray)
 _cupy: Any = np  # CuPy ships no types; used only where GPU is True
-quiet = numpy.errstate(under="ignore")  # decorates what may underflow: a product that vanishes is 0, and right
+quiet = numpy.errstate(under="ignore")  # decorator for functions that may underflow: a result of 0 is correct there
 _FLOAT32, _FLOAT64 = numpy.dtype("float32"), numpy.dtype("float64")
-_LARGE = 1 << 26  # bytes, from which CuPy's pinned copy of what it uploads, never given back, would be felt
+_LARGE = 1 << 26  # bytes; CuPy copies an upload to pinned memory that it never frees
 
 __all__ = ["asarray", "synchronize", "to_cpu", "to_gpu"]
 
 
 def to_cpu(x: Any) -> numpy.ndarray:
-    """Return `x` as a NumPy array; on the GPU this waits for the work that makes `x`."""
+    """Return `x` as a NumPy array; on the GPU this waits for pending work on `x`."""
     return _cupy.asnumpy(x) if GPU else numpy.asarray(x)
 
 
@@ -34,7 +34,7 @@ def to_gpu(x: Any) -> Array:
     Raises
     ------
     RuntimeError
-        Without `NNX_GPU=1`: there is no GPU to move to, and no layer that would take the result.
+        If `NNX_GPU` is not on: the array module is then NumPy, and no layer accepts CuPy arrays.
     """
     if not GPU:
         raise RuntimeError("to_gpu: nnx runs on NumPy; start Python with NNX_GPU=1 to train on the GPU")
@@ -42,14 +42,14 @@ def to_gpu(x: Any) -> Array:
 
 
 def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
-    """Return `x`, an array of either module or a nested list, as an array of the array module.
+    """Convert `x`, a NumPy or CuPy array or a nested list, to an array of the array module.
 
-    No copy is made where `x` is one already and has `dtype`.
+    `x` is not copied if it already is such an array with `dtype`.
 
     Raises
     ------
     TypeError
-        If `x` does not hold numbers: strings, None, objects. `name` opens the message.
+        If `x` does not hold numbers (strings, None, objects). `name` is the prefix of the message.
     ValueError
         If `x` is a ragged list.
     """
@@ -65,7 +65,7 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
 
 
 def as_real_array(x: Any, name: str) -> Array:
-    """Return `x` as an array of real numbers where it lies: lists become host arrays."""
+    """Return `x` as an array of real numbers without moving it between devices; lists become host arrays."""
     if not isinstance(x, _ARRAYS):
         for part in x if isinstance(x, list | tuple) else ():
             check_unmasked(part, name)
@@ -75,12 +75,12 @@ def as_real_array(x: Any, name: str) -> Array:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: expected an array or a list of numbers, got {describe(x)} ({error})") from error
         if x.dtype.kind == "O":
-            held = " of what fits no number dtype" if isinstance(given, list | tuple) else ""
-            raise TypeError(f"{name}: expected real numbers, got {describe(given)}{held}")
+            of = " of objects without a numeric dtype" if isinstance(given, list | tuple) else ""
+            raise TypeError(f"{name}: expected real numbers, got {describe(given)}{of}")
     check_unmasked(x, name)
     if x.dtype.kind not in "fiub":
         raise TypeError(
-            f"{name}: expected real numbers, got {x.dtype}; convert with astype(...) or leave out what is no number"
+            f"{name}: expected real numbers, got {x.dtype}; convert with astype(...) or remove non-numeric columns"
         )
     return x
 
@@ -92,21 +92,21 @@ def check_unmasked(x: Any, name: str) -> None:
 
 
 def is_writable(x: Array) -> bool:
-    """Return whether `x` may be written into; CuPy's arrays always may."""
+    """Return whether `x` is writable; CuPy arrays always are."""
     return GPU or x.flags.writeable
 
 
 def address(x: Any) -> int:
-    """Return where the first element of `x` lies in memory."""
+    """Return the memory address of the first element of `x`."""
     return int(x.data.ptr if GPU else x.ctypes.data)
 
 
 def chunk_bytes(x: Any) -> int:
     """Return how many bytes of the training data `x` to gather at a time.
 
-    On the CPU what fits beside a step in the second-level cache; on the GPU, where a gather is two
-    launches whatever its size, a quarter of the free memory: a whole epoch of most data. It waits while
-    the host gathers what did not fit there, so that goes in smaller pieces.
+    On the CPU a chunk fits in the L2 cache beside the data of a step. On the GPU, where a gather takes two
+    launches whatever its size, it is a quarter of the free memory: a whole epoch for most data. The GPU is idle
+    while the host gathers data that does not fit in device memory, so those chunks are smaller.
     """
     if not GPU:
         return 1 << 18
@@ -114,53 +114,53 @@ def chunk_bytes(x: Any) -> int:
 
 
 def fits_on_device(*arrays: Any) -> bool:
-    """Return whether those of `arrays` that are on the host may be moved and leave half of the device's memory free."""
+    """Return whether moving the host arrays among `arrays` takes at most half of the free device memory."""
     return not GPU or sum(a.nbytes for a in arrays if not isinstance(a, Array)) <= _free_bytes() // 2
 
 
 def _free_bytes() -> int:
-    """Return the device's free memory, with what CuPy's pool keeps for the next arrays."""
+    """Return the free device memory, including the free blocks of CuPy's memory pool."""
     return int(_cupy.cuda.runtime.memGetInfo()[0] + _cupy.get_default_memory_pool().free_bytes())
 
 
 def devices() -> int:
-    """Return how many GPUs this process sees; on the CPU 0."""
+    """Return the number of GPUs visible to this process; 0 on the CPU."""
     return int(_cupy.cuda.runtime.getDeviceCount()) if GPU else 0
 
 
 def bus_id() -> str:
-    """Return where on this machine's bus the GPU in use sits; on the CPU nothing."""
+    """Return the PCI bus id of the current GPU; an empty string on the CPU."""
     return str(_cupy.cuda.Device().pci_bus_id) if GPU else ""
 
 
 def set_device(index: int) -> None:
-    """Make GPU number `index`, counted round those that are there, the one that arrays are made on."""
+    """Make GPU `index`, modulo the number of GPUs, the current device."""
     if GPU:
         _cupy.cuda.Device(index % devices()).use()
 
 
 def empty_pinned_like(x: Array) -> Any:
-    """Return uninitialised host memory like `x` that the GPU copies from and to by itself; on the CPU `x`."""
+    """Return an uninitialized array like `x` in pinned host memory; on the CPU `x` itself."""
     return importlib.import_module("cupyx").empty_pinned(x.shape, x.dtype) if GPU else x
 
 
 def nccl() -> Any:
-    """Return CuPy's door to NCCL, or None where there is no NCCL, as on the CPU."""
+    """Return CuPy's NCCL module, or None if NCCL is unavailable, as on the CPU."""
     if not GPU:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that NCCL is not installed, which is what is asked
+        warnings.simplefilter("ignore")  # CuPy warns if NCCL is not installed
         library = importlib.import_module("cupy.cuda.nccl")
     return library if library.available else None
 
 
 def current_stream_ptr() -> int:
-    """Return the address of CuPy's current stream; on the CPU 0."""
+    """Return the address of CuPy's current stream; 0 on the CPU."""
     return int(_cupy.cuda.get_current_stream().ptr) if GPU else 0
 
 
 def synchronize() -> None:
-    """Wait until the GPU has done what its current stream was asked for; on the CPU there is nothing to wait for."""
+    """Wait until the GPU has finished all work queued on its current stream; a no-op on the CPU."""
     if GPU:
         _cupy.cuda.get_current_stream().synchronize()
 
@@ -171,7 +171,7 @@ def array_module() -> str:
 
 
 def describe_gpu() -> list[tuple[str, str]]:
-    """Return the versions of CuPy and CUDA and the GPU in use, as rows for `show_config`; on the CPU none."""
+    """Return the versions of CuPy and CUDA and the current GPU as rows for `show_config`; no rows on the CPU."""
     if not GPU:
         return []
     runtime = _cupy.cuda.runtime
@@ -185,7 +185,7 @@ def describe_gpu() -> list[tuple[str, str]]:
 
 
 def describe(x: Any) -> str:
-    """Say what `x` is, for an error: its type, and the dtype of an array."""
+    """Describe `x` for an error message: its type, and the dtype of an array."""
     kind = type(x)
     where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{where}{kind.__qualname__}" + (f" of {x.dtype}" if hasattr(x, "dtype") else "")

@@ -1,8 +1,8 @@
-"""Many processes that train as one: `comm = init()`, on MPI through mpi4py, with NCCL between GPUs.
+"""Data-parallel training in several processes: `comm = init()`, on MPI through mpi4py, with NCCL between GPUs.
 
 Each of R processes, the ranks, holds the whole model, computes the gradients of its rows of a batch,
-and takes the same step with the sum over all ranks. `Trainer(..., comm=comm)` does so; in a loop of
-your own:
+and takes the same step with the sum over all ranks. `Trainer(..., comm=comm)` does so; in a custom
+training loop:
 
     comm = nnx.distributed.init()  # first, before the data and the model
     comm.broadcast(model.params)
@@ -13,12 +13,12 @@ your own:
         comm.allreduce_gradients(model.grads, len(x[part]) / len(x))
         optimizer.update(model.params, model.grads)
 
-Started with `mpiexec -n 4 python -m mpi4py train.py`: without `-m mpi4py` nobody notices a rank that leaves
-by sys.exit while the others wait in calls of their own on `comm.mpi` (all else ends the job either way), nor a
-launcher other than those of MPICH, Intel, Open MPI, Slurm and PyTorch.
+Start with `mpiexec -n 4 python -m mpi4py train.py`. Without `-m mpi4py` the job hangs if a rank exits by sys.exit
+while the others wait in their own calls on `comm.mpi` (all other failures end the job either way), and only the
+launchers of MPICH, Intel, Open MPI, Slurm and PyTorch are detected.
 
-Only gradients are summed. Each rank keeps its own statistics in BatchNorm, which sees the rank's rows
-alone, and its own dropout masks: layers made with the same seed draw the same masks on every rank.
+Only gradients are summed. BatchNorm statistics are computed from each rank's own rows and are not synchronized.
+Dropout masks are drawn on each rank: layers with the same seed draw the same masks on every rank.
 """
 
 from __future__ import annotations
@@ -52,33 +52,32 @@ from nnx.np import Array, np
 
 __all__ = ["Comm", "init"]
 
-# What the launchers tell a process about the number of ranks: MPICH and Intel, Open MPI, srun, torchrun.
+# Environment variables with the number of ranks: MPICH and Intel, Open MPI, srun, torchrun.
 _LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
-_MAX_PLANS = 4  # that are trained in turns, for each of which a buffer is kept
-_ABORT_TIMEOUT = 5  # seconds, for which a rank that failed lets the others save what they have
+_MAX_PLANS = 4  # models trained alternately whose buffers are kept
+_ABORT_TIMEOUT = 5  # seconds that a failed rank leaves the others to save their state
 
 
 def init(cuda_aware: bool = False) -> Comm:
-    """Join the ranks that a launcher such as mpiexec has started, and return what connects them.
+    """Join the ranks started by a launcher such as mpiexec, and return their communicator.
 
-    Call it first: it picks the GPU by the rank on this machine, gives BLAS its share of the cores, and sees
-    to it that a rank that fails from here on, or ends while others wait for it, ends the job; for one that
-    failed before, MPICH lets the others wait for ever. Without a launcher there is one rank, and nothing is
-    imported. Later calls return the same object.
+    Call it first: it selects the GPU by the local rank, limits BLAS to this rank's share of the cores, and
+    aborts the job if from then on a rank fails, or exits while others wait for it; MPICH does not abort the
+    job if a rank fails before init(). Without a launcher there is one rank, and nothing is imported. Later
+    calls return the same object.
 
     Parameters
     ----------
     cuda_aware : bool
-        True hands CuPy arrays to MPI as they are, which crashes unless that MPI was built for CUDA. By
-        default they go by NCCL where it is installed and each rank has a GPU to itself, and else
-        through host memory.
+        If True, pass CuPy arrays directly to MPI, which crashes unless MPI was built for CUDA. By default they
+        are sent by NCCL if it is installed and no two ranks share a GPU, and otherwise through host memory.
 
     Raises
     ------
     ImportError
-        If there is a launcher and no mpi4py.
+        If there is a launcher, but mpi4py is not installed.
     RuntimeError
-        If no MPI library can be loaded, or if the launcher says several ranks and MPI says one.
+        If no MPI library can be loaded, or if the launcher reports several ranks and MPI only one.
     """
     if not _instance:
         _instance.append(_connect(cuda_aware))
@@ -90,48 +89,48 @@ _instance: list[Comm] = []
 
 def _connect(cuda_aware: bool) -> Comm:
     counts = {name: os.environ.get(name, "") for name in _LAUNCHERS}
-    told = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), "nothing")
-    asked = {"mpi4py.run", "mpi4py.MPI"} & sys.modules.keys()  # by `python -m mpi4py`, or by the script
-    if told == "nothing" and not asked:
+    reported = next((f"{v} ranks ({k}={v})" for k, v in counts.items() if v.isdecimal() and int(v) > 1), "no ranks")
+    imported = {"mpi4py.run", "mpi4py.MPI"} & sys.modules.keys()  # by `python -m mpi4py`, or by the script
+    if reported == "no ranks" and not imported:
         return Comm()
     try:
         MPI: Any = importlib.import_module("mpi4py.MPI")
         threads: Any = importlib.import_module("threadpoolctl")
     except ImportError as error:
         raise ImportError(
-            f"nnx.distributed: the launcher says {told}, but {error.name} cannot be imported: "
+            f"nnx.distributed: the launcher reports {reported}, but {error.name} cannot be imported: "
             "pip install mpi4py threadpoolctl"
         ) from error
     except RuntimeError as error:
         raise RuntimeError(
-            f"nnx.distributed: the launcher says {told}, but mpi4py finds no MPI library ({error}): load the MPI "
-            "module of your cluster, or on a machine of your own pip install mpich"
+            f"nnx.distributed: the launcher reports {reported}, but mpi4py finds no MPI library ({error}): load the "
+            "MPI module of your cluster, or on your own machine pip install mpich"
         ) from error
     if MPI.COMM_WORLD.size == 1:
-        if told == "nothing":
+        if reported == "no ranks":
             return Comm()
         version = " ".join(MPI.Get_library_version().split()).partition(",")[0]
         raise RuntimeError(
-            f"nnx.distributed: the launcher says {told}, but MPI says 1: mpi4py has loaded "
-            f"{version:.40}, which this launcher does not belong to; start with the "
+            f"nnx.distributed: the launcher reports {reported}, but MPI reports 1: mpi4py has loaded "
+            f"{version:.40}, which does not belong to this launcher; start with the "
             "mpiexec of that MPI (under Slurm srun --mpi=...), or set MPI4PY_LIBMPI to the launcher's library"
         )
     return Comm(MPI, threads, cuda_aware)
 
 
 class Comm:
-    """The ranks that train together; made by `init`.
+    """The communicator of the ranks that train together; created by `init`.
 
-    All methods but `shard` are collective: every rank calls them, in the same order.
+    All methods except `shard` are collective: every rank must call them, in the same order.
 
     Attributes
     ----------
     rank, size : int
-        Which of how many ranks this process is.
+        The index of this process, and the number of ranks.
     local_rank, local_size : int
-        The same among the ranks of this machine.
+        The same among the ranks on this machine.
     mpi : mpi4py.MPI.Comm or None
-        All ranks, for calls of your own; None where there is one.
+        The MPI communicator of all ranks, for custom calls; None if there is only one rank.
     """
 
     rank = local_rank = 0
@@ -148,20 +147,20 @@ class Comm:
         self.local_rank, self.local_size = local.rank, local.size
         self._plans: dict[Any, tuple[list[Array], list[_Bucket]]] = {}
         self._collectives_started, self._window = _rma_counter(MPI)
-        self._ending = self.mpi.Dup()  # where no other call can come between
+        self._ending = self.mpi.Dup()  # a separate communicator, so that no other collective call interferes
         self._failed = False
         self._except = sys.excepthook
         sys.excepthook = self._excepthook
         atexit.register(self._shutdown)
         hosts = self.mpi.gather(f"{MPI.Get_processor_name()}:{os.getpid()}")
-        if hosts:  # launchers name a process that was killed, and not its rank
+        if hosts:  # a launcher reports a killed process by its pid, not by its rank
             sys.stderr.write(f"nnx: ranks 0 to {self.size - 1} are the processes {', '.join(hosts)}\n")
         self.assert_equal_on_ranks("nnx.distributed", **{"the array module": np.__name__})
 
         set_device(self.local_rank)
-        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count() or 1)}
-        sharers = sum(not mine.isdisjoint(cores) for cores in local.allgather(mine))
-        share = max(1, len(mine) // sharers)
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count() or 1)}
+        sharers = sum(not cores.isdisjoint(others) for others in local.allgather(cores))
+        share = max(1, len(cores) // sharers)
         threads.threadpool_limits(min([share, *(pool["num_threads"] for pool in threads.threadpool_info())]))
 
         library = None if cuda_aware else nccl()
@@ -170,18 +169,18 @@ class Comm:
         self._nccl = _Nccl(library, self.mpi) if usable else None
 
     def shard(self, n: int) -> slice:
-        """Return this rank's share of `n` rows; the shares differ by at most one row, the first are the larger."""
-        least, more = divmod(n, self.size)
-        start = self.rank * least + min(self.rank, more)
-        return slice(start, start + least + (self.rank < more))
+        """Return this rank's slice of `n` rows; the sizes differ by at most one row, the larger slices first."""
+        rows, remainder = divmod(n, self.size)
+        start = self.rank * rows + min(self.rank, remainder)
+        return slice(start, start + rows + (self.rank < remainder))
 
     def broadcast(self, arrays: Iterable[Array]) -> None:
-        """Write the arrays of rank 0, on either device, into those of the other ranks.
+        """Copy the arrays of rank 0, on the host or the device, into those of the other ranks.
 
         Raises
         ------
         ValueError
-            On all ranks, if their number, shapes or dtypes differ; it names a rank and what it has.
+            On all ranks, if the number, shapes or dtypes of the arrays differ; it names a differing rank.
         """
         if self.size == 1:
             return
@@ -196,16 +195,16 @@ class Comm:
                 a[...] = host if isinstance(a, numpy.ndarray) else asarray(host)
 
     def allreduce_gradients(self, grads: Iterable[Array], share: float) -> None:
-        """Make the gradients of this rank's rows, in place, those of the whole batch: the sum of grads * share.
+        """Replace the gradients of this rank's rows, in place, by those of the whole batch: the sum of grads * share.
 
-        All ranks get the same bits.
+        The result is bitwise identical on all ranks.
 
         Parameters
         ----------
         grads : arrays of the same shapes and dtypes on all ranks
-            Those of a loss that is a mean over rows.
+            The gradients of a loss that is a mean over rows.
         share : float
-            This rank's part of the rows of the batch. A rank without rows passes 0; its `grads` are not read.
+            This rank's fraction of the rows of the batch. A rank without rows passes 0; its `grads` are not read.
         """
         grads = list(grads)
         for g, mean in zip(grads, self.allreduce(grads, share)[0], strict=True):
@@ -213,11 +212,11 @@ class Comm:
                 g[...] = mean
 
     def allreduce(self, grads: Iterable[Array], share: float, *scalars: Any) -> tuple[list[Array], list[float]]:
-        """Return what `allreduce_gradients` writes, and the sums of `scalars`, by one all-reduce for each dtype.
+        """Return the results of `allreduce_gradients`, and the sums of `scalars`, with one all-reduce per dtype.
 
-        The gradients lie in a buffer that the next call overwrites, which saves a copy; `grads` are only read.
-        float16 is summed, and so returned, in float32 and then written into `grads`. The scalars travel in the
-        dtype of the largest gradients; on the GPU they are waited for.
+        The returned gradients are views of a buffer that the next call overwrites, which saves a copy; only float16,
+        which is summed in float32, is written into `grads` and returned from there. The scalars are summed in the
+        widest dtype of the gradients; on the GPU the call waits for them.
         """
         grads = list(grads)
         if self.size == 1:
@@ -227,7 +226,7 @@ class Comm:
             if len(self._plans) == _MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[layout] = _make_buckets(grads, len(scalars), pin=not self.cuda_aware and self._nccl is None)
-        views, flats = self._plans[layout]
+        views, buckets = self._plans[layout]
         for g, view in zip(grads, views, strict=True):
             if share:
                 with numpy.errstate(under="ignore"):
@@ -235,18 +234,18 @@ class Comm:
             else:
                 view[...] = 0
         for i, scalar in enumerate(scalars):
-            flats[-1].device[i - len(scalars)] = scalar
+            buckets[-1].device[i - len(scalars)] = scalar
         self._collectives_started += 1
-        for flat in flats:
-            self._allreduce(flat)
-        sums = to_cpu(flats[-1].host[len(flats[-1].host) - len(scalars) :]).tolist() if scalars else []
+        for bucket in buckets:
+            self._allreduce(bucket)
+        sums = to_cpu(buckets[-1].host[len(buckets[-1].host) - len(scalars) :]).tolist() if scalars else []
         for g, view in zip(grads, views, strict=True):
             if g.dtype != view.dtype:
                 g[...] = view
         return [v if g.dtype == v.dtype else g for g, v in zip(grads, views, strict=True)], sums
 
     def all_sum(self, *scalars: Any) -> Any:
-        """Return the sum of a number over all ranks, of several numbers a list; in float64."""
+        """Return the sum of each scalar over all ranks, in float64: a number, or a list for several scalars."""
         total = numpy.array([float(s) for s in scalars])
         if self.size > 1:
             self._collectives_started += 1
@@ -254,13 +253,13 @@ class Comm:
         return total.item() if len(scalars) == 1 else total.tolist()
 
     def barrier(self) -> None:
-        """Wait until all ranks have come here."""
+        """Wait until all ranks have reached this call."""
         if self.size > 1:
             self._collectives_started += 1
             self.mpi.Barrier()
 
     def main_process_first(self, function: Callable[[], Any]) -> Any:
-        """Return what `function` returns or raises, called on rank 0 before the others: it may tidy up, or download."""
+        """Run `function`, such as a download, on rank 0 first, then on the other ranks; return its result."""
         if self.rank > 0:
             self.barrier()
         try:
@@ -270,29 +269,29 @@ class Comm:
                 self.barrier()
 
     def assert_equal_on_ranks(self, what: str, **values: Any) -> None:
-        """Raise a ValueError on all ranks unless `values` are the same everywhere; `what` opens the message."""
+        """Raise a ValueError on all ranks unless `values` are equal on all of them; `what` starts the message."""
         if self.size == 1:
             return
         self._collectives_started += 1
         first, *others = self.mpi.allgather(values)
-        for rank, theirs in enumerate(others, 1):
+        for rank, other in enumerate(others, 1):
             for name, value in first.items():
-                if theirs[name] != value:
+                if other[name] != value:
                     raise ValueError(
                         f"{what}: {name} must be the same on all ranks, but is {value} on rank 0 "
-                        f"and {theirs[name]} on rank {rank}"
+                        f"and {other[name]} on rank {rank}"
                     )
 
-    def __reduce__(self) -> Any:  # a copy, as of a Trainer, is the same ranks
+    def __reduce__(self) -> Any:  # a copy, for example with a Trainer, refers to the same ranks
         return (init if self.size > 1 else Comm), ()
 
     def __repr__(self) -> str:
-        way = "" if self.size == 1 else ", MPI" if self._nccl is None else ", NCCL"
-        return f"Comm(rank {self.rank} of {self.size}, {self.local_rank} of {self.local_size} on this machine{way})"
+        backend = "" if self.size == 1 else ", MPI" if self._nccl is None else ", NCCL"
+        return f"Comm(rank {self.rank} of {self.size}, {self.local_rank} of {self.local_size} on this machine{backend})"
 
-    def _allreduce(self, flat: _Bucket) -> None:
+    def _allreduce(self, bucket: _Bucket) -> None:
         """Sum a buffer over all ranks, in place."""
-        device, host = flat
+        device, host = bucket
         if self._nccl is not None:
             self._nccl.sum(device)
             return
@@ -304,9 +303,9 @@ class Comm:
             device.set(host)
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Print an uncaught exception with the rank that raised it; `_shutdown` comes after it.
+        """Print an uncaught exception with the rank that raised it; `_shutdown` runs after it.
 
-        In one piece, as the lines of several ranks would mix; and of Ctrl-C, which all ranks get, rank 0 prints more.
+        In one write, so that the output of ranks does not mix. Only rank 0 prints the traceback of Ctrl-C, sent to all.
         """
         self._failed = True
         with contextlib.redirect_stderr(io.StringIO()) as text:
@@ -315,73 +314,73 @@ class Comm:
         sys.stderr.write(f"nnx: rank {self.rank} of {self.size} ends with {kind.__name__}: {error}\n{text.getvalue()}")
 
     def _shutdown(self) -> None:
-        """Leave when all ranks leave; end the job if another waits for this one, which is gone.
+        """Wait for all ranks to exit; abort the job if another rank waits for this one in a collective call.
 
-        Such a rank has begun more collective calls than this one ever will. It is enough to look at the
-        next rank: one of those that are gone is followed by one that is not.
+        A waiting rank has started more collective calls than this one. Checking the next rank is enough: some
+        exited rank always precedes a running one.
         """
         if self._MPI.Is_finalized():
             return
-        done, theirs, begin = self._ending.Ibarrier(), numpy.empty(1, numpy.int64), time.monotonic()
+        done, started, begin = self._ending.Ibarrier(), numpy.empty(1, numpy.int64), time.monotonic()
         while not done.Test():
             neighbour = (self.rank + 1) % self.size
             self._window.Lock(neighbour, self._MPI.LOCK_SHARED)
-            self._window.Get(theirs, neighbour)
+            self._window.Get(started, neighbour)
             self._window.Unlock(neighbour)
-            late = time.monotonic() - begin
-            if theirs > self._collectives_started or (self._failed and late > _ABORT_TIMEOUT):
+            elapsed = time.monotonic() - begin
+            if started > self._collectives_started or (self._failed and elapsed > _ABORT_TIMEOUT):
                 why = "failed" if self._failed else "has ended before the others (by sys.exit, or with fewer steps)"
                 sys.stderr.write(f"nnx: rank {self.rank} of {self.size} {why}: the job is aborted\n")
                 sys.stdout.flush()
                 sys.stderr.flush()
-                time.sleep(1)  # an aborting launcher drops what it has not read yet, and may be busy
+                time.sleep(1)  # the launcher drops output that it has not read before the abort
                 self.mpi.Abort(1)
-            time.sleep(min(0.05, 0.001 + late / 10))
+            time.sleep(min(0.05, 0.001 + elapsed / 10))
         self._window.Free()
 
 
 class _Nccl:
-    """Sums device buffers by NCCL, whose ranks find each other by a name that MPI carries."""
+    """All-reduce of device buffers by NCCL, whose unique id MPI broadcasts."""
 
     def __init__(self, library: Any, mpi: Any) -> None:
-        name = mpi.bcast(library.get_unique_id() if mpi.rank == 0 else None)
-        self.communicator = library.NcclCommunicator(mpi.size, name, mpi.rank)
-        self.kinds = {"f": library.NCCL_FLOAT32, "d": library.NCCL_FLOAT64}
+        unique_id = mpi.bcast(library.get_unique_id() if mpi.rank == 0 else None)
+        self.communicator = library.NcclCommunicator(mpi.size, unique_id, mpi.rank)
+        self.dtypes = {"f": library.NCCL_FLOAT32, "d": library.NCCL_FLOAT64}
         self.operation = library.NCCL_SUM
 
     def sum(self, device: Array) -> None:
-        """Put the sum into CuPy's current stream: what comes after it there sees it, and the host does not wait."""
-        where = address(device)
+        """Enqueue the in-place sum on CuPy's current stream, without waiting for it on the host."""
+        pointer = address(device)
         self.communicator.allReduce(
-            where, where, device.size, self.kinds[device.dtype.char], self.operation, current_stream_ptr()
+            pointer, pointer, device.size, self.dtypes[device.dtype.char], self.operation, current_stream_ptr()
         )
 
 
 class _Bucket(NamedTuple):
-    """A buffer that one all-reduce sums, and the host memory that MPI sees of it: itself where no copy is made."""
+    """The buffer of one all-reduce, and the host memory passed to MPI: the same object if no copy is needed."""
 
     device: Any
     host: Any
 
 
 def _make_buckets(grads: Sequence[Array], scalars: int, pin: bool) -> tuple[list[Array], list[_Bucket]]:
-    """Return a buffer for each dtype, `scalars` behind the last and largest, and the views of them that are `grads`."""
-    wire = [np.dtype(np.float32 if g.dtype.itemsize == 2 else g.dtype) for g in grads] or [np.dtype(np.float32)]
-    views, flats = {}, []
-    for dtype in sorted(set(wire), key=lambda d: d.itemsize):
-        members = [i for i, g in enumerate(grads) if wire[i] == dtype]
+    """Return views for `grads`, and one bucket per dtype; the last, of the widest dtype, ends with the `scalars`."""
+    dtypes = [np.dtype(np.float32 if g.dtype.itemsize == 2 else g.dtype) for g in grads] or [np.dtype(np.float32)]
+    views, buckets = {}, []
+    for dtype in sorted(set(dtypes), key=lambda d: d.itemsize):
+        members = [i for i in range(len(grads)) if dtypes[i] == dtype]
         ends = list(itertools.accumulate((grads[i].size for i in members), initial=0))
         device = np.zeros(ends[-1] + scalars, dtype)
         for i, start, end in zip(members, ends, ends[1:], strict=False):
             views[i] = device[start:end].reshape(grads[i].shape)
-        flats.append(_Bucket(device, empty_pinned_like(device) if pin else device))
-    return [views[i] for i in range(len(grads))], flats
+        buckets.append(_Bucket(device, empty_pinned_like(device) if pin else device))
+    return [views[i] for i in range(len(grads))], buckets
 
 
 def _rma_counter(MPI: Any) -> tuple[Any, Any]:
-    """Return a count that starts at 0, and the window through which the other ranks read it."""
+    """Return a counter that starts at 0, and the RMA window through which the other ranks read it."""
     window = MPI.Win.Allocate(8, comm=MPI.COMM_WORLD)
-    begun = numpy.frombuffer(window, numpy.int64)
-    begun[...] = 0
+    counter = numpy.frombuffer(window, numpy.int64)
+    counter[...] = 0
     MPI.COMM_WORLD.Barrier()
-    return begun, window
+    return counter, window

@@ -1,7 +1,7 @@
-"""The chapter's functions on arrays of any number of axes.
+"""The functions of the chapter, for arrays of any number of axes.
 
-N rows (all leading axes together), C classes: the last axis. A floating dtype is kept, integers
-become `result_type(x, float32)`; host arrays and lists are moved to the active device.
+N rows (product of all leading axes), C classes (last axis). A floating dtype is kept, integers
+become `result_type(x, float32)`; host arrays and lists are converted to the array module.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ __all__ = ["cross_entropy_error", "relu", "sigmoid", "softmax"]
 
 
 def sigmoid(x: Any) -> Array:
-    """Return 1 / (1 + exp(-x)), elementwise and without overflow.
+    """Return 1 / (1 + exp(-x)), elementwise, without overflow.
 
-    Results below the smallest normal number of the dtype may be 0.
+    Results below the smallest normal number of the dtype may be flushed to 0.
     """
     x = as_floating(x, None, "sigmoid")
     return kernels.sigmoid(x.reshape(x.shape or 1)).reshape(x.shape)
 
 
 def relu(x: Any) -> Array:
-    """Return max(x, 0), elementwise; NaN stays NaN."""
+    """Return max(x, 0), elementwise; NaN propagates."""
     return kernels.relu(as_floating(x, None, "relu"))
 
 
 def softmax(x: Any) -> Array:
     """Return exp(x) / sum(exp(x)) over the last axis.
 
-    The maximum is subtracted first, so nothing overflows. Where it is infinite the result is the
-    limit: infinite scores share the weight of their row.
+    The maximum is subtracted first to avoid overflow. If the maximum is infinite, the result is the
+    limit: the elements equal to +inf share the probability mass of their row equally.
     """
     return kernels.softmax(as_floating(x, None, "softmax"))
 
 
 def cross_entropy_error(y: Any, t: Any) -> Scalar:
-    """Return the mean of -log(y[t]) over the rows of the probabilities `y`.
+    """Return the mean of -log(y[t]) over the rows of `y`.
 
     Parameters
     ----------
     y : (N, C) or (C,)
-        Probabilities. One of exactly 0 at the label gives an infinite loss; the source adds 1e-7
-        inside the logarithm. `layers.SoftmaxWithLoss` starts from scores and has neither problem.
+        Probabilities. A probability of exactly 0 at the label gives an infinite loss; the book adds 1e-7
+        inside the logarithm. `layers.SoftmaxWithLoss` computes the loss from scores and needs neither.
     t : (N,) or (N, C); for one row an integer or (C,)
         Labels, as for `class_indices`.
     """

@@ -1,4 +1,4 @@
-"""What nnx runs on: versions, device, kernels, BLAS and threads."""
+"""The configuration nnx runs with: versions, device, kernels, BLAS and threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["show_config"]
 
 
 def show_config() -> None:
-    """Print what nnx runs on: versions, device, kernels, BLAS and threads."""
+    """Print the configuration: versions, device, kernels, BLAS and threads."""
     rows = [
         ("nnx", f"{__version__} on {device.array_module()}"),
         ("Python", f"{sys.version.split()[0]}, {platform.platform()}"),
@@ -27,11 +27,11 @@ def show_config() -> None:
         ("threads", _threads()),
         *device.describe_gpu(),
     ]
-    print("\n".join(f"{name:10}{value}" for name, value in rows))  # noqa: T201 - its purpose
+    print("\n".join(f"{name:10}{value}" for name, value in rows))  # noqa: T201 - printing is its purpose
 
 
 def _kernels() -> str:
-    """Return which kernels are used, with their instruction set, or why the native ones are not."""
+    """Return the kernels in use, with their instruction set, or why the native ones are not used."""
     if kernels.KERNELS == "native":
         native: Any = importlib.import_module("nnx.kernels.native")
         return f"native ({native.INSTRUCTIONS})"
@@ -44,7 +44,7 @@ def _kernels() -> str:
 
 
 def _blas() -> str:
-    """Return NumPy's BLAS and, where threadpoolctl is installed and knows it, the architecture of its kernels."""
+    """Return NumPy's BLAS and, if threadpoolctl reports it, the architecture of its kernels."""
     blas: Any = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
     try:
         pools: list[dict[str, Any]] = importlib.import_module("threadpoolctl").threadpool_info()
@@ -55,7 +55,7 @@ def _blas() -> str:
 
 
 def _threads() -> str:
-    """Return the limits set by environment variables, or the number of cores."""
+    """Return the thread limits set by environment variables, or the number of cores."""
     variables = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
     limits = [f"{name}={os.environ[name]}" for name in variables if name in os.environ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,6 +1,6 @@
-"""Initial weights, drawn on the host: the same seed gives the same numbers on both devices.
+"""Weight initializers; the same seed gives the same weights on both devices.
 
-Numbers are drawn in float64 and then cast and moved. D inputs (fan-in), H outputs (fan-out).
+Weights are drawn on the host in float64, then cast and moved. D inputs (fan-in), H outputs (fan-out).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["he", "normal", "xavier"]
 
 
 def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return normal numbers of mean 0 and standard deviation `std`, as the source draws its weights.
+    """Return samples from a normal distribution with mean 0 and standard deviation `std`, as in the book.
 
     Parameters
     ----------
@@ -28,12 +28,12 @@ def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.flo
         Finite, 0 or more.
     dtype : float16, float32 or float64
     rng : seed, numpy.random.Generator or None
-        None is NumPy's global generator, which nnx never seeds.
+        None uses NumPy's global generator, which nnx never seeds.
 
     Raises
     ------
     TypeError
-        If `dtype` is not one of these, or `std` not a number.
+        If `dtype` is not one of these, or `std` is not a number.
     ValueError
         If `std` is negative, infinite or NaN.
     """
@@ -47,9 +47,9 @@ def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.flo
 
 
 def xavier(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return normal numbers (D, H) of standard deviation sqrt(2 / (D + H)), which suit sigmoid and tanh.
+    """Return normal weights (D, H) with standard deviation sqrt(2 / (D + H)), for sigmoid and tanh.
 
-    The parameters are those of `normal`; a shape other than (D, H) is a ValueError.
+    The parameters are those of `normal`. Raises a ValueError if `shape` is not (D, H).
 
     References
     ----------
@@ -60,9 +60,9 @@ def xavier(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) ->
 
 
 def he(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
-    """Return normal numbers (D, H) of standard deviation sqrt(2 / D), which suit ReLU.
+    """Return normal weights (D, H) with standard deviation sqrt(2 / D), for ReLU.
 
-    The parameters are those of `normal`; a shape other than (D, H) is a ValueError.
+    The parameters are those of `normal`. Raises a ValueError if `shape` is not (D, H).
 
     References
     ----------
@@ -77,21 +77,21 @@ def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: 
         known = numpy.dtype(dtype)
     except (TypeError, ValueError):
         known = None
-    if known not in (numpy.float16, numpy.float32, numpy.float64):  # one in the other byte order equals none of them
+    if known not in (numpy.float16, numpy.float32, numpy.float64):  # excludes non-native byte order
         raise TypeError(
-            f"{name}: dtype must be float16, float32 or float64, got {dtype!r}; weights are floating numbers, "
-            "convert the result with astype(...) if you need others"
+            f"{name}: dtype must be float16, float32 or float64, got {dtype!r}; "
+            "for another dtype convert the result with astype(...)"
         )
     shape = tuple(shape) if isinstance(shape, Iterable) else shape
     return asarray(std * as_generator(rng).standard_normal(shape), known)
 
 
 def _fans(name: str, shape: Any) -> tuple[int, int]:
-    """Return D and H of a weight's shape."""
+    """Return D and H, the fan-in and fan-out of a weight of `shape`."""
     axes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if len(axes) != 2 or not min(axes) >= 1:
         raise ValueError(
-            f"{name}: shape must be (D, H), inputs and outputs of at least 1, got {axes}; "
+            f"{name}: shape must be (D, H), both at least 1, got {axes}; "
             "for other shapes pass a standard deviation to normal(shape, std)"
         )
     return axes

@@ -1,4 +1,4 @@
-"""Models: layers in a row, and the chapter's two-layer net. N rows, D inputs, H hidden, C classes."""
+"""Models: sequences of layers, and the two-layer net of the chapter. N rows, D inputs, H hidden, C classes."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ __all__ = ["Sequential", "TwoLayerNet"]
 
 
 class Sequential:
-    """Layers applied one after the other, and a loss on their result.
+    """A sequence of layers, followed by an optional loss layer.
 
     Parameters
     ----------
     layers : iterable of layers
-        Objects with `params`, `grads`, `forward` and `backward`; none is changed, and none may stand
-        twice. A Sequential without a loss layer is one too.
-    loss_layer : a layer with forward(x, t) and backward(dout=1), or None
+        Objects with `params`, `grads`, `forward` and `backward`. They are not changed; no layer may occur
+        twice. A Sequential without a loss layer is a layer too.
+    loss_layer : layer with forward(x, t) and backward(dout=1), or None
 
     Attributes
     ----------
     params, grads : lists of arrays
-        Those of the layers, in their order. An array that two layers share stands there twice.
+        Those of the layers, in order. An array shared by two layers is listed twice.
 
     Notes
     -----
-    Layers that share a weight share it in a `copy.deepcopy` too. A pickle keeps that where both have the
-    array itself, and parts W from W.T; `checkpoint.save` and `load` part nothing.
+    `copy.deepcopy` preserves weights shared between layers. `pickle` preserves them if the layers hold the
+    same array, but not if they hold W and W.T; `checkpoint.save` and `load` preserve both.
     """
 
     def __init__(self, layers: Iterable[Layer], loss_layer: LossLayer | None = None) -> None:
@@ -55,8 +55,8 @@ class Sequential:
                 )
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
-                f"{type(self).__name__}: a layer stands twice, and its second forward would overwrite what its first "
-                "backward needs; make another layer, which may share its weights"
+                f"{type(self).__name__}: a layer occurs twice, so its second forward would overwrite what its first "
+                "backward needs; create another layer, which may share its weights"
             )
         self.layers: list[Any] = layers
         self.loss_layer: Any = loss_layer
@@ -64,10 +64,10 @@ class Sequential:
         self.grads: list[Array] = [g for layer in layers for g in layer.grads]
 
     def predict(self, x: Any) -> Array:
-        """Return the result of the last layer for `x`, without the loss.
+        """Return the output of the last layer for `x`, without the loss.
 
-        Layers that take `train_flg` get False, those within others too. All run as shallow copies, so that
-        no activation is kept and a `backward` that is still to come finds what its `forward` left.
+        Layers with a `train_flg` argument, including nested ones, are called with train_flg=False. The layers
+        run as shallow copies, so no activations are kept and a pending `backward` is unaffected.
         """
         copies: dict[int, Any] = {}
         for layer in self.layers:
@@ -80,7 +80,7 @@ class Sequential:
         return x
 
     def forward(self, x: Any, t: Any = None) -> Array:
-        """Return the loss for the inputs `x` and their targets `t`; without a loss layer, the last layer's result."""
+        """Return the loss for the inputs `x` and targets `t`; without a loss layer, the output of the last layer."""
         for layer in self.layers:
             x = layer.forward(x)
         if self.loss_layer is None:
@@ -88,7 +88,7 @@ class Sequential:
         return self.loss_layer.forward(x, t)
 
     def backward(self, dout: Any = 1) -> Array | None:
-        """Write all gradients of the last forward; return that of the input, None if the first layer skips it."""
+        """Compute all gradients of the last forward; return that of the input, or None if the first layer skips it."""
         if self.loss_layer is not None:
             dout = self.loss_layer.backward(dout)
         for layer in reversed(self.layers):
@@ -96,24 +96,22 @@ class Sequential:
         return dout
 
     def evaluate(self, x: Any, t: Any, batch_size: int = 1024) -> tuple[float, float | None]:
-        """Return the mean loss over all rows, and the accuracy: the share of rows whose largest score is at the label.
+        """Return the mean loss and the accuracy, the fraction of rows whose largest score is at the label.
 
-        Where the loss layer weights the rows or leaves labels out, both are of all rows together, whatever
-        the batches. The accuracy is None for a loss layer without a method `accuracy`, as in regression.
-        Like `predict` this leaves the layers as they are.
+        If the loss layer weights rows or ignores labels, both are weighted over all rows, independent of the
+        batch size. The accuracy is None for a loss layer without a method `accuracy`, as in regression.
+        Like `predict`, this does not change the layers.
         """
         if self.loss_layer is None:
             raise ValueError(f"{type(self).__name__}.evaluate: there is no loss layer; pass one to the constructor")
         x, t = check_same_length(f"{type(self).__name__}.evaluate", x, t)
         if operator.index(batch_size) < 1:
             raise ValueError(f"{type(self).__name__}.evaluate: batch_size must be at least 1, got {batch_size}")
-        loss = hits = total = counted = numpy.float64(0)  # the sum over all rows may be beyond float16
+        loss = hits = total = counted = numpy.float64(0)  # sums over all rows may overflow float16
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             layer, part = copy.copy(self.loss_layer), t[rows]
-            if not hasattr(
-                layer, "prepare_targets"
-            ):  # which moves the labels itself, once it has looked at them on the host
+            if not hasattr(layer, "prepare_targets"):  # which checks labels on the host before it moves them
                 part = asarray(part)
             mean = layer.forward(self.predict(asarray(x[rows])), part)
             weight = getattr(layer, "weight_sum", None)
@@ -125,18 +123,18 @@ class Sequential:
                 count = len(part) if kept is None else kept.sum()
                 hits, counted = hits + layer.accuracy() * count, counted + count
         if not total > 0:
-            raise ValueError(f"{type(self).__name__}.evaluate: all labels are left out or have the weight 0")
+            raise ValueError(f"{type(self).__name__}.evaluate: all labels are ignored or have weight 0")
         return float(loss) / float(total), float(hits) / float(counted) if hasattr(
             self.loss_layer, "accuracy"
         ) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for group in TiedParameters(self.params).groups:
-            i, turned = next((member for member in group if id(self.params[member[0]]) in memo), group[0])
-            kept = copy.deepcopy(self.params[i], memo)
-            for j, transposed in group:  # views, which would become arrays of their own
-                memo.setdefault(id(self.params[j]), kept if transposed == turned else kept.T)
-        reduced: Any = self.__reduce_ex__(4)  # from here on as copy.deepcopy does
+            i, i_transposed = next((member for member in group if id(self.params[member[0]]) in memo), group[0])
+            copied_param = copy.deepcopy(self.params[i], memo)
+            for j, transposed in group:  # deepcopy would copy each view into a separate array
+                memo.setdefault(id(self.params[j]), copied_param if transposed == i_transposed else copied_param.T)
+        reduced: Any = self.__reduce_ex__(4)  # from here on the same as copy.deepcopy
         make, arguments, state = (*reduced, None)[:3]
         copied = memo[id(self)] = make(*arguments)
         state = copy.deepcopy(state, memo)
@@ -153,29 +151,29 @@ class Sequential:
         layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers
         rows = []
         for layer in layers:
-            params = getattr(layer, "params", ())  # which a reader's loss may lack
+            params = getattr(layer, "params", ())  # optional in a user-defined loss
             shapes = ", ".join(str(p.shape) for p in params)
             count = sum(p.size for p in params)
             rows.append(f"  {type(layer).__name__:16}  {shapes:24}  {count:>12,}")
         dtypes = ", ".join(sorted({str(p.dtype) for p in self.params})) or "no weights"
-        total = sum(self.params[group[0][0]].size for group in TiedParameters(self.params).groups)  # a shared one once
+        total = sum(self.params[group[0][0]].size for group in TiedParameters(self.params).groups)  # shared ones once
         return "\n".join([f"{type(self).__name__}(", *rows, f") {total:,} parameters, {dtypes}"])
 
 
 class TwoLayerNet(Sequential):
-    """The chapter's net: Affine, Sigmoid, Affine, and SoftmaxWithLoss on the scores.
+    """The two-layer network of the chapter: Affine, Sigmoid, Affine, followed by SoftmaxWithLoss.
 
     Parameters
     ----------
     input_size, hidden_size, output_size : int
         D, H and C.
-    dtype : a floating dtype
+    dtype : floating dtype
     rng : seed, numpy.random.Generator or None
-        Draws the weights, normal with standard deviation 0.01; the biases start at 0. None is NumPy's
-        global generator, as in the source.
+        Draws the weights, normal with standard deviation 0.01; biases are initialized to 0. None uses
+        NumPy's global generator, as in the book.
     input_grad : bool
-        True makes `backward` return the gradient of the data. Training needs none, and its product
-        is up to a third of a step.
+        Whether `backward` returns the gradient of the input. Training does not need it, and its matrix
+        product takes up to a third of a step.
 
     Shapes
     ------
@@ -205,19 +203,19 @@ class TwoLayerNet(Sequential):
 
 
 def _inference_copy(value: Any, copies: dict[int, Any]) -> Any:
-    """Return `value`; a layer, and those in attributes, lists and dicts of it, as copies that predict by default."""
+    """Return `value` with all layers in it, also in attributes, lists and dicts, as copies in inference mode."""
     if id(value) in copies:
         return copies[id(value)]
-    copies[id(value)] = value  # where it is met within itself
+    copies[id(value)] = value  # for reference cycles
     if type(value) in (list, tuple):
-        if value and _inference_copy(value[0], copies) is not value[0]:  # else it is no list of layers
+        if value and _inference_copy(value[0], copies) is not value[0]:  # else not a list of layers
             copies[id(value)] = type(value)(_inference_copy(inner, copies) for inner in value)
     elif type(value) is dict:
         if value and _inference_copy(first := next(iter(value.values())), copies) is not first:
             copies[id(value)] = {name: _inference_copy(inner, copies) for name, inner in value.items()}
     elif not isinstance(value, type) and hasattr(value, "forward") and hasattr(value, "params"):
         copied = copies[id(value)] = copy.copy(value)
-        if hasattr(copied, "__dict__") and not type(value).__module__.startswith("nnx.layers."):  # which hold no others
+        if hasattr(copied, "__dict__") and not type(value).__module__.startswith("nnx.layers."):  # not nested
             inside = {name: _inference_copy(inner, copies) for name, inner in vars(value).items()}
             vars(copied).update((name, inner) for name, inner in inside.items() if inner is not vars(value)[name])
         if hasattr(copied, "__dict__") and _takes_train_flg(value.__class__):
@@ -226,7 +224,7 @@ def _inference_copy(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def _call_inference(forward: Any, *arguments: Any, **options: Any) -> Any:
-    """Call a layer's `forward`, with train_flg=False unless a layer that holds it says otherwise."""
+    """Call a layer's `forward` with train_flg=False, unless the enclosing layer passes train_flg."""
     call = inspect.signature(forward).bind(*arguments, **options)
     call.arguments.setdefault("train_flg", False)
     return forward(*call.args, **call.kwargs)
@@ -234,5 +232,5 @@ def _call_inference(forward: Any, *arguments: Any, **options: Any) -> Any:
 
 @functools.cache
 def _takes_train_flg(layer_class: Any) -> bool:
-    forward = getattr(layer_class, "forward", None)  # which may be an attribute of the layer itself
+    forward = getattr(layer_class, "forward", None)  # None if it is an instance attribute
     return forward is not None and "train_flg" in inspect.signature(forward).parameters

@@ -1,8 +1,7 @@
-"""The array module, chosen once: `np` is NumPy, or CuPy when `NNX_GPU=1`.
+"""The array module, selected at import: `np` is NumPy, or CuPy when `NNX_GPU=1`.
 
-`from nnx.np import *` gives `np` and `GPU`; `from nnx import np`, `import nnx.np as np` and
-`from nnx.np import zeros` work too. `nnx.np` is the library itself, without a wrapper, and nothing
-in it is patched. `Array` is the type of its arrays.
+`from nnx.np import *` imports `np` and `GPU`; `from nnx import np`, `import nnx.np as np` and
+`from nnx.np import zeros` work too. `np` is the library itself, neither wrapped nor patched. `Array` is its array type.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ if TYPE_CHECKING:
 
 __all__ = ["GPU", "np"]
 
-_CUPY = 14  # the oldest major version that nnx is tested with
+_MIN_CUPY = 14  # the oldest major version that nnx is tested with
 _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 
 
 def _import_cupy() -> ModuleType:
-    """Return CuPy, or raise the one error that names the missing piece.
+    """Import and return CuPy; raise an error that names the missing component.
 
-    The checks touch no device memory: they ask the driver for devices and open three libraries.
+    The checks allocate no device memory: they query the driver for devices and load three libraries.
     """
     try:
         cupy: Any = importlib.import_module("cupy")
     except ImportError as error:
         raise ImportError(
-            f"NNX_GPU=1, but CuPy cannot be imported: pip install {_pieces(13)} "
-            "(with 12 in place of 13 for a driver below 580), or unset NNX_GPU to run on NumPy"
+            f"NNX_GPU=1, but CuPy cannot be imported: pip install {_requirements(13)} "
+            "(12 instead of 13 for a driver older than 580), or unset NNX_GPU to run on NumPy"
         ) from error
-    if int(cupy.__version__.partition(".")[0]) < _CUPY:
+    if int(cupy.__version__.partition(".")[0]) < _MIN_CUPY:
         raise ImportError(
-            f"NNX_GPU=1, but nnx needs CuPy {_CUPY} or newer and found {cupy.__version__}: pip install {_pieces(13)} "
-            "(with 12 in place of 13 for a driver below 580)"
+            f"NNX_GPU=1, but nnx needs CuPy {_MIN_CUPY} or newer and found {cupy.__version__}: "
+            f"pip install {_requirements(13)} (12 instead of 13 for a driver older than 580)"
         )
     runtime = cupy.cuda.runtime
     try:
@@ -45,18 +44,18 @@ def _import_cupy() -> ModuleType:
     except runtime.CUDARuntimeError as error:
         driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         if driver == 0:
-            why = "no NVIDIA driver is installed"
+            reason = "no NVIDIA driver is installed"
         elif error.status == _INSUFFICIENT_DRIVER:
-            why = (
-                f"the driver supports CUDA {_version(driver)}, this CuPy needs {_version(needed)}; update the "
-                f"driver, or install the CuPy made for it: pip install {_pieces(driver // 1000)}"
+            reason = (
+                f"the driver supports CUDA {_version(driver)}, but this CuPy needs {_version(needed)}; update the "
+                f"driver, or install the CuPy built for it: pip install {_requirements(driver // 1000)}"
             )
         else:
-            why = "the driver shows none; see nvidia-smi and CUDA_VISIBLE_DEVICES"
-        raise RuntimeError(f"NNX_GPU=1, but no CUDA device can be used: {why} ({error})") from error
+            reason = "the driver reports no device; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        raise RuntimeError(f"NNX_GPU=1, but no CUDA device is available: {reason} ({error})") from error
     if devices == 0:
         raise RuntimeError("NNX_GPU=1, but no CUDA device is visible; see CUDA_VISIBLE_DEVICES")
-    probes: dict[str, Callable[[], Any]] = {  # NVRTC loads when first called, the others when first named
+    probes: dict[str, Callable[[], Any]] = {  # NVRTC is loaded at its first call, the others at first attribute access
         "NVRTC": cupy.cuda.nvrtc.getVersion,
         "cuBLAS": lambda: cupy.cuda.cublas,
         "cuRAND": lambda: cupy.cuda.curand,
@@ -65,15 +64,15 @@ def _import_cupy() -> ModuleType:
         try:
             probe()
         except (ImportError, RuntimeError) as error:
-            pieces = _pieces(runtime.runtimeGetVersion() // 1000)
+            requirements = _requirements(runtime.runtimeGetVersion() // 1000)
             raise RuntimeError(
-                f"NNX_GPU=1, but {library} of the CUDA toolkit cannot be loaded: pip install {pieces}"
+                f"NNX_GPU=1, but {library} of the CUDA toolkit cannot be loaded: pip install {requirements}"
             ) from error
     return cupy
 
 
-def _pieces(cuda: int) -> str:
-    """Return what the extra of a CUDA version consists of."""
+def _requirements(cuda: int) -> str:
+    """Return the pip requirements of the optional dependency `cuda<version>`."""
     return f"cupy-cuda{cuda}x 'cuda-toolkit[cublas,cudart,curand,nvrtc]=={cuda}.*'"
 
 
@@ -87,7 +86,7 @@ else:
     import numpy as np
 
 Array = np.ndarray
-Scalar: TypeAlias = Any  # what a reduction returns: a NumPy scalar, or a CuPy array without axes
+Scalar: TypeAlias = Any  # the result of a reduction: a NumPy scalar or a 0-d CuPy array
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,14 @@
-"""Optimizers: `update(params, grads)` on lists of arrays, in place; and learning rates that change.
+"""Optimizers, which update lists of parameters in place, gradient clipping and learning-rate schedules.
 
-W a parameter, dW its gradient, eps = 1e-7 as in the book. `lr` and the other settings are plain
-attributes that may be assigned between steps. On the GPU a step is one launch for all parameters of
-a dtype. The state has the dtype of its parameter; in float16 the squares of small gradients vanish,
-so give the adaptive optimizers float32 weights.
+W a parameter, dW its gradient, eps = 1e-7 as in the book. `lr` and the other hyperparameters are plain
+attributes that may be assigned between steps. On the GPU a step is one kernel launch for all parameters of
+a dtype. Optimizer state has the dtype of its parameter; in float16 the squares of small gradients underflow,
+so use float32 weights with the adaptive optimizers.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -35,7 +36,7 @@ __all__ = [
 
 
 class _Optimizer:
-    """What the optimizers share: settings, and arrays that are remembered beside each parameter (slots)."""
+    """Base class of the optimizers: hyperparameters, and state arrays for each parameter (slots)."""
 
     _settings: tuple[str, ...]
     _slots: tuple[str, ...] = ()
@@ -46,17 +47,17 @@ class _Optimizer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the next update may be for other parameters."""
+        """Discard the state; the next update may use other parameters."""
         self.params: list[Array] | None = None
         for name in self._slots:
             setattr(self, name, [])
 
     def check_update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Raise what `update` would raise for these arrays, and change nothing."""
+        """Raise the errors that `update` would raise for these arrays; nothing is changed."""
         self._check_arguments(params, grads)
 
     def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
-        """Return `grads` in the dtypes of `params`, and the settings as Python floats."""
+        """Return `grads` in the dtypes of `params`, and the hyperparameters as Python floats."""
         settings = [v if type(v := getattr(self, n)) is float else as_float(self, n) for n in self._settings]
         if not kernels.can_update(params, grads):
             grads = _cast_gradients(type(self).__name__, params, grads)
@@ -64,18 +65,18 @@ class _Optimizer:
             len(params) != len(self.params) or not all(map(operator.is_, params, self.params))
         ):
             raise ValueError(
-                f"{type(self).__name__}: these {len(params)} params are not the {len(self.params)} arrays that its "
-                "state belongs to; call reset() to start anew with them, or use one optimizer for each model"
+                f"{type(self).__name__}: these {len(params)} params are not the {len(self.params)} arrays of the "
+                "optimizer's state; call reset() to start again with them, or use a separate optimizer for each model"
             )
         return grads, settings
 
     def _prepare(self, params: Any, grads: Any) -> tuple[Sequence[Array], Sequence[Array], list[float]]:
-        """Return lists of arrays and the settings, checked, with the state made where there is none."""
+        """Return the checked lists of arrays and hyperparameters; create the state at the first update."""
         params, grads = _as_list(params), _as_list(grads)
         grads, settings = self._check_arguments(params, grads)
         if self._slots and self.params is None:
-            made = {name: [np.zeros(p.shape, p.dtype) for p in params] for name in self._slots}
-            vars(self).update(made, params=list(params))
+            slots = {name: [np.zeros(p.shape, p.dtype) for p in params] for name in self._slots}
+            vars(self).update(slots, params=list(params))
         return params, grads, settings
 
 
@@ -87,8 +88,8 @@ class SGD(_Optimizer):
     lr : float
         The learning rate.
     weight_decay : float
-        Decoupled weight decay, of every optimizer: each step also subtracts lr * weight_decay * W, of all
-        parameters, biases too.
+        Decoupled weight decay: each step also subtracts lr * weight_decay * W for every parameter,
+        including biases.
 
     References
     ----------
@@ -102,15 +103,16 @@ class SGD(_Optimizer):
         self.lr, self.weight_decay = lr, weight_decay
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place.
+        """Perform one update step on `params`, in place.
 
         Raises
         ------
         TypeError
-            If they hold anything but floating arrays of the array module, or a setting is no number.
+            If `params` or `grads` hold anything but floating arrays of the array module, or a hyperparameter
+            is not a number.
         ValueError
-            If the lists or the arrays in them do not match, a parameter is read-only, or the state belongs to
-            other parameters. After any error everything is as it was.
+            If the lengths or shapes of `params` and `grads` differ, a parameter is read-only, or the state belongs
+            to other parameters. After an error the parameters and the state are unchanged.
         """
         params, grads, (lr, weight_decay) = self._prepare(params, grads)
         kernels.sgd(params, grads, lr, 1 - lr * weight_decay)
@@ -123,7 +125,7 @@ class Momentum(_Optimizer):
     ----------
     lr, momentum : float
     weight_decay : float
-        As of `SGD`.
+        As in `SGD`.
 
     References
     ----------
@@ -139,19 +141,19 @@ class Momentum(_Optimizer):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place; the errors are those of `SGD`."""
+        """Perform one update step on `params`, in place; raises the same errors as `SGD.update`."""
         params, grads, (lr, momentum, weight_decay) = self._prepare(params, grads)
         kernels.momentum(params, grads, self.v, lr, momentum, 1 - lr * weight_decay)
 
 
 class Nesterov(Momentum):
-    """Momentum that looks ahead: v = momentum * v - lr * dW; W += momentum * v - lr * dW.
+    """Nesterov accelerated gradient: v = momentum * v - lr * dW; W += momentum * v - lr * dW.
 
     Parameters
     ----------
     lr, momentum : float
     weight_decay : float
-        As of `SGD`.
+        As in `SGD`.
 
     References
     ----------
@@ -160,13 +162,13 @@ class Nesterov(Momentum):
     """
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place."""
+        """Perform one update step on `params`, in place."""
         params, grads, (lr, momentum, weight_decay) = self._prepare(params, grads)
         kernels.nesterov(params, grads, self.v, lr, momentum, 1 - lr * weight_decay)
 
 
 class AdaGrad(_Optimizer):
-    """Steps that shrink where gradients were large: h += dW**2; W -= lr * dW / (sqrt(h) + eps).
+    """AdaGrad, adaptive gradient descent: h += dW**2; W -= lr * dW / (sqrt(h) + eps).
 
     Parameters
     ----------
@@ -174,7 +176,7 @@ class AdaGrad(_Optimizer):
     eps : float
         1e-7, as in the book.
     weight_decay : float
-        As of `SGD`.
+        As in `SGD`.
 
     References
     ----------
@@ -190,13 +192,13 @@ class AdaGrad(_Optimizer):
         self.lr, self.eps, self.weight_decay = lr, eps, weight_decay
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place."""
+        """Perform one update step on `params`, in place."""
         params, grads, (lr, eps, weight_decay) = self._prepare(params, grads)
         kernels.adagrad(params, grads, self.h, lr, eps, 1 - lr * weight_decay)
 
 
 class RMSprop(_Optimizer):
-    """AdaGrad that forgets: h = decay_rate * h + (1 - decay_rate) * dW**2; W -= lr * dW / (sqrt(h) + eps).
+    """RMSprop: h = decay_rate * h + (1 - decay_rate) * dW**2; W -= lr * dW / (sqrt(h) + eps).
 
     Parameters
     ----------
@@ -204,7 +206,7 @@ class RMSprop(_Optimizer):
     eps : float
         1e-7, as in the book.
     weight_decay : float
-        As of `SGD`.
+        As in `SGD`.
 
     References
     ----------
@@ -222,13 +224,13 @@ class RMSprop(_Optimizer):
         self.lr, self.decay_rate, self.eps, self.weight_decay = lr, decay_rate, eps, weight_decay
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place."""
+        """Perform one update step on `params`, in place."""
         params, grads, (lr, decay_rate, eps, weight_decay) = self._prepare(params, grads)
         kernels.rmsprop(params, grads, self.h, lr, decay_rate, eps, 1 - lr * weight_decay)
 
 
 class Adam(_Optimizer):
-    """Momentum and RMSprop together, corrected for their start at 0.
+    """Adam: momentum and RMSprop combined, with bias correction.
 
     m = beta1 * m + (1 - beta1) * dW; v = beta2 * v + (1 - beta2) * dW**2;
     W -= lr * sqrt(1 - beta2**iter) / (1 - beta1**iter) * m / (sqrt(v) + eps).
@@ -239,16 +241,16 @@ class Adam(_Optimizer):
     eps : float
         1e-7, as in the book.
     weight_decay : float
-        As of `SGD`.
+        As in `SGD`.
 
     Attributes
     ----------
     iter : int
-        Steps taken.
+        Number of steps taken.
 
     References
     ----------
-    Kingma and Ba, "Adam: A method for stochastic optimization", 2015, in the order of the end of section 2.
+    Kingma and Ba, "Adam: A method for stochastic optimization", 2015, in the form given at the end of section 2.
     """
 
     _settings = ("lr", "beta1", "beta2", "eps", "weight_decay")
@@ -269,19 +271,19 @@ class Adam(_Optimizer):
         self.lr, self.beta1, self.beta2, self.eps, self.weight_decay = lr, beta1, beta2, eps, weight_decay
 
     def reset(self) -> None:
-        """Forget everything; the next update may be for other parameters."""
+        """Discard the state; the next update may use other parameters."""
         super().reset()
         self.iter = 0
 
     def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
         grads, settings = super()._check_arguments(params, grads)
         for name, beta in zip(("beta1", "beta2"), settings[1:3], strict=True):
-            if not 0 <= beta < 1:  # its power is divided by, or its root taken
+            if not 0 <= beta < 1:  # the bias correction divides by 1 - beta1**iter and takes a square root
                 raise ValueError(f"{type(self).__name__}: {name} must be in [0, 1), got {beta}")
         return grads, settings
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Take one step on `params`, in place; beta1 and beta2 outside [0, 1) are a ValueError."""
+        """Perform one update step on `params`, in place; a beta outside [0, 1) raises a ValueError."""
         params, grads, (lr, beta1, beta2, eps, weight_decay) = self._prepare(params, grads)
         step = self.iter + 1
         rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
@@ -316,17 +318,16 @@ class AdamW(Adam):
 
 
 def clip_grads(grads: Iterable[Array], max_norm: float) -> None:
-    """Scale all gradients by max_norm / (norm + 1e-6) where that is below 1, in place, as in the book.
+    """Scale all gradients in place by max_norm / (norm + 1e-6) if that is less than 1, as in the book.
 
-    norm = sqrt(sum of all squares), which does not overflow; the GPU is not waited for. Where a gradient is
-    infinite or NaN there is no norm, and all gradients are left as they are: `Trainer` reports what
-    becomes of the parameters.
+    norm = sqrt(sum of all squares), computed without overflow and without synchronizing the GPU. If a
+    gradient is infinite or NaN, all gradients are left unchanged; `Trainer` reports non-finite parameters.
 
     Raises
     ------
     TypeError, ValueError
-        If `grads` hold anything but writable floating arrays of the array module, or max_norm is not positive;
-        nothing is changed.
+        If `grads` hold anything but writable floating arrays of the array module, or max_norm is not a positive
+        number; the gradients are then unchanged.
 
     References
     ----------
@@ -348,7 +349,7 @@ def _as_list(arrays: Iterable[Array]) -> list[Array]:
 
 
 def _plain_array(name: str, argument: str, array: Any) -> Any:
-    """Return `array` without the subclass that it may have, in the same memory, having checked for masked elements."""
+    """Return `array` as a base-class view of the same memory; raise if it has masked elements."""
     if type(array) is Array or not isinstance(array, Array):
         return array
     check_unmasked(array, f"{name}: {argument}")
@@ -358,11 +359,11 @@ def _plain_array(name: str, argument: str, array: Any) -> Any:
 def _check_writable(name: str, argument: str, array: Array) -> None:
     check_weights(name, **{argument: array})
     if not is_writable(array):
-        raise ValueError(f"{name}: {argument} is read-only and cannot be written into; pass a copy, {argument}.copy()")
+        raise ValueError(f"{name}: {argument} is read-only; pass a writable copy, {argument}.copy()")
 
 
 def _cast_gradients(name: str, params: Sequence[Array], grads: Sequence[Array]) -> list[Array]:
-    """Return `grads` in the dtypes of `params`, having checked that the lists match."""
+    """Return `grads` in the dtypes of `params`; raise unless lengths and shapes match."""
     if len(params) != len(grads):
         raise ValueError(f"{name}: every parameter needs a gradient, got {len(params)} params and {len(grads)} grads")
     return [_cast_gradient(name, i, p, g) for i, (p, g) in enumerate(zip(params, grads, strict=True))]
@@ -379,24 +380,39 @@ def _cast_gradient(name: str, i: int, p: Array, g: Array) -> Array:
     return g.astype(p.dtype, copy=False)
 
 
-# Learning rates: functions of the number of steps taken, for `callbacks.LearningRateScheduler` or a loop of your own.
+# Learning-rate schedules: functions of the step number, for `callbacks.LearningRateScheduler` or a user-defined loop.
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Callable[[int], float]:
-    """Return step -> lr * factor ** (step // every)."""
-    return lambda step: lr * factor ** (step // every)
+    """Return the schedule step -> lr * factor ** (step // every)."""
+    return functools.partial(_step_decay, lr, every, factor)
 
 
 def cosine_decay(lr: float, steps: int, final: float = 0.0) -> Callable[[int], float]:
-    """Return step -> half a cosine from `lr` at 0 to `final` at `steps` and after.
+    """Return a schedule that follows half a cosine from `lr` at step 0 to `final` at `steps` and after.
 
     References
     ----------
     Loshchilov and Hutter, "SGDR: Stochastic gradient descent with warm restarts", 2017, eq. 5.
     """
-    return lambda step: final + (lr - final) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+    return functools.partial(_cosine_decay, lr, steps, final)
 
 
 def linear_warmup(steps: int, schedule: Callable[[int], float]) -> Callable[[int], float]:
     """Return `schedule` with its first `steps` values multiplied by 1 / steps, 2 / steps, ..., 1."""
-    return lambda step: schedule(step) * min((step + 1) / steps, 1)
+    return functools.partial(_linear_warmup, steps, schedule)
+
+
+# Functions of the module, because a closure cannot be pickled.
+
+
+def _step_decay(lr: float, every: int, factor: float, step: int) -> float:
+    return lr * factor ** (step // every)
+
+
+def _cosine_decay(lr: float, steps: int, final: float, step: int) -> float:
+    return final + (lr - final) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+
+
+def _linear_warmup(steps: int, schedule: Callable[[int], float], step: int) -> float:
+    return schedule(step) * min((step + 1) / steps, 1)

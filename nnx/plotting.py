@@ -1,8 +1,8 @@
-"""Plots: loss curve, points in the plane, decision regions. N points, C classes.
+"""Plots of loss curves, labelled points in the plane and decision regions. N points, C classes.
 
-Every function draws into the given `ax` or into a new figure, saves the figure where `path` is given, and returns
-the Axes. A new figure that was saved is closed; without `path`, in a script, `matplotlib.pyplot.show()` opens the
-window. Matplotlib is imported by the first plot; no display is needed.
+Every function draws into `ax` or a new figure, saves the figure if `path` is given, and returns the Axes. A new figure
+is closed after it is saved; without `path`, call `matplotlib.pyplot.show()` in a script to open the window. Matplotlib
+is imported at the first plot; no display is needed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_data", "plot_decision_regions", "plot_loss"]
 
-_MARKERS = "ox^s*Dv+P"  # 9 and 20 colours: 180 classes that all look different
-_BATCH = 10_000  # grid points that are predicted at a time
-_MAX_PIXELS = 1000  # grid points along an axis, unless `step` asks for more
-_MAX_POINTS = 4_000_000  # of a grid with a given `step`: about 300 MB while it is drawn
+_MARKERS = "ox^s*Dv+P"  # 9 markers and 20 colours: 180 distinct classes
+_BATCH = 10_000  # grid points per call of predict
+_MAX_PIXELS = 1000  # maximum grid points along an axis if `step` is None
+_MAX_POINTS = 4_000_000  # maximum grid points for a given `step`; drawing them takes about 300 MB
 
 
 def plot_loss(
@@ -38,7 +38,7 @@ def plot_loss(
     ax: Axes | None = None,
     path: str | Path | None = None,
 ) -> Axes:
-    """Draw losses over the iterations; each of `loss_list` stands for `interval` of them."""
+    """Plot `loss_list` over the iterations; each entry is the loss of `interval` iterations."""
     losses = [float(loss) for loss in loss_list]
     with _axes(ax, path) as ax:
         ax.plot(range(len(losses)), losses)
@@ -49,20 +49,20 @@ def plot_loss(
 
 
 def plot_data(x: Any, t: Any, *, ax: Axes | None = None, path: str | Path | None = None) -> Axes:
-    """Draw points, with a marker and a colour for each class.
+    """Plot points with a marker and a colour for each class.
 
     Parameters
     ----------
     x : (N, 2)
     t : (N,) or (N, 1) integer labels, or (N, C) one-hot
-        A label may be any integer, also negative.
+        Labels may be any integers, including negative ones.
     ax : Axes or None
     path : str, Path or None
 
     Raises
     ------
     ValueError
-        For shapes or labels other than these, no points, or points with NaN or infinity.
+        If shapes or labels are invalid, there are no points, or a coordinate is NaN or infinite.
     """
     x, t = _check_points("plot_data", x, t)
     with _axes(ax, path) as ax:
@@ -79,23 +79,23 @@ def plot_decision_regions(
     ax: Axes | None = None,
     path: str | Path | None = None,
 ) -> Axes:
-    """Colour the plane around the points by the class that is predicted there, and draw the points.
+    """Plot points over the plane coloured by predicted class.
 
     Parameters
     ----------
     predict : a model, or its `predict`
-        A function of (M, 2) that returns scores (M, C), where the largest is the class; one score, (M, 1) or (M,),
-        where the class is 1 from 0 on, as for `layers.SigmoidWithLoss`; or the classes themselves, integers (M,).
+        A function of (M, 2) that returns scores (M, C), of which the largest gives the class; a single score,
+        (M, 1) or (M,), with class 1 if it is >= 0, as for `layers.SigmoidWithLoss`; or integer classes (M,).
     x, t : as for `plot_data`
     step : float or None
-        Distance of the grid points along both axes; None makes it a pixel.
+        Spacing of the grid points along both axes; None uses one pixel.
     ax : Axes or None
     path : str, Path or None
 
     Raises
     ------
     ValueError
-        As `plot_data`; for a `step` that makes more than 4 million grid points; if `predict` returns another shape,
+        As for `plot_data`; if `step` gives more than 4 million grid points; if `predict` returns an invalid shape
         or NaN.
     """
     x, t = _check_points("plot_decision_regions", x, t)
@@ -120,7 +120,7 @@ def plot_decision_regions(
 
 
 def _check_points(name: str, x: Any, t: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return points (N, 2) in float64 and integer labels (N,) on the host."""
+    """Return checked points (N, 2) in float64 and integer labels (N,) on the host."""
     x, t = to_cpu(as_real_array(x, f"{name}: x")), to_cpu(as_real_array(t, f"{name}: t"))
     if x.ndim != 2 or x.shape[1] != 2 or len(x) == 0:
         raise ValueError(f"{name}: x must be (N, 2), with at least one point, got shape {x.shape}")
@@ -131,7 +131,7 @@ def _check_points(name: str, x: Any, t: Any) -> tuple[numpy.ndarray, numpy.ndarr
         )
     x = x.astype(numpy.float64)
     if not (finite := numpy.isfinite(x).all(axis=1)).all():
-        raise ValueError(f"{name}: x holds NaN or infinity, first in row {finite.argmin()}; leave out such points")
+        raise ValueError(f"{name}: x holds NaN or infinity, first in row {finite.argmin()}; remove such points")
     if t.size > len(t):
         return x, to_cpu(class_indices(t, t.shape, f"{name}: t"))
     if t.dtype.kind == "f":
@@ -140,11 +140,11 @@ def _check_points(name: str, x: Any, t: Any) -> tuple[numpy.ndarray, numpy.ndarr
 
 
 def _grid(x: numpy.ndarray, ax: Axes, step: float | None) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return the coordinates of the columns and the rows of a grid around the points `x`."""
+    """Return the coordinates of the columns and rows of a grid around the points `x`."""
     low, high = x.min(axis=0), x.max(axis=0)
     size = numpy.maximum(abs(low), abs(high))
     width = high - low
-    width = numpy.where(width > 1e-12 * size, width, numpy.where(size > 0, size, 1))  # of a grid that float64 resolves
+    width = numpy.where(width > 1e-12 * size, width, numpy.where(size > 0, size, 1))  # resolvable in float64
     low, high = low - 0.05 * width, high + 0.05 * width
     if step is None:
         extent = ax.get_window_extent()
@@ -156,7 +156,7 @@ def _grid(x: numpy.ndarray, ax: Axes, step: float | None) -> tuple[numpy.ndarray
     if counts.prod() > _MAX_POINTS:
         raise ValueError(
             f"plot_decision_regions: step={step} makes a grid of {counts[0]:.0f} x {counts[1]:.0f} points, more than "
-            f"{_MAX_POINTS}; pass a larger one, or None for one point per pixel"
+            f"{_MAX_POINTS}; pass a larger step, or None for one point per pixel"
         )
     columns, rows = (
         numpy.minimum(a + numpy.arange(int(n)) * ((b - a) / s), b)
@@ -166,7 +166,7 @@ def _grid(x: numpy.ndarray, ax: Axes, step: float | None) -> tuple[numpy.ndarray
 
 
 def _predict_grid(predict: Any, columns: numpy.ndarray, rows: numpy.ndarray) -> numpy.ndarray:
-    """Return the class of every grid point, row after row."""
+    """Return the predicted class of every grid point, in row-major order."""
     size, classes = len(columns) * len(rows), []
     for start in range(0, size, _BATCH):
         row, column = numpy.divmod(numpy.arange(start, min(start + _BATCH, size)), len(columns))
@@ -178,7 +178,7 @@ def _predict_grid(predict: Any, columns: numpy.ndarray, rows: numpy.ndarray) -> 
                 f"points, got shape {scores.shape}"
             )
         if numpy.isnan(scores).any():
-            raise ValueError("plot_decision_regions: predict returns NaN; look for NaN in the weights of the model")
+            raise ValueError("plot_decision_regions: predict returned NaN; check the weights of the model for NaN")
         if scores.size > len(scores):
             classes.append(scores.argmax(axis=1))
         else:
@@ -188,26 +188,26 @@ def _predict_grid(predict: Any, columns: numpy.ndarray, rows: numpy.ndarray) -> 
 
 
 def _scatter(ax: Axes, x: numpy.ndarray, t: numpy.ndarray) -> None:
-    for label in map(int, numpy.unique(t)):  # a class looks alike in every plot, also where another one is missing
+    for label in map(int, numpy.unique(t)):  # marker and colour depend on the label only, so they agree between plots
         points = x[t == label]
         marker = _MARKERS[label % len(_MARKERS)]
         ax.scatter(points[:, 0], points[:, 1], s=20, color=_colour(label), marker=marker, label=str(label))
 
 
 def _colour(label: int) -> Any:
-    """Return Matplotlib's ten colours for classes 0 to 9, and their lighter versions for 10 to 19."""
-    from matplotlib import colormaps  # noqa: PLC0415 - an extra
+    """Return a colour of Matplotlib's default cycle for classes 0 to 9, its lighter version for 10 to 19."""
+    from matplotlib import colormaps  # noqa: PLC0415 - optional dependency
 
     return colormaps["tab20"](2 * (label % 10) + label // 10 % 2)
 
 
 @contextlib.contextmanager
 def _axes(ax: Axes | None, path: str | Path | None) -> Iterator[Axes]:
-    """Yield `ax` or the Axes of a new figure, and save it; the new figure stays open only if it is not saved."""
+    """Yield `ax` or the Axes of a new figure; save the figure if `path` is given and close a new one that is saved."""
     try:
-        from matplotlib import pyplot  # noqa: PLC0415 - an extra, and slow to import
+        from matplotlib import pyplot  # noqa: PLC0415 - optional, slow to import
     except ImportError as error:
-        raise ImportError("nnx.plotting draws with matplotlib: pip install matplotlib") from error
+        raise ImportError("nnx.plotting requires matplotlib: pip install matplotlib") from error
     with contextlib.ExitStack() as stack:
         if ax is None:
             figure = pyplot.figure()

@@ -1,7 +1,7 @@
-"""What nnx asks of the objects that it is given: layers, models, optimizers, callbacks.
+"""Protocols of layers, models, optimizers and callbacks.
 
-These are protocols: a class of your own need not inherit from them, it needs their attributes and methods.
-For mypy, declare a list of unlike layers that has a name of its own: `layers: list[Layer] = [...]`.
+A user-defined class need not inherit from a protocol; it needs its attributes and methods.
+For mypy, annotate a variable that holds layers of different types: `layers: list[Layer] = [...]`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ __all__ = ["Callback", "Layer", "LossLayer", "Model", "Optimizer"]
 
 
 class LossLayer(Protocol):
-    """A loss: `forward(x, t)` returns it, `backward(dout=1)` its gradient with respect to x."""
+    """A loss function: `forward(x, t)` returns the loss, `backward(dout=1)` its gradient with respect to x."""
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """A method that returns the loss of the scores x for the targets t."""
+        """Method that returns the loss for the scores x and the targets t."""
 
     @property
     def backward(self) -> Callable[..., Any]:
-        """A method that returns the gradient of the last forward."""
+        """Method that returns the gradient of the last forward pass."""
 
 
 class Layer(LossLayer, Protocol):
@@ -29,22 +29,22 @@ class Layer(LossLayer, Protocol):
 
     @property
     def params(self) -> Sequence[Any]:
-        """The parameters, arrays."""
+        """The parameter arrays."""
 
     @property
     def grads(self) -> Sequence[Any]:
-        """Their gradients, arrays into which `backward` writes."""
+        """The gradients of the parameters, arrays that `backward` writes in place."""
 
 
 class Model(Layer, Protocol):
-    """A layer that is a whole network: `forward(x, t)` returns the loss, and `backward()` needs no argument."""
+    """A complete network: `forward(x, t)` returns the loss, and `backward()` needs no argument."""
 
 
 class Optimizer(Protocol):
     """An update rule for parameters."""
 
     def update(self, params: Any, grads: Any, /) -> Any:
-        """Change `params` in place by one step."""
+        """Perform one update step on `params`, in place."""
 
 
 class _HasOnBegin(Protocol):

@@ -1,4 +1,4 @@
-"""Random generators: made from seeds, their state saved and restored."""
+"""Random generators: creation from seeds, and saving and restoring of their state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["as_generator", "check_state", "get_state", "set_state"]
 
 
 def as_generator(rng: Any = None) -> Any:
-    """Return what draws random numbers: a new generator for a seed, NumPy's global one for None, a generator itself."""
+    """Return `rng` if it is a generator, NumPy's global one for None, or a new generator seeded with `rng`."""
     if rng is None or rng is numpy.random:
         return numpy.random
     if isinstance(rng, numpy.random.Generator | numpy.random.RandomState):
@@ -23,14 +23,14 @@ def as_generator(rng: Any = None) -> Any:
 
 
 def get_state(rng: Any) -> dict[str, Any]:
-    """Return what `set_state` brings `as_generator(rng)` back with: numbers and arrays under the name of its kind."""
+    """Return the state of `rng` for `set_state`: a dict of numbers and arrays under the name of the generator type."""
     state = rng.bit_generator.state if isinstance(rng, numpy.random.Generator) else rng.get_state(legacy=False)
     kind = "numpy.random" if rng is numpy.random else type(rng).__name__
     return {f"{kind} {state['bit_generator']}": state}
 
 
 def set_state(rng: Any, state: dict[str, Any]) -> None:
-    """Make `rng` draw as the generator of `get_state` did from there on."""
+    """Restore the state of `rng` returned by `get_state`."""
     (inner,) = state.values()
     if isinstance(rng, numpy.random.Generator):
         rng.bit_generator.state = inner
@@ -39,12 +39,12 @@ def set_state(rng: Any, state: dict[str, Any]) -> None:
 
 
 def check_state(rng: Any, state: dict[str, Any]) -> None:
-    """Raise a ValueError unless `state` is one for `rng`, such as NumPy itself would not always find."""
+    """Raise a ValueError unless `state` is valid for `rng`; NumPy does not detect every invalid state."""
     (inner,) = state.values()
-    pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy reads from there without a look
+    pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy does not check these bounds
     try:
         set_state(numpy.random.RandomState() if rng is numpy.random else copy.deepcopy(rng), state)
     except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError) as error:
-        raise ValueError(f"no state of a generator ({error})") from error
+        raise ValueError(f"invalid generator state ({error})") from error
     if not (0 <= pos[0] <= 624 and 0 <= pos[1] <= 4):
-        raise ValueError(f"no state of a generator: its position is {max(pos)}")
+        raise ValueError(f"invalid generator state: position {max(pos)}")

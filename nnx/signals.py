@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of a step, so that no parameter is half updated."""
+"""Deferral of SIGINT and SIGTERM to the end of a step, so that no parameter is half updated."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["DeferredSignals", "defer_signals"]
 
 
 class DeferredSignals:
-    """What a signal asked for.
+    """The state of deferred signals.
 
     Attributes
     ----------
     pending : int
-        The number of the signal that waits, 0 where none does. Whoever reads it at the end of a step,
-        and has done what must be done first, calls `deliver`.
+        The number of the pending signal, or 0. The loop checks it at the end of a step, cleans up if
+        needed, and calls `deliver`.
     """
 
     def __init__(self) -> None:
         self.pending = 0
-        self.previous: dict[int, Any] = {}  # the handlers of before
+        self.previous: dict[int, Any] = {}  # the previous handlers
 
     def deliver(self) -> None:
-        """Give the signal to the handler of before, which raises, or returns and lets the training go on.
+        """Call the previous handler, which raises, or returns so that training continues.
 
-        Where that is the system's own, which ends the process, the callers get SystemExit first, with the
-        status that shells give such an end; `defer_signals` then sends the signal once more.
+        If that is the system's default, which ends the process, raise SystemExit with the status that shells
+        report for this signal, so that the callers can clean up; `defer_signals` then raises the signal again.
         """
         previous = self.previous.get(self.pending)
         if not callable(previous):
@@ -40,11 +40,11 @@ class DeferredSignals:
 
 @contextlib.contextmanager
 def defer_signals(*signals: int) -> Iterator[DeferredSignals]:
-    """Let `signals` wait for the yielded DeferredSignals to be asked; a second one does not wait.
+    """Defer `signals` until the loop checks the yielded DeferredSignals; a repeated signal is delivered at once.
 
-    Only the main thread gets signals, and handlers of other languages and ignored signals are left
-    alone. One that is still pending at the end, after an error too, is sent again when the handlers of
-    before are back.
+    Has no effect outside the main thread, which alone receives signals, nor on ignored signals and handlers not
+    installed from Python. A signal still pending at exit, also after an error, is raised again once the previous
+    handlers are restored.
     """
     stop = DeferredSignals()
     if threading.current_thread() is threading.main_thread():
@@ -55,7 +55,7 @@ def defer_signals(*signals: int) -> Iterator[DeferredSignals]:
         if not stop.pending:
             stop.pending = signum
             return
-        if stop.pending == signum:  # which is served now
+        if stop.pending == signum:  # delivered below
             stop.pending = 0
         previous = stop.previous[signum]
         if callable(previous):

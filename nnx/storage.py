@@ -1,7 +1,7 @@
-"""Host arrays and strings in one safetensors file: written whole or not at all, read without trust.
+"""Host arrays and strings in a safetensors file: written atomically, and validated when read.
 
-The format is a length of 8 bytes, a JSON header of names, dtypes, shapes and offsets, and the bytes. Files of
-nnx have a digest of all of it in the header's metadata; files of others have none.
+The format is a length of 8 bytes, a JSON header with names, dtypes, shapes and offsets, and the data. Files written
+by nnx have a digest of all of it in the header's metadata; files from other libraries have none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy
 
 __all__ = ["TEMP_PREFIX", "Reader", "atomic_save", "import_safetensors", "open_checked", "warn"]
 
-TEMP_PREFIX = ".saving-"  # of the folders that a save works in, beside its target
+TEMP_PREFIX = ".saving-"  # of the temporary folder next to the target of a save
 _DIGEST = "nnx.digest"
 _DTYPES = {
     **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
@@ -31,13 +31,11 @@ _DTYPES = {
     "BOOL": "bool",
     "C64": "complex64",
 }
-_MAX_HEADER_BYTES = (
-    1 << 24
-)  # bytes of a header; the format allows six times as many, and JSON costs many times its length
+_MAX_HEADER_BYTES = 1 << 24  # the format allows six times as many, but parsed JSON needs many times its length
 
 
 def import_safetensors() -> Any:
-    """Return safetensors' module for NumPy, or raise the one error that says how to get it."""
+    """Return the NumPy module of safetensors, or raise an ImportError that says how to install it."""
     try:
         from safetensors import numpy as format  # noqa: PLC0415 - an extra
     except ImportError as error:
@@ -46,7 +44,7 @@ def import_safetensors() -> Any:
 
 
 def warn(message: str) -> None:
-    """Give a RuntimeWarning at the line that called nnx, however deep inside we are."""
+    """Issue a RuntimeWarning at the line that called nnx, whatever the call depth."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnx."):
         level, frame = level + 1, frame.f_back
@@ -54,16 +52,17 @@ def warn(message: str) -> None:
 
 
 def atomic_save(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file beside `path`, see it on the disk, and give it that name: until then the old one stays.
+    """Write a temporary file, fsync it and rename it over `path` (atomic).
 
     Raises
     ------
     OSError
-        That names `path`, such as for a full disk; the old file is untouched, the new one removed.
+        If the file cannot be written, for example to a full disk; it names `path`. The old file is unchanged,
+        the temporary one removed.
     """
     import tempfile  # noqa: PLC0415 - as in _digest
 
-    library, target = import_safetensors(), path.resolve()  # not the link that `path` may be
+    library, target = import_safetensors(), path.resolve()  # a symbolic link is kept, its target replaced
     arrays = {name: numpy.asarray(a, order="C") for name, a in arrays.items()}
     for name, a in arrays.items():
         if a.dtype.name not in _DTYPES.values():
@@ -72,28 +71,28 @@ def atomic_save(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mappi
     try:
         with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=target.parent) as folder:
             file = Path(folder, path.name)
-            file.touch()  # as any new file, where the library's would be private
+            file.touch()  # for the default permissions of a new file; the library would make it private
             mode = stat.S_IMODE((target if target.exists() else file).stat().st_mode)
             library.save_file(arrays, file, {**metadata, _DIGEST: digest})
             file.chmod(mode)
             _fsync(file)
             file.replace(target)
         _fsync(target.parent)
-    except Exception as error:  # the library's own hold the system's words, but not its class
+    except Exception as error:  # the library's errors hold the system's message, but are no OSError
         raise OSError(f"{path}: not saved: {error}") from error
 
 
 @contextlib.contextmanager
 def open_checked(path: Path) -> Iterator[Reader]:
-    """Open a file that somebody has written, nnx or not, and yield what reads its arrays.
+    """Open and validate a safetensors file from any library, and yield a `Reader` of its arrays.
 
     Raises
     ------
     OSError, ValueError
-        That name `path`: for a file that cannot be opened, or is not a whole safetensors file, or does not have the
-        bytes that its digest was made of. Neither costs more memory than the header.
+        If the file cannot be opened, is not a complete safetensors file, or does not match its digest. The message
+        names `path`. Validation needs no more memory than the header.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
         raise OSError(f"{path}: not a file")
     with open(path, "rb") as file:
         try:
@@ -101,23 +100,23 @@ def open_checked(path: Path) -> Iterator[Reader]:
         except _CorruptFileError as error:
             raise ValueError(f"{path}: {error}") from error
         except RecursionError as error:
-            raise ValueError(f"{path}: its metadata are lists in lists without end") from error
+            raise ValueError(f"{path}: metadata is nested too deeply") from error
 
 
 class _CorruptFileError(Exception):
-    """Says what is wrong with a file."""
+    """A file is damaged or not in the safetensors format; the message gives the reason."""
 
 
 class Reader:
-    """An open file whose header and digest are right.
+    """An open file with a valid header and a matching digest.
 
     Attributes
     ----------
     arrays : dict of name to (dtype, shape)
-        The dtype in NumPy's word for it, or the file's where NumPy has none.
+        NumPy's name of the dtype, or the file's if NumPy has no such dtype.
     metadata : dict of str to str
     has_digest : bool
-        Whether the file is one of nnx, with a digest.
+        Whether the file has a digest, as files written by nnx do.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -134,21 +133,21 @@ class Reader:
                 raise _CorruptFileError(f"{name!r} begins at byte {begin} of the data, where {end} was expected")
             end = after
         if end != size:
-            raise _CorruptFileError(f"its header describes {end} bytes of data, and there are {size}")
+            raise _CorruptFileError(f"its header describes {end} bytes of data, but the file has {size}")
         digest = self.metadata.pop(_DIGEST, None)
         self.has_digest = digest is not None
         if self.has_digest or any(key.startswith("nnx") for key in self.metadata):
             entries = {n: (d, s, self._chunks(a, b)) for n, (d, s, a, b) in self._offsets.items()}
             if digest != _digest(self.metadata, entries):
-                raise _CorruptFileError("damaged: its digest is not that of its contents")
+                raise _CorruptFileError("damaged: the digest does not match the contents")
 
     def read(self, name: str) -> numpy.ndarray:
-        """Return the array `name`, one of `arrays` whose dtype NumPy has."""
+        """Return the array `name`, whose dtype must be one that NumPy has."""
         dtype, shape, begin, _ = self._offsets[name]
         array = numpy.empty(shape, numpy.dtype(dtype).newbyteorder("<"))
         self._file.seek(self._start + begin)
         if array.size and self._file.readinto(array.reshape(-1).view(numpy.uint8)) != array.nbytes:  # type: ignore[attr-defined]
-            raise _CorruptFileError("it became shorter while it was read")
+            raise _CorruptFileError("the file was truncated while it was read")
         return array.astype(dtype, copy=False)
 
     def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
@@ -156,27 +155,27 @@ class Reader:
         while begin < end:
             chunk = self._file.read(min(end - begin, 1 << 20))
             if not chunk:
-                raise _CorruptFileError("it became shorter while it was read")
+                raise _CorruptFileError("the file was truncated while it was read")
             begin += len(chunk)
             yield chunk
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int, int]:
-    """Return the header, where the data begin, and how many bytes of them there are."""
+    """Return the header, the offset of the data in the file, and their size in bytes."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or length > size - 8:
         raise _CorruptFileError(
-            f"no safetensors file: its {size} bytes cannot hold the header of {length} that it begins with"
+            f"not a safetensors file: it has {size} bytes, too few for a header of the {length} bytes that it declares"
         )
     if length > _MAX_HEADER_BYTES:
-        raise _CorruptFileError(f"its header of {length} bytes is longer than the {_MAX_HEADER_BYTES} that nnx reads")
+        raise _CorruptFileError(f"its header of {length} bytes exceeds the limit of {_MAX_HEADER_BYTES}")
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _CorruptFileError(f"no safetensors file: its header is not JSON ({error})") from error
+        raise _CorruptFileError(f"not a safetensors file: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _CorruptFileError("no safetensors file: its header is not an object of JSON")
+        raise _CorruptFileError("not a safetensors file: its header is not a JSON object")
     return header, 8 + length, size - 8 - length
 
 
@@ -184,14 +183,14 @@ def _reject_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     items = dict(pairs)
     if len(items) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise _CorruptFileError(f"its header has {name!r} twice")
+        raise _CorruptFileError(f"duplicate header entry {name!r}")
     return items
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Return dtype, shape and the first and last offset of a header's entry."""
+    """Validate a header entry; return its dtype, shape, and begin and end offset."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _CorruptFileError(f"its header says of {name!r} something else than dtype, shape and data_offsets")
+        raise _CorruptFileError(f"header entry {name!r} must contain exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if (
         not isinstance(dtype, str)
@@ -200,12 +199,12 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         or len(shape) > 32
         or len(offsets) != 2
     ):
-        raise _CorruptFileError(f"the dtype, shape or offsets of {name!r} are no such thing")
+        raise _CorruptFileError(f"invalid dtype, shape or offsets for {name!r}")
     begin, end = offsets
-    word = _DTYPES.get(dtype, dtype)
-    if end < begin or (dtype in _DTYPES and math.prod(shape) * numpy.dtype(word).itemsize != end - begin):
+    dtype_name = _DTYPES.get(dtype, dtype)
+    if end < begin or (dtype in _DTYPES and math.prod(shape) * numpy.dtype(dtype_name).itemsize != end - begin):
         raise _CorruptFileError(f"{name!r} of {dtype} {tuple(shape)} has {end - begin} bytes")
-    return word, tuple(shape), begin, end
+    return dtype_name, tuple(shape), begin, end
 
 
 def _is_index_list(value: Any) -> bool:
@@ -213,8 +212,8 @@ def _is_index_list(value: Any) -> bool:
 
 
 def _digest(metadata: Mapping[str, str], arrays: Mapping[str, tuple[str, Sequence[int], Any]]) -> str:
-    """Return the digest over metadata, names, dtypes, shapes and bytes."""
-    import hashlib  # noqa: PLC0415 - it loads OpenSSL, and importing nnx imports nothing that only files need
+    """Return the digest of metadata, names, dtypes, shapes and bytes."""
+    import hashlib  # noqa: PLC0415 - it loads OpenSSL, and `import nnx` loads nothing that only files need
 
     names = sorted(arrays)
     header = [sorted(metadata.items()), [[name, *arrays[name][:2]] for name in names]]
@@ -226,13 +225,13 @@ def _digest(metadata: Mapping[str, str], arrays: Mapping[str, tuple[str, Sequenc
 
 
 def _little_endian_bytes(array: numpy.ndarray) -> numpy.ndarray:
-    """Return the bytes of `array` as in the file."""
+    """Return the bytes of `array` in the byte order of the file."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(numpy.uint8)
 
 
 def _fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and sys.platform == "win32":  # which has no such call for folders
+    """Flush a file, or the entries of a folder, to the disk."""
+    if path.is_dir() and sys.platform == "win32":  # Windows cannot fsync a folder
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,6 @@
-"""Checks for layers, nnx's own and a reader's: gradients against differences, and the rules of a layer.
+"""Checks for built-in and user-defined layers: numerical gradient checks, and the layer contract.
 
-Both functions raise an AssertionError that names the layer, the array and the element.
+Both functions raise an AssertionError that names the layer and, for a gradient, the array and the element.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ __all__ = ["check_gradients", "check_layer"]
 
 
 def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float = 1e-5, seed: int = 0) -> None:
-    """Compare backward with central differences, (f(a + eps) - f(a - eps)) / (2 eps), element by element.
+    """Compare `backward` with central differences, (f(a + eps) - f(a - eps)) / (2 eps), element by element.
 
-    f is the sum of the outputs under random weights, or the loss itself. The gradients of all
-    floating inputs for which backward returns one are checked, and those of all parameters.
+    f is a randomly weighted sum of the outputs, or the loss itself. The gradients of all parameters are
+    checked, and those of all floating inputs for which `backward` returns a gradient.
 
     Parameters
     ----------
     layer : a layer whose parameters are float64
-        In float32 the differences would be noise.
+        In float32 rounding errors dominate the differences.
     inputs : the arguments of `layer.forward`
         A layer with several inputs returns their gradients as a tuple.
     rtol : float
-        Largest difference, relative to the larger of the two numbers and, for small ones, to a
-        thousandth of the largest in their array.
+        Tolerance relative to the larger of the two values or, for small values, to a thousandth of the
+        largest value in the array.
     eps : float
     seed : int
-        Of the random weights.
+        Seed of the random weights.
     """
     name = type(layer).__name__
     for i, p in enumerate(layer.params):
@@ -47,7 +47,7 @@ def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float =
     def f() -> float:
         return float((copy.copy(before).forward(*arrays) * weights).sum())
 
-    before = copy.copy(layer)  # each f() forwards a copy of it, so that Dropout, which counts its calls, keeps one mask
+    before = copy.copy(layer)  # f() uses copies, so that the call count of Dropout and thus its mask stay the same
     out = layer.forward(*arrays)
     if out.ndim:
         weights = asarray(numpy.random.default_rng(seed).standard_normal(out.shape))
@@ -56,7 +56,7 @@ def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float =
     checks += [(f"params[{i}]", p, g.copy()) for i, (p, g) in enumerate(zip(layer.params, layer.grads, strict=True))]
     for what, array, gradient in checks:
         assert gradient.shape == array.shape, (
-            f"{name}: gradient of {what} has shape {gradient.shape}, not {array.shape}"
+            f"{name}: gradient of {what} has shape {gradient.shape}, expected {array.shape}"
         )
         analytic, numeric = to_cpu(gradient), _differences(f, array, eps)
         larger = numpy.maximum(abs(analytic), abs(numeric))
@@ -73,19 +73,19 @@ def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float =
 def check_layer(
     make: Callable[[Any], Layer], *inputs: Any, dtypes: Iterable[Any] = (numpy.float32, numpy.float64)
 ) -> None:
-    """Check that a layer keeps the rules that models, optimizers and trainers rely on.
+    """Check that a layer fulfils the contract that models, optimizers and trainers rely on.
 
-    They are: right gradients; inputs left as they were, and taken read-only or not contiguous;
-    results that nothing overwrites later; the dtype kept; batches of any size in turn; gradients
-    written, not added, and into the same arrays; independent copies by deepcopy and pickle.
+    The contract: correct gradients; inputs are not modified and may be read-only or non-contiguous; results are
+    not overwritten by later calls; the dtype is preserved; the batch size may change between calls; gradients are
+    written in place, not accumulated; deepcopy and pickle give independent copies.
 
     Parameters
     ----------
     make : function of a dtype
-        Returns a new layer whose parameters have that dtype, the same numbers at every call.
+        Returns a new layer whose parameters have that dtype and the same values at every call.
     inputs : the arguments of `forward`, on the host
-        Two or more rows each. Floating arrays are cast to the dtype that is tried, integers stay.
-    dtypes : dtypes to try, at least one
+        At least two rows each. Floating arrays are cast to the dtype under test, integer arrays are not.
+    dtypes : dtypes to test, at least one
     """
     if isinstance(dtypes, str) or not isinstance(dtypes, Iterable) or not (dtypes := list(dtypes)):
         raise TypeError(f"check_layer: dtypes must be a list of dtypes, such as ['float32'], got {dtypes!r}")
@@ -103,7 +103,7 @@ def check_layer(
 
 
 def _run(layer: Any, arrays: Sequence[Array]) -> list[Any]:
-    """Return the results of forward and backward, and copies of the gradients."""
+    """Return the results of forward and backward, and copies of the parameter gradients."""
     out = layer.forward(*arrays)
     dout = np.ones_like(out) if out.ndim else 1
     return [out, *_as_tuple(layer.backward(dout)), *(g.copy() for g in layer.grads)]
@@ -112,26 +112,26 @@ def _run(layer: Any, arrays: Sequence[Array]) -> list[Any]:
 def _check_dtypes(layer: Any, results: Sequence[Any], dtype: Any) -> None:
     for result in results:
         if result is not None:
-            assert result.dtype == dtype, f"{type(layer).__name__}: computes {result.dtype} from {numpy.dtype(dtype)}"
+            assert result.dtype == dtype, f"{type(layer).__name__}: returns {result.dtype} for {numpy.dtype(dtype)}"
 
 
 def _check_repeats(layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
-    """Use the layer again, from where `expected` left it."""
+    """Call the layer again after the run that gave `expected`."""
     kept = [None if a is None else a.copy() for a in expected]
     grads = list(layer.grads)
     dout = np.ones_like(expected[0]) if expected[0].ndim else 1
     again = [expected[0], *_as_tuple(layer.backward(dout)), *layer.grads]
-    _check_equal(layer, "backward twice gives another gradient (it must write, not add)", again, kept)
+    _check_equal(layer, "a second backward gives a different gradient (it must write, not add)", again, kept)
     _run(layer, [a * 0.5 if a.dtype.kind == "f" else a for a in arrays])
-    _check_equal(layer, "a result changes when the layer is used again", expected, kept)
+    _check_equal(layer, "a result changes when the layer is called again", expected, kept)
     for i, (before, now) in enumerate(zip(grads, layer.grads, strict=True)):
         assert before is now, (
-            f"{type(layer).__name__}: grads[{i}] is another array after backward; write grads[{i}][...]"
+            f"{type(layer).__name__}: backward replaces the array grads[{i}]; assign to grads[{i}][...]"
         )
 
 
 def _check_inputs(make: Callable[[Any], Any], arrays: Sequence[Array], expected: Sequence[Any], dtype: Any) -> None:
-    """Give the inputs read-only (CuPy has no such flag), then with gaps between their elements."""
+    """Pass read-only inputs (CuPy has no such flag), then non-contiguous ones."""
     plain = [a.copy() for a in arrays]
     if isinstance(plain[0], numpy.ndarray):
         for a in plain:
@@ -141,25 +141,25 @@ def _check_inputs(make: Callable[[Any], Any], arrays: Sequence[Array], expected:
         out = layer.forward(*given)
         dout = np.ones_like(out) if out.ndim else 1
         result = [out, *_as_tuple(layer.backward(dout)), *layer.grads]
-        _check_equal(layer, "an input is written into", given, arrays)
-        assert (to_cpu(dout) == 1).all(), f"{type(layer).__name__}: backward writes into dout"
-        _check_close(layer, "inputs that are read-only or not contiguous give another result", result, expected)
+        _check_equal(layer, "an input is modified", given, arrays)
+        assert (to_cpu(dout) == 1).all(), f"{type(layer).__name__}: backward modifies dout"
+        _check_close(layer, "read-only or non-contiguous inputs give a different result", result, expected)
 
 
 def _check_batches(make: Callable[[Any], Any], arrays: Sequence[Array], dtype: Any) -> None:
-    """Let a smaller batch, twice, follow a larger one that is then forgotten."""
+    """Run a smaller batch after a larger one; the result must equal that of a new layer."""
     used, new = make(dtype), make(dtype)
     smaller = [a[: max(1, len(a) - 1)] for a in arrays]
     _run(used, arrays)
     _run(new, smaller)
-    _check_close(new, "what came before changes the result", _run(used, smaller), _run(new, smaller))
+    _check_close(new, "an earlier batch changes the result", _run(used, smaller), _run(new, smaller))
 
 
 def _check_copies(layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - our own bytes
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - trusted data
         for i, p in enumerate(copied.params):
             assert not np.may_share_memory(p, layer.params[i]), f"{type(layer).__name__}: a copy shares params[{i}]"
-        _check_close(layer, "a copy gives another result", _run(copied, arrays), expected)
+        _check_close(layer, "a copy gives a different result", _run(copied, arrays), expected)
 
 
 def _check_equal(layer: Any, what: str, results: Sequence[Any], expected: Sequence[Any]) -> None:
@@ -173,7 +173,7 @@ def _check_close(layer: Any, what: str, results: Sequence[Any], expected: Sequen
 
 
 def _differences(f: Callable[[], float], array: Array, eps: float) -> numpy.ndarray:
-    """Return the central differences of f by every element of `array`, which f reads."""
+    """Return the central differences of f with respect to each element of `array`, which f reads."""
     result = numpy.empty(array.shape)
     for index in numpy.ndindex(*array.shape):
         value = float(array[index])

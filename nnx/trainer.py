@@ -1,7 +1,8 @@
-"""The training loop: `Trainer.fit` shuffles, steps, reports, and stops where going on makes no sense. N rows."""
+"""The training loop: `Trainer.fit` shuffles, takes steps, reports, and stops when the loss diverges. N rows."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import sys
@@ -23,14 +24,7 @@ from nnx.batches import (
     parameter_dtype,
     sharded_batches,
 )
-from nnx.callbacks import (
-    PrintLog,
-    ProgressBar,
-    as_callback_list,
-    load_callback_states,
-    reset_if_new_model,
-    run_callbacks,
-)
+from nnx.callbacks import CallbackList, PrintLog, ProgressBar
 from nnx.checks import check_weights
 from nnx.device import asarray, chunk_bytes, fits_on_device, is_writable, to_cpu
 from nnx.distributed import Comm
@@ -49,6 +43,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _COUNTS = ("epoch", "iteration", "begun", "stop", "rows", "batch_size", "max_iter")
 
 
+@dataclasses.dataclass
+class _Fit:
+    """The data and settings of one call of `Trainer.fit`."""
+
+    x: Any
+    t: Any
+    batch_size: int
+    max_grad: float | None
+    callbacks: CallbackList
+    signals: DeferredSignals
+    tied: TiedParameters
+    addresses: Any  # of the model's arrays before the first step, None after it
+
+
 class Trainer:
     """Trains a model with an optimizer.
 
@@ -57,23 +65,23 @@ class Trainer:
     model : object with params, grads, forward(x, t) and backward()
     optimizer : object with update(params, grads)
     rng : seed, numpy.random.Generator or None
-        Draws one `permutation(N)` an epoch, on the host: the same seed shuffles alike on both
-        devices. None is NumPy's global generator, as in the source.
+        Draws one `permutation(N)` per epoch, on the host: the same seed shuffles alike on both
+        devices. None is NumPy's global generator, as in the book.
     comm : distributed.Comm or None
-        The ranks that train together, each a slice of every batch; see `nnx.distributed`. All call fit
-        with the same data and arguments. Rank 0's weights and order of rows are everyone's, and it alone
-        shows progress and saves checkpoints; a signal or a call of `stop` on any rank stops all of them.
+        The ranks that train together, each on its shard of every batch; see `nnx.distributed`. All ranks call fit
+        with the same data and arguments. The weights and the permutations of rank 0 are used on all ranks. Only
+        rank 0 shows progress and saves checkpoints; a signal or a call of `stop` on any rank stops all of them.
 
     Attributes
     ----------
     loss_list : list of float
-        The mean loss since the evaluation before, one number per evaluation, over all calls of fit.
+        The mean loss since the previous evaluation, one number per evaluation, over all calls of fit.
     val_list : list of (loss, accuracy)
-        What `model.evaluate` gave for the validation data, one pair per epoch.
+        The results of `model.evaluate` on the validation data, one pair per epoch.
     current_epoch, max_epoch : int
-        Epochs finished over all calls of fit, and how many there will be when this call ends.
+        The number of epochs finished over all calls of fit, and the number at which this call ends.
     iteration, max_iter : int
-        Steps done in this epoch, and all that it has.
+        The number of steps finished in this epoch, and the number of steps per epoch.
     """
 
     def __init__(self, model: Model, optimizer: Optimizer, *, rng: Any = None, comm: Comm | None = None) -> None:
@@ -88,13 +96,14 @@ class Trainer:
         self.validation: tuple[Any, Any] | None = None
         self.current_epoch = self.iteration = self.max_iter = self.max_epoch = 0
         self.comm = comm or Comm()  # one rank
-        self._stop, self._stop_signal = False, 0  # and the signal that the ranks have told each other of
+        self._running = False
+        self._stop, self._stop_signal = False, 0  # the signal agreed on by all ranks
         self._losses = WeightedMean()
-        self._first_epoch: int | None = None  # the epochs finished when the fit began that is not yet at its end
+        self._first_epoch: int | None = None  # of the fit that is not finished
         self._plan: Any = (0, 0, 0)  # rows, rows of a batch and steps of an epoch
-        self._permutation = numpy.zeros(0, numpy.int64)  # the rows of this epoch, or what is left of them
-        self._callbacks: list[Any] = []
-        self._callback_states: list[Any] | None = None  # what callbacks remembered, for the next fit
+        self._permutation = numpy.zeros(0, numpy.int64)  # of this epoch, or what remains of it after `resume`
+        self._callbacks: CallbackList | None = None  # of the running fit
+        self._callback_states: list[Any] | None = None  # from a checkpoint, for the next fit
 
     def fit(
         self,
@@ -149,76 +158,108 @@ class Trainer:
             second Ctrl-C is raised at once. Where a callback has on_interrupt, as `callbacks.Checkpoint`,
             or there are several ranks, SIGTERM waits as well, and then ends the process as it would have.
         """
+        if self._running:
+            raise RuntimeError("Trainer.fit: called from one of its own callbacks; use another Trainer there")
         x, t = check_data("Trainer.fit", self.model, (x, t))
         check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
-        checked: Sequence[Array] = ()
-        if validation is not None:
-            checked = check_data("Trainer.fit: validation", self.model, validation, copy=False)
-            if not hasattr(self.model, "evaluate"):
-                raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
-            self.model.evaluate(*(data[:1] for data in validation))  # raises now what it would after an epoch
+        checked = self._check_validation(validation)
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
-        callbacks, comm = as_callback_list(callbacks), self.comm
+        hooks = CallbackList(callbacks)
         self._check_update()
-        numbers = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
-        self._setup_ranks((x, t), checked, **numbers, eval_interval=eval_interval, drop_last=drop_last)
-        self._begin(callbacks, max_epoch, (len(x), batch_size, max_iter))
+        settings = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
+        self._setup_ranks((x, t), checked, **settings, eval_interval=eval_interval, drop_last=drop_last)
+        self._begin(hooks, max_epoch, (len(x), batch_size, max_iter))
         self.eval_interval, self.validation = eval_interval, validation
-        if verbose is not False and comm.rank == 0:
-            callbacks = [ProgressBar() if verbose is None and sys.stderr.isatty() else PrintLog(), *callbacks]
+        hooks.check_validation(validation)
+        if verbose is not False and self.comm.rank == 0:
+            hooks = CallbackList(
+                [ProgressBar() if verbose is None and _is_terminal() else PrintLog(), *hooks.callbacks]
+            )
         x, t = (asarray(x), asarray(t)) if fits_on_device(x, t) else (to_cpu(x), to_cpu(t))
-        shared, losses, bytes_at_once = TiedParameters(self.model.params), self._losses, chunk_bytes(x)
-        dtype = parameter_dtype(self.model)
-        before: Any = array_addresses(self.model)
-        saves = comm.size > 1 or any(hasattr(c, "on_interrupt") for c in callbacks)
-        with defer_signals(*(_SIGNALS if saves else _SIGNALS[:1])) as stop, run_callbacks(self, callbacks) as call:
-
-            def after_step(event: str) -> None:
-                call(event)
-                if event == "on_epoch" and comm.size > 1:
-                    self._check_ranks_in_sync()
-                    self._apply_stop_flags(comm.all_sum(*self._stop_flags(stop)))
-                call("on_checkpoint")
-                if pending := self._stop_signal if comm.size > 1 else stop.pending:
-                    stop.pending = pending
-                    call("on_interrupt")
-                    comm.barrier()  # until rank 0 has saved
-                    stop.deliver()
-
-            self._callback_states = None  # only now: where a callback cannot begin, fit may be tried again
-            self._apply_stop_flags(comm.all_sum(*self._stop_flags(stop)))  # also what callbacks that began wish for
+        saves = self.comm.size > 1 or hooks.handles("on_interrupt")
+        with defer_signals(*(_SIGNALS if saves else _SIGNALS[:1])) as signals, hooks.running(self):
+            tied, addresses = TiedParameters(self.model.params), array_addresses(self.model)
+            run = _Fit(x, t, batch_size, max_grad, hooks, signals, tied, addresses)
+            self._callback_states = None  # only now: if on_begin raises, fit may be called again
+            self._running = True
             try:
-                while self.current_epoch < self.max_epoch and (self.iteration or not self._stop):
-                    if not self.iteration:  # else what a checkpoint in the middle of the epoch left
-                        self._permutation = as_generator(self.rng).permutation(len(x))[: max_iter * batch_size]
-                        comm.broadcast([self._permutation])
-                    data = (x, t, self._permutation, batch_size, bytes_at_once)
-                    parts = sharded_batches(*data, comm, dtype) if comm.size > 1 else batches(*data, dtype)
-                    steps = enumerate(parts, self.iteration + 1)
-                    for iteration, (xs, ts, rows) in steps:
-                        losses.add(self._step(xs, ts, rows, shared, max_grad, stop), rows)
-                        self.iteration = iteration  # now that it is done
-                        if before:
-                            check_not_rebound(self.model, before)
-                            before = None
-                        if eval_interval is not None and (self.iteration - 1) % eval_interval == 0:
-                            self._log_loss(losses)
-                            call("on_evaluate")
-                        after_step("on_step")
-                    self.current_epoch, self.iteration = self.current_epoch + 1, 0
-                    if validation is not None:
-                        self.val_list.append(self._evaluate(*validation))
-                    after_step("on_epoch")
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(
-                    f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
-                    f"of {self.max_iter} iterations; go on from these weights with fit, or from a file with resume"
-                ) from error
-            self._first_epoch, self._stop, self._losses, self._callbacks = None, False, WeightedMean(), []
-            if losses.totals and not all_finite(self.model.params):
-                raise FloatingPointError(
-                    "Trainer.fit: a parameter is infinite or NaN after the last step; use a smaller lr, or max_grad"
+                self._run(run)
+            finally:
+                self._running = False
+
+    def _run(self, run: _Fit) -> None:
+        """Run the epochs of a fit."""
+        self._sync_stop_flags(run)  # on_begin may have called `stop`
+        try:
+            while self.current_epoch < self.max_epoch and (self.iteration or not self._stop):
+                self._run_epoch(run)
+        except KeyboardInterrupt:
+            saved = next((c.path for c in run.callbacks.callbacks if getattr(c, "path", None)), None)
+            resume = f"from {saved} with resume" if saved else "from a file with resume"
+            raise KeyboardInterrupt(
+                f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
+                f"of {self.max_iter} iterations; continue from these weights with fit, or {resume}"
+            ) from None
+        self._first_epoch, self._stop, self._callbacks, self._losses = None, False, None, WeightedMean()
+
+    def _run_epoch(self, run: _Fit) -> None:
+        """Run an epoch, or the rest of one that was resumed."""
+        if not self.iteration:
+            rows, batch_size, max_iter = self._plan
+            self._permutation = as_generator(self.rng).permutation(rows)[: max_iter * batch_size]
+            self.comm.broadcast([self._permutation])
+        data = (run.x, run.t, self._permutation, run.batch_size, chunk_bytes(run.x))
+        dtype = parameter_dtype(self.model)
+        parts = sharded_batches(*data, self.comm, dtype) if self.comm.size > 1 else batches(*data, dtype)
+        for iteration, (x, t, rows) in enumerate(parts, self.iteration + 1):
+            self._losses.add(self._train_step(run, x, t, rows), rows)
+            self.iteration = iteration  # only now that the step is done
+            if run.addresses:
+                check_not_rebound(self.model, run.addresses)
+                run.addresses = None
+            if self.eval_interval is not None and (iteration - 1) % self.eval_interval == 0:
+                self._log_loss()
+                run.callbacks("on_evaluate", self)
+            self._after_step(run, "on_step")
+        if self._losses.totals:
+            self._check_finite(self._losses.value())
+        self.current_epoch, self.iteration = self.current_epoch + 1, 0
+        if self.validation is not None:
+            self.val_list.append(self._evaluate(*self.validation))
+        self._after_step(run, "on_epoch")
+
+    def _after_step(self, run: _Fit, event: str) -> None:
+        """Call the callbacks after a step or an epoch, and deliver a signal that has arrived."""
+        run.callbacks(event, self)
+        if event == "on_epoch" and self.comm.size > 1:
+            self._check_ranks_in_sync()
+            self._sync_stop_flags(run)
+        run.callbacks("on_checkpoint", self)
+        if pending := self._stop_signal if self.comm.size > 1 else run.signals.pending:
+            run.signals.pending = pending
+            run.callbacks("on_interrupt", self)
+            self.comm.barrier()  # until rank 0 has saved
+            run.signals.deliver()
+
+    def _train_step(self, run: _Fit, x: Array, t: Array, rows: int) -> Any:
+        """Take a step and return its loss: forward, backward, the sum over ranks, clipping, update."""
+        loss: Any = 0.0
+        if len(x):  # a rank may have no row of a small batch
+            loss = self.model.forward(x, t)
+            if loss is None:
+                raise TypeError(
+                    f"Trainer.fit: {type(self.model).__name__}.forward(x, t) must return the loss, got None"
                 )
+            self.model.backward()
+        params, grads = run.tied.sum_tied_gradients(self.model.params, self.model.grads)
+        if self.comm.size > 1:
+            share = self._share(len(x), rows)
+            grads, (loss, *flags) = self.comm.allreduce(grads, share, loss * share, *self._stop_flags(run.signals))
+            self._apply_stop_flags(flags)
+        if run.max_grad is not None:
+            clip_grads(grads, run.max_grad)
+        self.optimizer.update(params, grads)
+        return loss
 
     def resume(self, path: str | Path) -> Path:
         """Go back to where a training was saved: model, optimizer, generator, counters, `loss_list` and `val_list`.
@@ -250,7 +291,7 @@ class Trainer:
         return self._stop or self.current_epoch >= self.max_epoch
 
     def __getstate__(self) -> dict[str, Any]:  # the callbacks of a fit at work may be no data
-        return {**vars(self), "_callbacks": []}
+        return {**vars(self), "_callbacks": None, "_running": False}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that another trainer needs to go on alike: numbers, arrays and lists."""
@@ -263,11 +304,7 @@ class Trainer:
             "losses": self._losses.state(),
             "order": self._permutation[len(self._permutation) - _rows_left(self.iteration, *self._plan) :],
             "rng": get_state(as_generator(self.rng)),
-            "callbacks": [
-                [type(c).__name__, {n: getattr(c, n) for n in c.state_names}]
-                for c in self._callbacks
-                if hasattr(c, "state_names")
-            ],
+            "callbacks": self._callbacks.state() if self._callbacks else [],
         }
 
     def load_state_dict(self, path: Path, state: dict[str, Any]) -> Callable[[], None]:
@@ -316,25 +353,36 @@ class Trainer:
                 pyplot.show()
         return axes
 
-    def _begin(self, callbacks: list[Any], max_epoch: int, plan: tuple[int, int, int]) -> None:
-        """Take the settings of a fit, which goes on with one that was saved or starts another."""
-        if self._callback_states is None or self._first_epoch is None:
-            reset_if_new_model(self.model, callbacks)
-            self._first_epoch, self.iteration, self._losses, self._stop = self.current_epoch, 0, WeightedMean(), False
-        elif self.iteration and plan != self._plan:
+    def _begin(self, callbacks: CallbackList, max_epoch: int, plan: tuple[int, int, int]) -> None:
+        """Start a fit, or continue the one of a checkpoint."""
+        resumed = self._callback_states is not None and self._first_epoch is not None
+        first = self._first_epoch if resumed and self._first_epoch is not None else self.current_epoch
+        if resumed and self.iteration and plan != self._plan:
             raise ValueError(
-                f"Trainer.fit: the epoch that was saved has {self._plan[0]} rows in {self._plan[2]} batches of "
+                f"Trainer.fit: the saved epoch has {self._plan[0]} rows in {self._plan[2]} batches of "
                 f"{self._plan[1]}, got {plan[0]} rows in {plan[2]} batches of {plan[1]}; finish it as it began"
             )
-        elif (done := self.current_epoch + (self.iteration > 0) - self._first_epoch) > max_epoch:
+        if resumed and (begun := self.current_epoch + (self.iteration > 0) - first) > max_epoch:
             raise ValueError(
-                f"Trainer.fit: the fit that was saved began {done} epochs; max_epoch counts these too, got {max_epoch}"
+                f"Trainer.fit: the saved fit has begun {begun} epochs; max_epoch counts these too, got {max_epoch}"
             )
+        callbacks.follow(self.model, resumed=resumed)
+        if resumed:
+            callbacks.load_state(self._callback_states)
         else:
-            reset_if_new_model(self.model, callbacks)
-            load_callback_states(callbacks, self._callback_states)
-        self._callbacks, self._plan = callbacks, plan
-        self.max_iter, self.max_epoch = plan[2], self._first_epoch + max_epoch
+            self.iteration, self._losses, self._stop = 0, WeightedMean(), False
+        self._first_epoch, self._callbacks, self._plan = first, callbacks, plan
+        self.max_iter, self.max_epoch = plan[2], first + max_epoch
+
+    def _check_validation(self, validation: Any) -> Sequence[Array]:
+        """Return the validation data, checked; raise now what `evaluate` would raise after an epoch."""
+        if validation is None:
+            return ()
+        checked = check_data("Trainer.fit: validation", self.model, validation, copy=False)
+        if not hasattr(self.model, "evaluate"):
+            raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
+        self.model.evaluate(*(data[:1] for data in validation))
+        return checked
 
     def _check_update(self) -> None:
         """Raise what would make the first update fail, before layers have changed their own state."""
@@ -376,27 +424,6 @@ class Trainer:
             f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **fingerprints
         )
 
-    def _step(
-        self, x: Array, t: Array, rows: int, shared: TiedParameters, max_grad: float | None, stop: DeferredSignals
-    ) -> Any:
-        loss: Any = 0.0
-        if len(x):  # always, but for a rank that has no row of a small batch
-            loss = self.model.forward(x, t)
-            if loss is None:
-                raise TypeError(
-                    f"Trainer.fit: {type(self.model).__name__}.forward(x, t) must return the loss, got None"
-                )
-            self.model.backward()
-        params, grads = shared.sum_tied_gradients(self.model.params, self.model.grads)
-        if self.comm.size > 1:
-            share = self._share(len(x), rows)
-            grads, (loss, *wishes) = self.comm.allreduce(grads, share, loss * share, *self._stop_flags(stop))
-            self._apply_stop_flags(wishes)
-        if max_grad is not None:
-            clip_grads(grads, max_grad)
-        self.optimizer.update(params, grads)
-        return loss
-
     def _share(self, part: int, rows: int) -> float:
         """Return what the `part` of this rank weighs in a batch of `rows` rows."""
         if not self._is_weighted():
@@ -407,14 +434,18 @@ class Trainer:
     def _is_weighted(self) -> bool:
         return getattr(getattr(self.model, "loss_layer", None), "is_weighted", False)
 
-    def _stop_flags(self, stop: DeferredSignals) -> list[bool]:
-        """Return what this rank has to tell the others: whether each of the signals came, and a call of `stop`."""
-        return [*(stop.pending == signum for signum in _SIGNALS), self._stop]
+    def _stop_flags(self, signals: DeferredSignals) -> list[bool]:
+        """Return the stop flags of this rank: one for each signal, and one for `stop`."""
+        return [*(signals.pending == signum for signum in _SIGNALS), self._stop]
 
-    def _apply_stop_flags(self, wishes: list[float]) -> None:
-        """Make the wishes of all ranks, added up, this one's."""
-        *signals, self._stop = (wish > 0 for wish in wishes)
-        self._stop_signal = next((signum for signum, wish in zip(_SIGNALS, signals, strict=True) if wish), 0)
+    def _apply_stop_flags(self, flags: list[float]) -> None:
+        """Apply the stop flags of all ranks, which have been summed."""
+        *signals, self._stop = (flag > 0 for flag in flags)
+        self._stop_signal = next((signum for signum, flag in zip(_SIGNALS, signals, strict=True) if flag), 0)
+
+    def _sync_stop_flags(self, run: _Fit) -> None:
+        """Sum the stop flags over all ranks, and apply them."""
+        self._apply_stop_flags(self.comm.all_sum(*self._stop_flags(run.signals)))
 
     def _evaluate(self, x: Any, t: Any) -> tuple[float, float | None]:
         """Return what the model's evaluate gives; where rows weigh alike, each rank takes its slice of them."""
@@ -426,16 +457,27 @@ class Trainer:
         loss, hits = self.comm.all_sum(loss * rows / len(x), (accuracy or 0) * rows / len(x))
         return loss, None if accuracy is None else hits
 
-    def _log_loss(self, losses: WeightedMean) -> None:
-        """Append the mean loss to `loss_list`, and raise if it or a parameter is no number."""
-        loss = losses.pop()
-        self.loss_list.append(loss)
+    def _log_loss(self) -> None:
+        """Append the mean loss since the last evaluation to `loss_list`."""
+        self.loss_list.append(self._losses.pop())
+        self._check_finite(self.loss_list[-1])
+
+    def _check_finite(self, loss: float) -> None:
+        """Raise a FloatingPointError if the mean loss or a parameter is infinite or NaN."""
         if not (math.isfinite(loss) and all_finite(self.model.params)):
-            first = max(1, self.iteration - (self.eval_interval or 1) + 1)
+            first = max(1, self.iteration - (self.eval_interval or self.iteration) + 1)
             raise FloatingPointError(
                 f"Trainer.fit: the loss is {loss} or a parameter is infinite or NaN in epoch {self.current_epoch + 1}, "
                 f"iterations {first} to {self.iteration}; use a smaller lr, or max_grad"
             )
+
+
+def _is_terminal() -> bool:
+    """Return whether stderr is a terminal; pythonw has none, and it may be closed."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 def _check_interface(name: str, given: Any, needed: Sequence[str]) -> None:

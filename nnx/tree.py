@@ -1,4 +1,4 @@
-"""The layers within a model, their arrays and other state by name, and the weights that several layers share."""
+"""Traversal of a model's layers, its named arrays and other state, and parameters shared between layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["TiedParameters", "memory_keys"]
 
 
 def memory_keys(p: Array) -> tuple[Any, Any]:
-    """Return where `p` lies, and where it would lie if it were another array transposed: pointer, shape, strides."""
+    """Return the memory keys of `p` and `p.T`: address, shape, strides."""
     return (address(p), p.shape, p.strides), (address(p), p.shape[::-1], p.strides[::-1])
 
 
 class TiedParameters:
-    """Which of `params` are one array in memory, found once, and their summed gradients."""
+    """The groups of `params` that share memory, determined once, and buffers for their summed gradients."""
 
     def __init__(self, params: Iterable[Array]) -> None:
         params = list(params)
@@ -32,7 +32,7 @@ class TiedParameters:
         ]
 
     def sum_tied_gradients(self, params: list[Array], grads: list[Array]) -> tuple[list[Array], list[Array]]:
-        """Return `params` and `grads` with each shared array once, its gradients summed."""
+        """Return `params` and `grads` with each shared array listed once and its gradients summed."""
         if len(self.groups) == len(params):
             return params, grads
         merged = []
@@ -45,7 +45,7 @@ class TiedParameters:
 
 
 def named_state(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]]:
-    """Return the arrays of `model` by name, and where its other state is: an object and an attribute by name."""
+    """Return the arrays of `model` by name, and its other state by name as (layer, attribute)."""
     if not hasattr(model, "params"):
         raise TypeError(f"checkpoint: expected a model, an object with params, got {type(model).__name__}")
     arrays: dict[str, Array] = {}
@@ -55,7 +55,7 @@ def named_state(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]
     def put(layer: Any, name: str, array: Array) -> None:
         if name in arrays:
             raise ValueError(
-                f"{type(layer).__name__}: two arrays are called {name}; param_names and state_names must all differ"
+                f"{type(layer).__name__}: two arrays are named {name}; param_names and state_names must be unique"
             )
         arrays[name] = array
 
@@ -75,7 +75,7 @@ def named_state(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]
 
 
 def name_list(what: str, names: Any) -> list[str]:
-    """Return the strings in `names`, any iterable of them, as a list; `what` opens the message of a TypeError."""
+    """Return `names`, an iterable of strings, as a list; `what` is the prefix of the TypeError message."""
     if isinstance(names, Iterable) and not isinstance(names, str):
         names = list(names)
         if all(isinstance(name, str) for name in names):
@@ -84,16 +84,16 @@ def name_list(what: str, names: Any) -> list[str]:
 
 
 def attribute_names(holder: Any, attribute: str) -> list[str]:
-    """Return the names in the attribute `param_names` or `state_names` of a layer or callback, which may lack it."""
+    """Return `param_names` or `state_names` of a layer or callback; an empty list if it has no such attribute."""
     names = getattr(holder, attribute, ())
     what = f"{type(holder).__name__}.{attribute}"
-    if isinstance(names, Iterator):  # every save reads it
+    if isinstance(names, Iterator):  # would be exhausted after the first save
         raise TypeError(f"{what} must be a list of names, such as ['W', 'b'], got an iterator, which can be read once")
     return name_list(what, names)
 
 
 def named_layers(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yield with their paths the layers that attributes of one hold, alone or in lists and dicts, and then itself."""
+    """Yield (path, layer) for the layers nested in attributes, lists and dicts of `value`, then `value` itself."""
     several = isinstance(value, dict | list | tuple)
     if id(value) in seen or not (several or not path or (hasattr(value, "forward") and hasattr(value, "params"))):
         return

@@ -1,4 +1,4 @@
-"""The names of the source's `common.util` that nnx has, where its readers look for them."""
+"""The functions of the book's `common.util` that nnx provides, under the same names."""
 
 from nnx.device import to_cpu, to_gpu
 from nnx.optimizer import clip_grads

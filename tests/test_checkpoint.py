@@ -157,7 +157,7 @@ def test_two_arrays_of_one_name_are_an_error_and_not_one_array(tmp_path):
     net = OwnNet(1)
     for names in ({"param_names": ("", "w", "w")}, {"param_names": ("", "w"), "state_names": ("w",), "w": np.ones(3)}):
         vars(net).update(names)
-        with pytest.raises(ValueError, match="OwnNet: two arrays are called w; param_names and state_names must all"):
+        with pytest.raises(ValueError, match="OwnNet: two arrays are named w; param_names and state_names must be"):
             checkpoint.save(tmp_path / "net.safetensors", net)
     assert not list(tmp_path.iterdir())
 
@@ -345,7 +345,7 @@ def test_keys_can_leave_arrays_of_a_file_out(tmp_path):
     ("options", "words"),
     [
         ({"keys": {"a": "layers.7.W"}}, r"keys names layers\.7\.W, and the model has layers\.0\.W, layers\.0\.b, lay"),
-        ({"keys": {"x": "layers.0.W", "layers.0.b": "layers.2.b"}}, "several arrays of the model one name"),
+        ({"keys": {"x": "layers.0.W", "layers.0.b": "layers.2.b"}}, "several arrays of the model the same name"),
         ({"keys": {"x": "layers.0.W", "y": "layers.0.W"}}, "an array of the model several names"),
         ({"transpose": ["layers.0.w"]}, r"transpose names layers\.0\.w, and the file has layers\.0\.W"),
     ],

@@ -314,7 +314,7 @@ def test_products_in_a_lower_precision_are_left_to_cupy(monkeypatch):
 def test_arrays_of_another_device_are_refused(call, monkeypatch):
     a, row = np.ones((3, 3), "float32"), np.ones(3, "float32")
     monkeypatch.setattr(cuda, "getDevice", lambda: 1)
-    with pytest.raises(ValueError, match="the arrays are on GPU 0, and the current one is 1"):
+    with pytest.raises(ValueError, match="the arrays are on GPU 0, but the current GPU is 1"):
         call(a, row)
 
 

@@ -156,15 +156,15 @@ def _entry(begin, end, shape=(1,), dtype="F32"):
         ({"a": _entry(0, 4), "b": _entry(0, 4)}, 4, "'b' begins at byte 0 of the data, where 4 was expected"),
         ({"a": _entry(0, 4), "b": _entry(8, 12)}, 12, "'b' begins at byte 8 of the data, where 4 was expected"),
         ({"a": _entry(0, 4), "b": _entry(2, 6)}, 6, "'b' begins at byte 2"),
-        ({"a": _entry(0, 4)}, 8, "its header describes 4 bytes of data, and there are 8"),
+        ({"a": _entry(0, 4)}, 8, "its header describes 4 bytes of data, but the file has 8"),
         ({"a": _entry(0, 8)}, 8, r"'a' of F32 \(1,\) has 8 bytes"),
         ({"a": _entry(0, 0, [0, 1 << 61])}, 0, r"a: in the file, but not in the model"),
-        ({"a": _entry(0, 0, [0] * 33)}, 0, "the dtype, shape or offsets of 'a' are no such thing"),
+        ({"a": _entry(0, 0, [0] * 33)}, 0, "invalid dtype, shape or offsets for 'a'"),
         ({"a": _entry(0, 3, [3], "F8_E4M3"), "b": _entry(3, 7)}, 7, "a: in the file, but not in the model"),
-        (b'{"a": ' + json.dumps(_entry(0, 4)).encode() + b', "a": 1}', 4, "its header has 'a' twice"),
+        (b'{"a": ' + json.dumps(_entry(0, 4)).encode() + b', "a": 1}', 4, "duplicate header entry 'a'"),
         ({"__metadata__": {"format": 1}}, 0, "the metadata in its header are not strings"),
-        ({"__metadata__": {"nnx.model": "{}"}}, 0, "damaged: its digest is not that of its contents"),
-        (b" " * (1 << 24) + b"{}", 0, "longer than the 16777216 that nnx reads"),
+        ({"__metadata__": {"nnx.model": "{}"}}, 0, "damaged: the digest does not match the contents"),
+        (b" " * (1 << 24) + b"{}", 0, "exceeds the limit of 16777216"),
     ],
 )
 def test_files_without_a_digest_are_looked_at_too(words, data, reason, tmp_path):
@@ -239,7 +239,7 @@ def test_the_digest_is_of_dtypes_shapes_and_metadata_too(old, new, tmp_path):
     data = path.read_bytes()
     assert data.count(old) == 1
     path.write_bytes(data.replace(old, new))
-    with pytest.raises(ValueError, match="its digest is not that"), nnx.storage.open_checked(path):
+    with pytest.raises(ValueError, match="the digest does not match"), nnx.storage.open_checked(path):
         pass
 
 

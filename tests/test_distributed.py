@@ -267,7 +267,7 @@ def test_sums_through_pinned_memory_are_numpys():
 def test_the_wrong_launcher_is_named():
     done = run(0, "methods", env={"WORLD_SIZE": "2"})
     assert done.returncode != 0
-    assert "the launcher says 2 ranks (WORLD_SIZE=2), but MPI says 1: mpi4py has loaded" in done.stderr
+    assert "the launcher reports 2 ranks (WORLD_SIZE=2), but MPI reports 1: mpi4py has loaded" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -284,10 +284,10 @@ def test_a_missing_piece_is_named(error, message, tmp_path):
     (tmp_path / "mpi4py" / "MPI.py").write_text(f"raise {error}\n", encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_python("import nnx; nnx.distributed.init()", PYTHONPATH=path, PMI_SIZE="4")
-    assert "the launcher says 4 ranks (PMI_SIZE=4), but " + message in done.stderr
+    assert "the launcher reports 4 ranks (PMI_SIZE=4), but " + message in done.stderr
     # of a launcher that says nothing `-m mpi4py` knows
     done = run_python("import mpi4py.run, nnx; nnx.distributed.init()", PYTHONPATH=path)
-    assert "the launcher says nothing, but " + message in done.stderr
+    assert "the launcher reports no ranks, but " + message in done.stderr
 
 
 # ---- Trainer ----

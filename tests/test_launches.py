@@ -139,7 +139,7 @@ class Counts:
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_the_trainer_adds_one_launch_a_step_and_one_gather_an_epoch(where):
+def test_the_trainer_adds_one_launch_a_step_and_three_an_epoch(where):
     x, t = data(rows=100)
     if where == "host":
         x, t = nnx.to_cpu(x), nnx.to_cpu(t)
@@ -150,19 +150,21 @@ def test_the_trainer_adds_one_launch_a_step_and_one_gather_an_epoch(where):
     for epoch, iteration, counters in counts.steps:
         if epoch < 2:
             continue
-        gathers = 2 if iteration == 1 else 0  # of x and of t, by one uploaded permutation
-        assert counters["launches"] <= 14 + 1 + gathers
+        once = 3 if iteration == 1 else 0  # the check of the parameters, and by one permutation the rows of x and of t
+        assert counters["launches"] <= 14 + 1 + once
         quiet = {name: counters[name] for name in QUIET}
-        assert quiet == {**dict.fromkeys(QUIET, 0), "h2d_copies": 1 if iteration == 1 else 0}
+        # At an epoch's end the losses of two sizes of batch are read, and whether the parameters are finite.
+        ends = {"h2d_copies": 1, "syncs": 3, "d2h_copies": 3} if iteration == 1 else {}
+        assert quiet == {**dict.fromkeys(QUIET, 0), **ends}
 
 
-def test_an_evaluation_waits_twice():
+def test_an_evaluation_waits_twice_and_an_epoch_twice():
     x, t = data(rows=90)
     counts = Counts()
     trainer = nnx.Trainer(nnx.TwoLayerNet(D, H, C, rng=0), nnx.SGD(0.1), rng=0)
     trainer.fit(x, t, max_epoch=4, batch_size=N, eval_interval=3, verbose=False, callbacks=[counts])
     syncs = {iteration: counters["syncs"] for epoch, iteration, counters in counts.steps if epoch == 3}
-    assert syncs == {1: 2, 2: 0, 3: 0}  # the mean loss, and whether the parameters are numbers
+    assert syncs == {1: 4, 2: 0, 3: 0}  # the mean loss, and whether the parameters are finite
 
 
 def test_the_table_of_the_hosts_side():

@@ -209,7 +209,7 @@ def test_host_weights_are_refused_on_the_gpu():
 @pytest.mark.parametrize(
     ("x", "error", "words"),
     [
-        (numpy.ones((5, 3)), ValueError, r"Affine: x must have shape \(N, 4\) to fit W \(4, 3\), got \(5, 3\)"),
+        (numpy.ones((5, 3)), ValueError, r"Affine: x must have shape \(N, 4\) to match W \(4, 3\), got \(5, 3\)"),
         (numpy.ones(4), ValueError, r"got \(4,\); make it a row with x\[None\], or"),
         (3.0, ValueError, "x must have shape"),
         ("text", TypeError, "Affine: expected real numbers"),
@@ -240,9 +240,9 @@ def test_backward_refuses_a_gradient_of_another_shape_and_the_same_size():
 
 
 LABEL_ERRORS = [
-    ([0, 1, 3], r"labels must lie in \[0, 3\), got 3"),
-    ([0, -1, 2], r"labels must lie in \[0, 3\), got -1"),
-    (numpy.array([0, 1, 256], ">i4"), r"labels must lie in \[0, 3\), got 256"),
+    ([0, 1, 3], r"labels must be in \[0, 3\), got 3"),
+    ([0, -1, 2], r"labels must be in \[0, 3\), got -1"),
+    (numpy.array([0, 1, 256], ">i4"), r"labels must be in \[0, 3\), got 256"),
     ([0.0, 1.0, 2.0], "labels must be integers .* got float64"),
     (numpy.eye(3), "use argmax"),
     ([0, 1], r"integers of shape \(3,\) or one-hot of shape \(3, 3\), got shape \(2,\)"),

@@ -307,5 +307,5 @@ def test_evaluate_refuses_a_batch_size(batch_size):
 
 def test_a_layer_that_stands_twice_is_refused():
     layer = Sigmoid()
-    with pytest.raises(ValueError, match="Sequential: a layer stands twice"):
+    with pytest.raises(ValueError, match="Sequential: a layer occurs twice"):
         Sequential([layer, layer])

@@ -198,8 +198,8 @@ def test_a_binary_label_that_is_neither_gives_nan_on_the_gpu():
     ("t", "words"),
     [
         ([[0], [1]], r"t must have the shape of x \(2,\), got \(2, 1\)"),
-        ([0, 2], r"labels must lie in \[0, 2\), got 2"),
-        ([0, -1], r"labels must lie in \[0, 2\), got -1"),
+        ([0, 2], r"labels must be in \[0, 2\), got 2"),
+        ([0, -1], r"labels must be in \[0, 2\), got -1"),
         ([0.0, 1.0], "labels must be integers"),
     ],
 )

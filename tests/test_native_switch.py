@@ -56,7 +56,7 @@ def test_on_without_the_extension_is_an_import_error():
 def test_other_values_are_refused(value, gpu):
     error = run("import nnx", NNX_GPU=gpu, NNX_NATIVE=value).stderr.splitlines()[-1]
     assert error == (
-        f"ValueError: NNX_NATIVE={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off) nor unset"
+        f"ValueError: NNX_NATIVE must be on (1, true, yes, on), off (0, false, no, off) or unset, got {value!r}"
     )
 
 

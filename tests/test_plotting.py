@@ -240,7 +240,7 @@ def test_the_largest_of_two_or_more_scores():
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
-        (lambda p: p[:, 0] * numpy.nan, "predict returns NaN"),
+        (lambda p: p[:, 0] * numpy.nan, "predict returned NaN"),
         (lambda p: p[:5], r"predict must return scores \(\d+, C\) or \(\d+,\) for \d+ points, got shape \(5, 2\)"),
         (lambda p: p[:, :, None], r"predict must return .*, 2, 1\)"),
         (lambda p: p[:, :0], r"predict must return .*, 0\)"),

@@ -210,7 +210,7 @@ def test_embedding_of_any_index(idx):
     W = np.asarray(numpy.arange(10.0).reshape(5, 2))
     layer = nnx.Embedding(W)
     if idx.min() < 0 or idx.max() >= 5:
-        with pytest.raises(ValueError, match=r"Embedding: idx must lie in \[0, 5\)"):
+        with pytest.raises(ValueError, match=r"Embedding: idx must be in \[0, 5\)"):
             layer.forward(idx)
         return
     numpy.testing.assert_array_equal(to_cpu(layer.forward(idx)), to_cpu(W)[idx])

@@ -224,7 +224,7 @@ def test_fewer_epochs_than_are_done_are_an_error_and_not_a_fit_of_nothing(tmp_pa
     trainer.resume(tmp_path)
     assert (trainer.current_epoch, trainer.iteration) == (1, 2)
     before = everything(trainer)
-    with pytest.raises(ValueError, match="saved began 2 epochs; max_epoch counts these too, got 1"):
+    with pytest.raises(ValueError, match="the saved fit has begun 2 epochs; max_epoch counts these too, got 1"):
         fit(trainer, *callbacks(), epochs=1)
     assert everything(trainer) == before
     start(trainer, tmp_path, 8, *callbacks())
@@ -254,7 +254,7 @@ def test_a_damaged_newest_file_gives_way_to_the_one_before(tmp_path):
     assert warned[0].filename == __file__  # the line that a user knows
     start(trainer, tmp_path, 3, *callbacks())
     check_resumed(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint in it that is whole"):
+    with pytest.raises(FileNotFoundError, match="no intact checkpoint found"):
         trainer.resume(tmp_path / "..")
 
 
@@ -263,7 +263,7 @@ def test_a_file_of_another_training_changes_nothing(tmp_path):
     checkpoint.save(path, new_trainer().model)
     trainer = new_trainer("SGD", "Philox", seed=2)
     before = everything(trainer)
-    with pytest.raises(ValueError, match="optimizer: wanted, but not in the file\n  trainer: wanted, but not"):
+    with pytest.raises(ValueError, match="optimizer: requested, but not in the file\n  trainer: requested, but not"):
         trainer.resume(path)
     start(new_trainer(), tmp_path, 7)
     with pytest.raises(ValueError, match="optimizer: SGD here, Adam in the file") as error:
@@ -286,7 +286,7 @@ def test_a_full_disk_is_a_warning_and_the_training_goes_on(tmp_path):
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.warns(RuntimeWarning, match=r"not saved: .*; the training goes on") as warned:
+        with pytest.warns(RuntimeWarning, match=r"not saved: .*; training continues") as warned:
             fit(trainer, Checkpoint(tmp_path, every_epochs=1, best=False), At(7, fill), *callbacks())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -311,7 +311,7 @@ def test_the_best_epoch_is_one_that_could_be_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", full)
     trainer, callback, losses = new_trainer(), Checkpoint(tmp_path), iter([0, 5, 3, 4])
     trainer.model.evaluate = lambda x, t: (next(losses), None)
-    with pytest.warns(RuntimeWarning, match="full; the training goes on"):
+    with pytest.warns(RuntimeWarning, match="full; training continues"):
         fit(trainer, callback)
     assert callback.best_loss == 4
     other = new_trainer()

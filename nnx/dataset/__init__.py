@@ -1,4 +1,4 @@
-"""Data sets, as NumPy arrays on both devices."""
+"""Data sets, returned as NumPy arrays on both devices."""
 
 from nnx.dataset import spiral
 

@@ -1,4 +1,4 @@
-"""The spiral: three arms of 100 points in the plane, which no straight line separates."""
+"""The spiral data set: three classes of 100 points in the plane, which are not linearly separable."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _POINTS, _CLASSES = 100, 3
 
 
 def load_data(seed: int = 1984) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return the source's 300 points, bit for bit, and their classes.
+    """Return the 300 points of the book, bit for bit, and their classes.
 
-    Point i of arm j lies at radius r = i / 100 and angle 4 * (j + r) + 0.2 * noise, the noise from
-    NumPy's legacy generator. Unlike the source, the global generator is left alone.
+    Point i of class j has radius r = i / 100 and angle 4 * (j + r) + 0.2 * noise, with standard normal noise from
+    NumPy's legacy generator. Unlike in the book, the global generator is not seeded.
 
     Returns
     -------

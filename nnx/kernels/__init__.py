@@ -1,8 +1,8 @@
-"""One name per kernel, bound once, at import, to the fastest version for the device.
+"""The kernels, each bound at import to its fastest implementation for the device.
 
-`portable.__all__` is the list of their names, and `portable` the reference; `native` (C, on the CPU) or `cuda` (CuPy)
-replaces those that it has, with the same arguments in the same order. `KERNELS` says which of the three was bound,
-and `native_error` why `native` was not, if it could not be imported.
+`portable` is the reference implementation and `portable.__all__` the list of kernels; `native` (C, on the CPU) or
+`cuda` (CuPy) overrides those that it implements, with the same arguments in the same order. `KERNELS` is the name of
+the implementation in use, and `native_error` the error if `native` could not be imported.
 """
 
 import importlib

@@ -1,24 +1,25 @@
-// The kernels that are launched by cuda.py, which defines before this file, once for each dtype:
+// The kernels launched by cuda.py, which compiles this file once for each dtype, after definitions of:
 //
-//     T     the dtype of the arrays
-//     A     the dtype to compute in: float for float16, else T
-//     ROW_THREADS  0 for the kernels of elements, columns and tables; 4, 32, 256 or 1024 neighboring threads that share
-//           a row for the kernels of rows, which are compiled by themselves
+//     T            the dtype of the arrays
+//     A            the accumulation dtype: float for float16, otherwise T
+//     ROW_THREADS  the number of neighboring threads per row: 4, 32, 256 or 1024 for the row kernels, which are
+//                  compiled separately; 0 for the kernels over elements, columns and tables
 //
-// N rows, D features, H outputs, C classes. Arrays are C-contiguous, indices have 64 bits. A kernel's arguments are
-// its arrays, then the sizes that its geometry in cuda.py makes of a shape, then numbers. No float atomics: every
-// sum has an order that follows from the shapes alone.
+// N rows, D features, H outputs, C classes. Arrays are C-contiguous, indices have 64 bits. The arguments of a kernel
+// are its arrays, then the sizes that its geometry in cuda.py computes from a shape, then numbers. There are no
+// floating-point atomics: the order of every sum depends only on the shapes.
 
 #define KERNEL(NAME) extern "C" __global__ void __launch_bounds__(BLOCK) nnx_##NAME
 typedef long long Index;
-const int BLOCK = ROW_THREADS > 256 ? ROW_THREADS : 256;  // threads of a block
+const int BLOCK = ROW_THREADS > 256 ? ROW_THREADS : 256;  // threads per block
 
-struct Workspace {  // one for each stream; between launches the counters are 0
+struct Workspace {  // one per stream; the counters are 0 between launches
     unsigned counters[1024];
     double partials[3 * 32 * 1024], total[2];
 };
 
-// Sums of columns: of one term, of two, and mean and squared deviations (m2) of n elements, by Chan's formulas.
+// Accumulators for column sums: of two terms, or the count, mean and sum of squared deviations (m2), combined by
+// Chan's formulas.
 struct Pair { A first, second; };
 struct Moments { A n, mean, m2; };
 __device__ Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
@@ -32,17 +33,17 @@ __device__ Moments operator+(Moments a, Moments b) {
 struct Sum { template <class V> __device__ V operator()(V a, V b) const { return a + b; } };
 struct Max { template <class V> __device__ V operator()(V a, V b) const { return a > b ? a : b; } };
 
-// Return the value of the thread whose lane differs in the bits of d.
+// Return the value of v in the thread whose lane is this one's XOR d.
 template <class V> __device__ V exchange(V v, int d) { return __shfl_xor_sync(~0u, v, d); }
 __device__ Pair exchange(Pair v, int d) { return {exchange(v.first, d), exchange(v.second, d)}; }
 __device__ Moments exchange(Moments v, int d) { return {exchange(v.n, d), exchange(v.mean, d), exchange(v.m2, d)}; }
 
-// Combine the values of SIZE neighboring threads in a fixed order; each of them gets the result.
+// Combine the values of SIZE neighboring threads in a fixed order; return the result in each of them.
 template <int SIZE, class V, class F> __device__ V reduce(V v, F combine) {
     for (int d = (SIZE < 32 ? SIZE : 32) / 2; d; d /= 2) v = combine(v, exchange(v, d));
     if (SIZE > 32) {
         __shared__ V warps[32];
-        __syncthreads();  // what the call before left here has been read
+        __syncthreads();  // all threads have read the values of the previous call
         if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
         __syncthreads();
         v = warps[threadIdx.x % (SIZE > 32 ? SIZE / 32 : 1)];
@@ -51,7 +52,7 @@ template <int SIZE, class V, class F> __device__ V reduce(V v, F combine) {
     return v;
 }
 
-// Return whether this block is the last of `blocks` to come here, which sees what the others wrote before.
+// Return whether this block is the last of `blocks` to call this; the writes of the others are then visible to it.
 __device__ bool is_last(unsigned* counter, unsigned blocks) {
     __shared__ bool last;
     __threadfence();
@@ -65,7 +66,7 @@ __device__ bool is_last(unsigned* counter, unsigned blocks) {
     return last;
 }
 
-// Make `v` the sum over all threads of all blocks in the last block, which alone gets true.
+// In the last block to finish, set `v` to the sum over all threads of all blocks and return true; otherwise false.
 __device__ bool sum_of_blocks(double& v, Workspace* workspace) {
     v = reduce<BLOCK>(v, Sum());
     if (threadIdx.x == 0) workspace->partials[blockIdx.x] = v;
@@ -85,14 +86,14 @@ __device__ Index label_at(const void* t, Index i, Index bytes) {
     }
 }
 
-// The weight of term i of n in a mean that is weighted by `groups` equal groups; 1 without weights.
+// Return the weight of term i of n in a mean weighted over `groups` equal groups; 1 without weights.
 __device__ A weight_of(const A* weight, Index groups, Index i, Index n) {
     return weight ? weight[i / (n / groups)] * A(groups) : A(1);
 }
 
 #if !ROW_THREADS
 
-// ---- elements: a thread for each, or for several of a large array ----
+// ---- elements: one thread per element, or per several elements of a large array ----
 
 #define FOR_ELEMENTS(I) \
     for (Index I = blockIdx.x * Index(BLOCK) + threadIdx.x; I < size; I += gridDim.x * Index(BLOCK))
@@ -123,7 +124,7 @@ KERNEL(tanh_grad)(const T* dout, const T* y, T* dx, Index size) {
     FOR_ELEMENTS(i) dx[i] = T(A(dout[i]) * (A(1) - A(y[i]) * A(y[i])));
 }
 
-// s = (1 + tanh(u)) / 2 = sigmoid(2 * u) and du/dx of the clipped x, beyond which s is 0 or 1
+// c = x clipped to [-30, 30], beyond which s is 0 or 1; s = (1 + tanh(u)) / 2 = sigmoid(2 * u) and du = du/dx at c
 struct Gelu {
     A c, s, du;
     __device__ Gelu(A x) {
@@ -204,8 +205,8 @@ KERNEL(squared_error_grad)(const T* x, const T* t, const A* weight, const double
     }
 }
 
-// ---- columns: a block for one of the tiles, which have 1 to 32 columns, and every slices-th group of rows ----
-// Neighboring threads have neighboring columns, then the next row, so that narrow matrices too are read in line.
+// ---- columns: each block handles one tile of 1 to 32 columns and every slices-th group of rows ----
+// Neighboring threads have neighboring columns, then the next row, so that reads are coalesced even in narrow matrices.
 
 #define MATRIX Index rows, Index columns, Index tile, Index tiles
 #define FOR_ROWS(R)                                                                                              \
@@ -213,7 +214,7 @@ KERNEL(squared_error_grad)(const T* x, const T* t, const A* weight, const double
                 c = blockIdx.x % unsigned(tiles) * tile + threadIdx.x % unsigned(tile);                          \
     for (Index R = slice * height + threadIdx.x / unsigned(tile); R < rows && c < columns; R += slices * height)
 
-// Return the sum of `v` over the threads of the block that have the same column, to all of them.
+// Return the sum of `v` over the threads of the block with the same column, in each of them.
 template <class V> __device__ V sum_of_column(V v, Index tile) {
     for (int d = 16; d >= tile; d /= 2) v = v + exchange(v, d);
     __shared__ V warps[BLOCK / 32][32];
@@ -225,7 +226,7 @@ template <class V> __device__ V sum_of_column(V v, Index tile) {
     return sum;
 }
 
-// Make `v` the sum over all rows, and return true to the one thread for each column c that is to write it.
+// Set `v` to the sum over all rows, and return true in one thread per column c, which writes the result.
 template <class V> __device__ bool sum_of_rows(V& v, Index c, Index columns, Index tile, Index tiles,
                                                Workspace* workspace) {
     const bool writes = threadIdx.x < tile && c < columns;
@@ -261,7 +262,7 @@ KERNEL(embedding)(const T* W, const void* idx, T* y, MATRIX, Index vocabulary,
     }
 }
 
-// Copy rows of 4-byte words or of bytes; an index out of range is counted round, as CuPy does.
+// Copy rows of 4-byte words or of bytes; an index out of range wraps around, as in CuPy.
 KERNEL(gather)(const void* x, const Index* idx, void* y, MATRIX, Index length,
                Index word) {
     FOR_ROWS(r) {
@@ -297,12 +298,12 @@ KERNEL(batch_norm_statistics)(const T* x, A* mean, A* rstd, T* running_mean, A* 
     if (rows > 1) running_var[c] = A(momentum) * running_var[c] + A(1 - momentum) * (m.m2 / (m.n - A(1)));
 }
 
-// y = gamma * (x - mean) * rstd + beta, mean and rstd those of the columns
+// y = gamma * (x - mean) * rstd + beta, with mean and rstd per column
 KERNEL(batch_norm)(const T* x, const T* gamma, const T* beta, const A* mean, const A* rstd, T* y, MATRIX) {
     FOR_ROWS(r) y[r * columns + c] = T((A(x[r * columns + c]) - mean[c]) * rstd[c] * A(gamma[c]) + A(beta[c]));
 }
 
-// dgamma = sum_xn = sum(dout * xn), dbeta = sum = sum(dout), mean and rstd those of the rows or of the columns
+// dgamma = sum_xn = sum(dout * xn), dbeta = sum = sum(dout), with mean and rstd per row or per column
 KERNEL(norm_sums)(const T* dout, const T* x, const A* mean, const A* rstd, T* dgamma, T* dbeta, A* sum_xn, A* sum,
                   Workspace* workspace, MATRIX, Index of_rows) {
     Pair sums = {0, 0};
@@ -327,13 +328,13 @@ KERNEL(batch_norm_grad)(const T* dout, const T* x, const T* gamma, const A* mean
     }
 }
 
-// row idx[n] of out (V, H) = the sum of the rows m of dout (N, H) where idx[m] = idx[n], by the block of the first
+// row idx[n] of out (V, H) = the sum of the rows m of dout (N, H) with idx[m] = idx[n], in the block of the first such n
 KERNEL(embedding_grad)(const Index* idx, const T* dout, T* out, Index rows, Index vocabulary, Index columns) {
     __shared__ bool hits[BLOCK];
     for (Index n = blockIdx.x; n < rows; n += gridDim.x) {
         const Index id = idx[n];
         int done = id < 0 || id >= vocabulary;
-        for (Index first = 0; first < n && !done; first += BLOCK) {  // all threads leave together
+        for (Index first = 0; first < n && !done; first += BLOCK) {  // `done` is uniform over the block
             const Index m = first + threadIdx.x;
             done = reduce<BLOCK>(int(m < n && idx[m] == id), Max());
         }
@@ -345,7 +346,7 @@ KERNEL(embedding_grad)(const Index* idx, const T* dout, T* out, Index rows, Inde
                 const Index m = first + threadIdx.x;
                 const int hit = m < rows && idx[m] == id;
                 hits[threadIdx.x] = hit;
-                if (!reduce<BLOCK>(hit, Max())) continue;  // its barriers part the writes of hits from the reads
+                if (!reduce<BLOCK>(hit, Max())) continue;  // its barriers separate the writes of hits from the reads
                 for (int k = 0; k < BLOCK && c < columns; k++)
                     if (hits[k]) sum += A(dout[(first + k) * columns + c]);
                 __syncthreads();
@@ -355,10 +356,10 @@ KERNEL(embedding_grad)(const Index* idx, const T* dout, T* out, Index rows, Inde
     }
 }
 
-// ---- all parameters of a model: a block for each row of the table that cuda.py makes ----
-// A row has an address for each list of arrays, and the number of elements there.
+// ---- all parameters of a model: one block per row of the table built by cuda.py ----
+// A row holds an address for each list of arrays, and the number of elements.
 
-// An optimizer: FORMULA changes p and the state s, r of an element with gradient g, all in A; LISTS of them are given.
+// An optimizer: FORMULA updates p and the state s, r of an element with gradient g, all in A, given LISTS lists.
 #define OPTIMIZER(NAME, LISTS, FORMULA, ...)                                                        \
     KERNEL(NAME)(const Index* table, __VA_ARGS__) {                                                  \
         const Index* row = table + blockIdx.x * Index(LISTS + 1);                                   \
@@ -389,10 +390,10 @@ OPTIMIZER(adam, 4,
           p = A(decay_factor) * p - A(lr) * s / (sqrt(r) + A(eps)),
           double lr, double beta1, double beta2, double eps, double decay_factor)
 
-// Where squares of float64 overflow, the norm is that of the gradients times 2**-700, which are added up as well.
+// If squares overflow in float64, the norm is computed from the gradients times 2**-700, whose squares are summed too.
 const double TINY = 1.90109156629516e-211;
 
-// total[scaled] = sum(g * g) over all gradients, plus what those of another dtype gave if `add`; up to 1024 blocks,
+// total[scaled] = sum(g * g) over all gradients, added to the sum of those of other dtypes if `add`; up to 1024 blocks,
 // whose sums the last one adds
 KERNEL(square_sum)(const Index* table, Index chunks, Index add, Index scaled, Workspace* workspace) {
     double sum = 0;
@@ -410,7 +411,7 @@ KERNEL(square_sum)(const Index* table, Index chunks, Index add, Index scaled, Wo
     }
 }
 
-// g *= max_norm / (norm + 1e-6) where that is below 1 and the norm a number
+// g *= max_norm / (norm + 1e-6) if that is below 1 and the norm is finite
 KERNEL(clip)(const Index* table, const Workspace* workspace, double max_norm) {
     const double norm = sqrt(workspace->total[0]), scaled = sqrt(workspace->total[1]);
     const double rate = isfinite(norm) ? max_norm / (norm + 1e-6) : max_norm * TINY / scaled;
@@ -420,7 +421,7 @@ KERNEL(clip)(const Index* table, const Workspace* workspace, double max_norm) {
     for (int i = threadIdx.x; i < row[1]; i += BLOCK) g[i] = T(A(double(g[i]) * rate));
 }
 
-// *finite = whether no element is infinite or NaN; up to 1024 blocks
+// *finite = whether all elements are finite; up to 1024 blocks
 KERNEL(all_finite)(const Index* table, Workspace* workspace, bool* finite, Index chunks) {
     double bad = 0;
     for (Index c = blockIdx.x; c < chunks; c += gridDim.x) {
@@ -432,9 +433,9 @@ KERNEL(all_finite)(const Index* table, Workspace* workspace, bool* finite, Index
 
 #else
 
-// ---- rows: a team of threads for each, up to 1024 blocks that go on to further rows ----
-// A warp reads several short rows at once; a long one has a block, and is in its cache after the first of
-// several passes. Teams without a row keep in step with n = 0, because all threads meet in `reduce`.
+// ---- rows: ROW_THREADS threads per row, in up to 1024 blocks that loop over further rows ----
+// A warp reads several short rows at once; a long row has a whole block, and is cached after the first of several
+// passes. Threads without a row run the loop with n = 0, because `reduce` synchronizes all threads of the block.
 
 #define FOR_ROW_GROUPS(FIRST) for (Index FIRST = blockIdx.x * Index(BLOCK / ROW_THREADS); FIRST < rows; FIRST += gridDim.x * Index(BLOCK / ROW_THREADS))
 #define ROW                                                                   \
@@ -442,11 +443,11 @@ KERNEL(all_finite)(const Index* table, Workspace* workspace, bool* finite, Index
     const Index n = row < rows ? columns : 0, lane = threadIdx.x % ROW_THREADS
 #define FOR_COLUMNS(K) for (Index K = lane; K < n; K += ROW_THREADS)
 
-// Return x - top, and 0 at the maximum also where that is infinite.
+// Return x - top, or 0 at the maximum even if it is infinite.
 __device__ A shifted(A x, A top) { return x == top ? A(0) : x - top; }
 
-// y = exp(x - max) / sum(exp(x - max)) of x (N, C), and unless `loss` is null, for the labels t (N,),
-// loss = mean(log(sum(exp(x - max))) - (x[t] - max)). A NaN score, or a label out of range, makes `total` NaN.
+// y = exp(x - max) / sum(exp(x - max)) for x (N, C), and unless `loss` is null, for the labels t (N,),
+// loss = mean(log(sum(exp(x - max))) - (x[t] - max)). A NaN score or a label out of range makes `total` NaN.
 KERNEL(softmax)(const T* x, const void* t, const A* weight, T* y, T* loss, Workspace* workspace, Index rows,
                 Index columns, Index label_bytes, Index groups) {
     double losses = 0;
@@ -481,7 +482,7 @@ KERNEL(softmax_grad)(const T* dout, const T* y, T* dx, Index rows, Index columns
     }
 }
 
-// y = gamma * (x - mean) * rstd + beta, mean and rstd = 1 / sqrt(var + eps) those of the rows
+// y = gamma * (x - mean) * rstd + beta, with mean and rstd = 1 / sqrt(var + eps) per row
 KERNEL(layer_norm)(const T* x, const T* gamma, const T* beta, T* y, A* means, A* rstds, Index rows, Index columns,
                    double eps) {
     FOR_ROW_GROUPS(first) {

@@ -1,12 +1,12 @@
-"""The kernels in CUDA C++: what `portable` says in several launches is one or two here.
+"""The kernels in CUDA C++, fused: one or two launches where `portable` needs several.
 
-N rows (all leading axes together), D features, H outputs, C classes. Each function does what its
-namesake in `portable` does. None waits for the device or adds with float atomics: every sum has a
-fixed order, so that runs repeat bit for bit.
+N rows (all leading axes together), D features, H outputs, C classes. Each function computes the same as
+the function of that name in `portable`. None synchronizes with the device or uses floating-point atomics:
+every sum has a fixed order, so that runs are bitwise reproducible.
 
-The kernels are in cuda.cu. They want C-contiguous arrays, which are made here of what is not, and are
-compiled at their first call, for each dtype. Matrix products are cuBLAS's. On small arrays a GPU waits
-for Python, so what a launch needs of a shape is made once and kept: its grid, and its sizes as C numbers.
+The kernels are in cuda.cu. They need C-contiguous arrays, so other arrays are copied here, and are compiled
+at their first call, for each dtype. Matrix products use cuBLAS. For small arrays the launch overhead in Python
+dominates, so the grid and the sizes as C scalars are cached for each shape.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from nnx.kernels import portable
 from nnx.kernels.portable import Arrays, accumulation_dtype
 from nnx.np import Array, Scalar
 
-_BLOCK = 256  # threads of a block
-_BLOCKS = 1024  # blocks whose sums are added to one: enough to fill a device
-_CHUNK = 4096  # elements of a parameter that one block works on
+_BLOCK = 256  # threads per block
+_BLOCKS = 1024  # most blocks in a reduction: enough to fill a device
+_CHUNK = 4096  # elements of a parameter per block
 
 # ---- launches ---------------------------------------------------------------------------------------
 
@@ -42,14 +42,14 @@ _SOURCE = Path(__file__).with_name("cuda.cu").read_text(encoding="utf-8")
 _TYPES = {"e": ("float16", "float"), "f": ("float", "float"), "d": ("double", "double")}
 
 _contiguous = cupy.ascontiguousarray
-_number = functools.lru_cache(maxsize=4096, typed=True)(CScalar)  # an int or float as a launch passes it
+_number = functools.lru_cache(maxsize=4096, typed=True)(CScalar)  # an int or float as a kernel argument
 
 
 def _launch(geometry: Callable[..., Any], name: str, x: Any, arrays: tuple[Any, ...], *numbers: Any) -> None:
     """Launch the kernel `name` of cuda.cu over the elements, columns or rows of `x`.
 
-    Its arguments are `arrays`, None for a null pointer, then the sizes that `geometry` makes of the shape
-    of `x`, then `numbers`.
+    Its arguments are `arrays`, with None for a null pointer, then the sizes that `geometry` computes from the
+    shape of `x`, then `numbers`.
     """
     device = _check_device(name, arrays[0])
     launch, threads, block, sizes = geometry(name, x.dtype.char, x.shape, device)
@@ -58,9 +58,9 @@ def _launch(geometry: Callable[..., Any], name: str, x: Any, arrays: tuple[Any, 
 
 @functools.lru_cache(maxsize=1024)
 def _elements(name: str, dtype: str, shape: tuple[int, ...], device: int) -> tuple[Any, ...]:
-    """Return what launches the kernel, how many threads, in blocks of how many, and the sizes: one thread an element.
+    """Return the launch function, number of threads, threads per block and sizes, for one thread per element.
 
-    Of a large array a thread has several.
+    For a large array each thread handles several elements.
     """
     size = math.prod(shape)
     return _plan(name, dtype, 0, device, min(4 * _BLOCKS, -(-size // _BLOCK)), size)
@@ -70,9 +70,9 @@ def _elements(name: str, dtype: str, shape: tuple[int, ...], device: int) -> tup
 def _columns(
     name: str, dtype: str, shape: tuple[int, ...], device: int, depth: int = 1, most: int = 8 * _BLOCKS
 ) -> tuple[Any, ...]:
-    """Return the same for blocks of up to 32 columns and a slice of the rows, about `depth` of them a thread.
+    """Return the same for blocks of up to 32 columns and a slice of the rows, about `depth` rows per thread.
 
-    So warps read neighboring elements, also of narrow matrices.
+    Warps then read neighboring elements, even in narrow matrices.
     """
     rows, columns = math.prod(shape[:-1]), shape[-1]
     tile = min(32, 1 << max(0, columns - 1).bit_length())
@@ -86,7 +86,7 @@ _sums_of_columns = functools.partial(_columns, depth=16, most=_BLOCKS)
 
 @functools.lru_cache(maxsize=1024)
 def _rows(name: str, dtype: str, shape: tuple[int, ...], device: int) -> tuple[Any, ...]:
-    """Return the same for rows: 4 threads share a short one, 1024 a long one."""
+    """Return the same for rows, with 4 threads for a short row and up to 1024 for a long one."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
     threads_per_row = next(
         (threads_per_row for threads_per_row in (4, 32, _BLOCK) if columns <= 8 * threads_per_row), 1024
@@ -109,35 +109,35 @@ def _plan(name: str, dtype: str, threads_per_row: int, device: int, blocks: int,
 
 @functools.cache
 def _kernel(name: str, dtype: str, threads_per_row: int, device: int) -> Any:
-    """Return what launches the kernel `name` of cuda.cu for the dtype of this letter on the current `device`."""
+    """Return the launch function of the kernel `name` for a dtype character, on the current `device`."""
     return _module(dtype, threads_per_row).get_function(f"nnx_{name}").kernel.linear_launch
 
 
 @functools.cache
 def _module(dtype: str, threads_per_row: int) -> Any:
-    head = "".join(f"#include <cupy/{name}>\n" for name in ("carray.cuh", "float16.cuh", "math_constants.h"))
+    includes = "".join(f"#include <cupy/{name}>\n" for name in ("carray.cuh", "float16.cuh", "math_constants.h"))
     t, a = _TYPES[dtype]
     return cupy.RawModule(
-        code=f"{head}typedef {t} T;\ntypedef {a} A;\n#define ROW_THREADS {threads_per_row}\n{_SOURCE}"
+        code=f"{includes}typedef {t} T;\ntypedef {a} A;\n#define ROW_THREADS {threads_per_row}\n{_SOURCE}"
     )
 
 
 def _check_device(name: str, array: Any) -> int:
-    """Return the current GPU, having checked that `array` is on it: another one's memory may be out of reach."""
+    """Return the current GPU; raise if `array` is on another, whose memory may be inaccessible."""
     device: int = getDevice()
     if array.data.device_id != device:
-        raise ValueError(f"{name}: the arrays are on GPU {array.data.device_id}, and the current one is {device}")
+        raise ValueError(f"{name}: the arrays are on GPU {array.data.device_id}, but the current GPU is {device}")
     return device
 
 
 def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """Raise unless `array` has `shape`: a kernel would read or write beside it."""
+    """Raise unless `array` has `shape`; a kernel would access memory out of bounds."""
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
 
 
 def _row(name: str, row: Array, x: Array) -> Array:
-    """Return `row`, one number for each column of `x`, as kernels read it."""
+    """Return `row`, with one value per column of `x`, contiguous and in the dtype of `x`."""
     _check_shape(name, row, x.shape[-1:])
     return _contiguous(row, x.dtype)
 
@@ -151,7 +151,7 @@ def _is_plain(out: Array, dtype: Any) -> bool:
 
 
 def _elementwise(formula: Callable[..., Array]) -> Callable[..., Array]:
-    """Return `formula`, of arrays of one shape and dtype, as one launch."""
+    """Return a function that computes `formula`, of arrays of one shape and dtype, in one launch."""
     name = formula.__name__
 
     @functools.wraps(formula)
@@ -217,21 +217,21 @@ def squared_error_grad(x: Array, t: Array, dout: Any, weight: Array | None) -> A
 
 
 def _integers(t: Array) -> Array:
-    """Return labels or indices as signed integers in C order, which kernels take in any width."""
+    """Return labels or indices as C-contiguous signed integers; kernels accept any width."""
     return _contiguous(t if t.dtype.kind == "i" else t.astype(numpy.int64))
 
 
 def _weights(weight: Array | None, x: Array, terms: int) -> tuple[Array | None, int]:
-    """Return the weights of a loss of `x` as its kernels take them, and of how many groups of terms they are."""
+    """Return the weights of a loss of `x` in the accumulation dtype, and the number of groups of terms."""
     if weight is None:
         return None, 1
     if terms % len(weight):
-        raise ValueError(f"weight must have a number for each group of equal size of {terms} terms, got {len(weight)}")
+        raise ValueError(f"weight must have a number for each group, and {len(weight)} does not divide {terms} terms")
     return _contiguous(weight, accumulation_dtype(x.dtype)), len(weight)
 
 
 def _loss_grad(dout: Any) -> tuple[Array | None, float]:
-    """Return the gradient of a loss as an array, which is not waited for, or as a number."""
+    """Return the gradient of a loss as an array, without synchronizing, or as a number."""
     return (dout.astype(numpy.float64, copy=False), 1.0) if isinstance(dout, Array) else (None, float(dout))
 
 
@@ -255,61 +255,61 @@ def input_grad(dout: Array, W: Array) -> Array:
     return _product(dout, W, False, True)
 
 
-def _product(a: Any, b: Any, turn_a: bool = False, turn_b: bool = False, out: Any = None) -> Array:
-    """Return a @ b in `out`, with a.T for `a` or b.T for `b` where these are to be turned.
+def _product(a: Any, b: Any, trans_a: bool = False, trans_b: bool = False, out: Any = None) -> Array:
+    """Return a @ b in `out`, with `a` or `b` transposed on request.
 
-    This is CuPy's `dot` at half of its time on the host: what it asks of the arrays is asked once for all arrays
-    of their shapes and layouts.
+    Takes half the host time of CuPy's `dot`, because the cuBLAS arguments are cached for the shapes and layouts of
+    the arrays.
     """
-    plan = _gemm_plan(_layout(a), _layout(b), out if out is None else _layout(out), turn_a, turn_b, getDevice())
+    plan = _gemm_plan(_layout(a), _layout(b), out if out is None else _layout(out), trans_a, trans_b, getDevice())
     if plan is None:
-        return (a.T if turn_a else a).dot(b.T if turn_b else b, out)
-    rows, columns, inner, turn_a, turn_b, a_line, b_line, real, sums, algorithm, one, zero = plan
+        return (a.T if trans_a else a).dot(b.T if trans_b else b, out)
+    rows, columns, inner, trans_a, trans_b, lda, ldb, data_type, compute_type, algorithm, one, zero = plan
     if out is None:
         out = Array((rows, columns), a.dtype)
-    # cuBLAS's matrices are in Fortran order: to it all three are turned, and out.T = b.T @ a.T.
+    # cuBLAS expects Fortran order, in which all three matrices are transposed: out.T = b.T @ a.T.
     _gemm(
-        get_cublas_handle(), turn_b, turn_a, columns, rows, inner,
-        one, b.data.ptr, real, b_line, a.data.ptr, real, a_line,
-        zero, out.data.ptr, real, columns, sums, algorithm,
+        get_cublas_handle(), trans_b, trans_a, columns, rows, inner,
+        one, b.data.ptr, data_type, ldb, a.data.ptr, data_type, lda,
+        zero, out.data.ptr, data_type, columns, compute_type, algorithm,
     )  # fmt: skip
     return out
 
 
-_layout = operator.attrgetter("shape", "strides", "dtype.char")  # a dtype itself takes long to hash
+_layout = operator.attrgetter("shape", "strides", "dtype.char")  # hashing a dtype object is slow
 _COEFFICIENTS = [[numpy.array(number, dtype) for number in (1, 0)] for dtype in ("float32", "float64")]
 _gemm = cupy.cuda.cublas.gemmEx
 
 
 @functools.lru_cache(maxsize=4096)
-def _gemm_plan(a: Any, b: Any, out: Any, turn_a: bool, turn_b: bool, device: int) -> tuple[Any, ...] | None:
-    """Return what cuBLAS asks of a product of arrays with these layouts, as CuPy chooses it.
+def _gemm_plan(a: Any, b: Any, out: Any, trans_a: bool, trans_b: bool, device: int) -> tuple[Any, ...] | None:
+    """Return the cuBLAS arguments for a product of arrays with these layouts, as CuPy chooses them.
 
-    None is for what is left to `dot`: arrays that cuBLAS cannot read as they are, empty ones, and sums in a lower
-    precision, such as CUPY_TF32=1 asks for.
+    Return None to use `dot` instead: for arrays that cuBLAS cannot read without a copy, empty arrays, and
+    computation in lower precision, such as with CUPY_TF32=1.
     """
     cublas, runtime = cupy.cuda.cublas, cupy.cuda.runtime
-    (rows, inner), (inner_b, columns), dtype = a[0][:: -1 if turn_a else 1], b[0][:: -1 if turn_b else 1], a[2]
+    (rows, inner), (inner_b, columns), dtype = a[0][:: -1 if trans_a else 1], b[0][:: -1 if trans_b else 1], a[2]
     if inner != inner_b or dtype != b[2]:
-        raise ValueError(f"a product of arrays that do not fit: {a[2]} {a[0]} and {b[2]} {b[0]}")
+        raise ValueError(f"matrix product of incompatible arrays: {a[2]} {a[0]} and {b[2]} {b[0]}")
     if out is not None and out[0] != (rows, columns):
         raise ValueError(f"affine_grad: dW must have shape {(rows, columns)}, got {out[0]}")
-    a_line, b_line, out_line = (_line(*layout) if layout else (False, columns) for layout in (a, b, out))
-    if not (rows and columns and inner and a_line and b_line and out_line == (False, columns)):
+    order_a, order_b, order_out = (_order(*layout) if layout else (False, columns) for layout in (a, b, out))
+    if not (rows and columns and inner and order_a and order_b and order_out == (False, columns)):
         return None
     if dtype not in _TYPES or get_compute_type(numpy.dtype(dtype)) != COMPUTE_TYPE_DEFAULT or (out and out[2] != dtype):
         return None
-    real = {"e": runtime.CUDA_R_16F, "f": runtime.CUDA_R_32F, "d": runtime.CUDA_R_64F}[dtype]
-    sums = cublas.CUBLAS_COMPUTE_64F if dtype == "d" else cublas.CUBLAS_COMPUTE_32F
+    data_type = {"e": runtime.CUDA_R_16F, "f": runtime.CUDA_R_32F, "d": runtime.CUDA_R_64F}[dtype]
+    compute_type = cublas.CUBLAS_COMPUTE_64F if dtype == "d" else cublas.CUBLAS_COMPUTE_32F
     has_tensor_cores = int(cupy.cuda.Device(device).compute_capability) >= (70 if dtype == "e" else 80)
     algorithm = cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP if has_tensor_cores else cublas.CUBLAS_GEMM_DEFAULT
     one, zero = (number.ctypes.data for number in _COEFFICIENTS[dtype == "d"])
-    turns_and_lines = turn_a != a_line[0], turn_b != b_line[0], a_line[1], b_line[1]
-    return rows, columns, inner, *turns_and_lines, real, sums, algorithm, one, zero
+    operands = trans_a != order_a[0], trans_b != order_b[0], order_a[1], order_b[1]
+    return rows, columns, inner, *operands, data_type, compute_type, algorithm, one, zero
 
 
-def _line(shape: tuple[int, int], strides: tuple[int, int], dtype: str) -> tuple[bool, int] | None:
-    """Return whether a matrix is in Fortran order, and the elements from line to line; None if it is in neither."""
+def _order(shape: tuple[int, int], strides: tuple[int, int], dtype: str) -> tuple[bool, int] | None:
+    """Return whether a matrix is in Fortran order, and its leading dimension; None if in neither order."""
     (rows, columns), (down, right), size = shape, strides, numpy.dtype(dtype).itemsize
     if right == size and down >= columns * size:
         return False, down // size
@@ -331,12 +331,12 @@ def bias_grad(dout: Array, out: Array) -> None:
 def batch_norm(
     x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
 ) -> tuple[Array, Array, Array]:
-    wide = accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     _check_shape("batch_norm: running_mean", running_mean, x.shape[1:])
     _check_shape("batch_norm: running_var", running_var, x.shape[1:])
-    if not (_is_plain(running_mean, x.dtype) and _is_plain(running_var, wide)):
+    if not (_is_plain(running_mean, x.dtype) and _is_plain(running_var, dtype)):
         return portable.batch_norm(x, gamma, beta, running_mean, running_var, momentum, eps)
-    x, mean, rstd, y = _contiguous(x), Array(x.shape[1:], wide), Array(x.shape[1:], wide), Array(x.shape, x.dtype)
+    x, mean, rstd, y = _contiguous(x), Array(x.shape[1:], dtype), Array(x.shape[1:], dtype), Array(x.shape, x.dtype)
     arrays = x, mean, rstd, running_mean, running_var, _workspace(*_stream_key())
     _launch(_sums_of_columns, "batch_norm_statistics", x, arrays, float(momentum), float(eps))
     arrays = x, _row("batch_norm: gamma", gamma, x), _row("batch_norm: beta", beta, x), mean, rstd, y
@@ -350,19 +350,19 @@ def batch_norm_grad(
     if not (_is_plain(dgamma, x.dtype) and _is_plain(dbeta, x.dtype)):
         return portable.batch_norm_grad(dout, x, gamma, mean, rstd, dgamma, dbeta)
     dout, x, dx = _contiguous(dout), _contiguous(x), Array(x.shape, x.dtype)
-    # The sums in the dtype of mean, which for float16 is a wider one.
-    wide = (dgamma, dbeta) if mean.dtype == x.dtype else (Array(mean.shape, mean.dtype), Array(mean.shape, mean.dtype))
-    _norm_sums(dout, x, mean, rstd, dgamma, dbeta, wide, False)
-    _launch(_columns, "batch_norm_grad", x, (dout, x, _row("batch_norm_grad: gamma", gamma, x), mean, rstd, *wide, dx))
+    # The sums are kept in the accumulation dtype, that of mean.
+    sums = (dgamma, dbeta) if mean.dtype == x.dtype else (Array(mean.shape, mean.dtype), Array(mean.shape, mean.dtype))
+    _norm_sums(dout, x, mean, rstd, dgamma, dbeta, sums, False)
+    _launch(_columns, "batch_norm_grad", x, (dout, x, _row("batch_norm_grad: gamma", gamma, x), mean, rstd, *sums, dx))
     return dx
 
 
 def _norm_sums(
-    dout: Array, x: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, wide: Sequence[Any], of_rows: bool
+    dout: Array, x: Array, mean: Array, rstd: Array, dgamma: Array, dbeta: Array, sums: Sequence[Any], of_rows: bool
 ) -> None:
     _check_shape("norm_grad: dgamma", dgamma, x.shape[1:])
     _check_shape("norm_grad: dbeta", dbeta, x.shape[1:])
-    arrays = dout, x, mean, rstd, dgamma, dbeta, *wide, _workspace(*_stream_key())
+    arrays = dout, x, mean, rstd, dgamma, dbeta, *sums, _workspace(*_stream_key())
     _launch(_sums_of_columns, "norm_sums", x, arrays, int(of_rows))
 
 
@@ -382,8 +382,8 @@ def embedding(W: Array, idx: Array) -> Array:
 
 
 def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
-    # A block belongs to the first row with an index and adds the others behind it, in their order. To find them it
-    # reads all N indices.
+    # The block of the first row with an index adds all later rows with that index, in order. To find them it reads
+    # all N indices.
     _check_shape("embedding_grad: dout", dout, (idx.size, out.shape[1]))
     _check_device("embedding_grad", out)
     if not out.flags.c_contiguous:
@@ -398,7 +398,7 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
 
 def gather(x: Array, idx: Array) -> Array:
     if not (isinstance(x, Array) and x.flags.c_contiguous and x.size):
-        return portable.gather(x, idx)  # also of data on the host
+        return portable.gather(x, idx)  # also for data on the host
     idx = _contiguous(cupy.asarray(idx), numpy.int64)
     y = Array((len(idx), *x.shape[1:]), x.dtype)
     width = x.nbytes // len(x)
@@ -441,8 +441,8 @@ def softmax_grad(dout: Array, y: Array) -> Array:
 
 
 def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array]:
-    wide = accumulation_dtype(x.dtype)
-    y, mean, rstd = Array(x.shape, x.dtype), Array(x.shape[:1], wide), Array(x.shape[:1], wide)
+    dtype = accumulation_dtype(x.dtype)
+    y, mean, rstd = Array(x.shape, x.dtype), Array(x.shape[:1], dtype), Array(x.shape[:1], dtype)
     arrays = _contiguous(x), _row("layer_norm: gamma", gamma, x), _row("layer_norm: beta", beta, x), y, mean, rstd
     _launch(_rows, "layer_norm", x, arrays, float(eps))
     return y, mean, rstd
@@ -467,7 +467,7 @@ def _launch_table(name: str, dtype: str, blocks: int, arguments: tuple[Any, ...]
 
 
 def _multi_tensor(formula: Callable[..., None], lists: int) -> Callable[..., None]:
-    """Return an optimizer's `formula`, whose first `lists` arguments are lists, as one launch for each dtype."""
+    """Return an optimizer's `formula`, whose first `lists` arguments are lists, with one launch per dtype."""
 
     @functools.wraps(formula)
     def update(*arguments: Any) -> None:
@@ -490,7 +490,7 @@ adam = _multi_tensor(portable.adam, 4)
 
 
 def clip_grads(grads: Arrays, max_norm: float) -> None:
-    # The sums of squares are float64 and stay on the device, where the launches of `clip` find them.
+    # The sums of squares are float64 and stay on the device, where the `clip` kernel reads them.
     tables, rest = _multi_tensor_tables(grads)
     if rest:
         return portable.clip_grads(grads, max_norm)
@@ -515,23 +515,23 @@ def all_finite(arrays: Arrays) -> Scalar:
     return finite
 
 
-# ---- what is kept on the device between calls -------------------------------------------------------
-# It belongs to one stream of one thread, whose order makes it safe to use, to use again and to free.
+# ---- device memory kept between calls ---------------------------------------------------------------
+# Allocated per stream and thread: stream order makes it safe to use, reuse and free.
 
 
 def _stream_key() -> tuple[int, int, int]:
-    """Return thread, device and stream. The thread, because CuPy's per-thread stream has one address in all."""
+    """Return thread, device and stream; the thread, because CuPy's per-thread default stream has one pointer in all."""
     return threading.get_ident(), cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
 
 
 @functools.lru_cache(maxsize=64)
-def _workspace(*here: int) -> Array:
-    """Return a `Workspace` of cuda.cu, its counters at 0.
+def _workspace(*key: int) -> Array:
+    """Return a `Workspace` of cuda.cu with counters of 0.
 
     Raises
     ------
     RuntimeError
-        If the stream is being captured, which would record the zeros and not write them.
+        If the stream is being captured, which would record the zeroing without executing it.
     """
     if cupy.cuda.get_current_stream().is_capturing():
         raise RuntimeError("nnx: take one step on this stream before it is captured into a graph")
@@ -539,24 +539,23 @@ def _workspace(*here: int) -> Array:
 
 
 def _multi_tensor_tables(*lists: Sequence[Any]) -> tuple[list[tuple[str, Array]], list[int]]:
-    """Return for each dtype a table of the elements of `lists`, and the indices that are in none, for `portable`.
+    """Return a table of the elements of `lists` per dtype, and the indices in no table, which `portable` handles.
 
-    lists[0][i], lists[1][i], ... are treated together. A row of the table holds an address for each
-    list and a number of elements, `_CHUNK` or fewer. A table follows from the addresses and layouts
-    of the arrays, and is kept under them: for the same arrays nothing is uploaded again, and for
-    others it is not found.
+    lists[0][i], lists[1][i], ... are processed together. A row of the table holds an address for each
+    list and a number of elements, at most `_CHUNK`. Tables are cached by the addresses and layouts of the
+    arrays, which determine them, so that nothing is uploaded again for the same arrays.
     """
     if lists[0]:
         _check_device("the optimizer", lists[0][0])
-    return _make_tables(_stream_key(), tuple(zip(*(map(_place, arrays) for arrays in lists), strict=True)))
+    return _make_tables(_stream_key(), tuple(zip(*(map(_array_key, arrays) for arrays in lists), strict=True)))
 
 
-_place = operator.attrgetter("data.ptr", "shape", "strides", "dtype.char")
+_array_key = operator.attrgetter("data.ptr", "shape", "strides", "dtype.char")
 
 
 @functools.lru_cache(maxsize=64)
 def _make_tables(
-    here: tuple[int, ...], groups: tuple[tuple[Any, ...], ...]
+    key: tuple[int, ...], groups: tuple[tuple[Any, ...], ...]
 ) -> tuple[list[tuple[str, Array]], list[int]]:
     rows: dict[str, list[numpy.ndarray]] = {}
     rest, extents = [], []
@@ -573,5 +572,5 @@ def _make_tables(
             extents += [(address, address + size * itemsize) for address, *_ in group]
     extents.sort()
     if any(end > start for (_, end), (start, _) in itertools.pairwise(extents)):
-        return [], list(range(len(groups)))  # an array that stands twice: one treatment after the other
+        return [], list(range(len(groups)))  # duplicate or overlapping arrays: update sequentially
     return [(dtype, cupy.asarray(numpy.concatenate(parts))) for dtype, parts in rows.items()], rest

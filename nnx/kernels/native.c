@@ -1,8 +1,8 @@
 /* The kernels in C: the Python functions, with the names, arguments and results of those in portable.py.
 
-   Each takes float32 or float64 arrays that are C-contiguous, aligned and of the machine's byte order, and passes any
-   other arguments on to portable's function of its name. The loops are in native_kernels.h. One thread; large arrays
-   are worked on without the GIL. */
+   Each handles float32 or float64 arrays that are C-contiguous, aligned and in native byte order, and passes all
+   other arguments to the function of the same name in portable.py. The loops are in native_kernels.h. They run in one
+   thread and release the GIL for large arrays. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -20,7 +20,8 @@
 #define SANITIZED
 #endif
 
-/* A function compiled for several instruction sets, of which the loader picks one: before a sanitizer is ready. */
+/* Compile a function for several instruction sets; the loader selects one. Not with sanitizers, which are not yet
+   initialized at that time. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(SANITIZED) && (!defined(__clang__) || __clang_major__ >= 14)
 #define FAST __attribute__((target_clones("avx512f", "avx2", "default")))
 #define INSTRUCTIONS (__builtin_cpu_supports("avx512f") ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2")
@@ -47,7 +48,7 @@ static inline int64_t label_at(Labels t, Size i) {
     }
 }
 
-/* Return whether all of n labels lie in [0, stop). */
+/* Return whether all n labels are in [0, stop). */
 FAST static int labels_in_range(Labels t, Size n, int64_t stop) {
     int outside = 0;
 #define LOOK_AT(type)                                                                                                  \
@@ -65,7 +66,7 @@ FAST static int labels_in_range(Labels t, Size n, int64_t stop) {
     return !outside;
 }
 
-/* The hash of portable.dropout: bits of the index and two keys. */
+/* The hash of portable.dropout, of the index and two keys. */
 static inline __attribute__((always_inline)) uint32_t mix(uint32_t bits) {
     bits = (bits ^ bits >> 16) * 0x7FEB352Du;
     bits = (bits ^ bits >> 15) * 0x846CA68Bu;
@@ -92,9 +93,9 @@ static inline __attribute__((always_inline)) uint32_t hash(uint32_t index, uint3
 #define SIZE(object) PyArray_SIZE(ARRAY(object))
 #define NDIM(object) PyArray_NDIM(ARRAY(object))
 #define DIM(object, axis) PyArray_DIM(ARRAY(object), axis)
-#define WITHOUT_GIL (1 << 15) /* elements from which on a loop runs without it */
+#define WITHOUT_GIL (1 << 15) /* loops over at least this many elements release the GIL */
 
-/* Return NPY_FLOAT or NPY_DOUBLE for an array that the loops can read, else 0. */
+/* Return NPY_FLOAT or NPY_DOUBLE for an array that the loops support, otherwise 0. */
 static inline int real_type(PyObject *x) {
     if (!PyArray_CheckExact(x) || !PyArray_ISCARRAY_RO(ARRAY(x)) || NDIM(x) == 0) return 0;
     const int type = PyArray_TYPE(ARRAY(x));
@@ -125,11 +126,11 @@ static PyObject *scalar(double value, int type) {
     return result;
 }
 
-/* ---- what every kernel does ---- */
+/* ---- definitions shared by all kernels ---- */
 
 #define KERNEL(name) static PyObject *py_##name(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 
-/* Return what the function of portable returns that this one, py_NAME, stands for. */
+/* Call portable's function NAME in place of the kernel py_NAME, and return its result. */
 static PyObject *call_portable(const char *py_name, PyObject *const *args, Py_ssize_t nargs) {
     PyObject *result = NULL, *portable = PyImport_ImportModule("nnx.kernels.portable");
     PyObject *function = portable ? PyObject_GetAttrString(portable, py_name + strlen("py_")) : NULL;
@@ -142,7 +143,7 @@ static PyObject *call_portable(const char *py_name, PyObject *const *args, Py_ss
 #define PORTABLE_UNLESS(...)                                                                                           \
     if (!(__VA_ARGS__)) return call_portable(__func__, args, nargs)
 
-/* Call the loop `name` for the type, without the GIL where there is much to do. */
+/* Call the loop `name` for the type, without the GIL for large arrays. */
 #define RUN(type, size, name, ...)                                                                                     \
     do {                                                                                                               \
         PyThreadState *released = (size) >= WITHOUT_GIL ? PyEval_SaveThread() : NULL;                                  \
@@ -153,13 +154,13 @@ static PyObject *call_portable(const char *py_name, PyObject *const *args, Py_ss
         if (released) PyEval_RestoreThread(released);                                                                  \
     } while (0)
 
-/* ---- memory: a few freed blocks are kept for the next arrays, whose pages the system need not clear again ---- */
+/* ---- memory: freed blocks are cached for later arrays, which saves the system from clearing their pages again ---- */
 
-#define LARGE (1 << 16) /* bytes from which on an array comes from the cache */
-#define MOST (1 << 28)  /* bytes that the cache holds at most */
+#define LARGE (1 << 16) /* minimum size in bytes of an array that uses the cache */
+#define MOST (1 << 28)  /* maximum size of the cache in bytes */
 #define SLOTS 48
-#define HEADER 64 /* bytes before an array: the size of its block; keeps the array aligned */
-#define OLD 1024  /* allocations after which an unused block is given back */
+#define HEADER 64 /* bytes before an array: holds the block size, and keeps the array aligned */
+#define OLD 1024  /* number of allocations after which an unused block is freed */
 
 typedef struct {
     char *block;
@@ -168,7 +169,7 @@ typedef struct {
 } Slot;
 
 static struct {
-    Slot slots[SLOTS]; /* the oldest first */
+    Slot slots[SLOTS]; /* oldest first */
     int count;
     size_t size;
     unsigned long clock;
@@ -180,7 +181,7 @@ static struct {
 #ifdef Py_GIL_DISABLED
 #define LOCK PyMutex_Lock(&cache.mutex)
 #define UNLOCK PyMutex_Unlock(&cache.mutex)
-#else /* the GIL protects the cache: arrays are made and freed with it */
+#else /* the GIL protects the cache: it is held when arrays are created and freed */
 #define LOCK
 #define UNLOCK
 #endif
@@ -249,7 +250,7 @@ static PyObject *new_array(int ndim, const Size *shape, int type) {
     for (int i = 0; i < ndim; i++) size *= (double)shape[i];
     PyObject *before = NULL, *array = NULL;
     if (size < LARGE || (before = PyDataMem_SetHandler(handler_capsule)))
-        array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL, 0, NULL); /* takes descr */
+        array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL, 0, NULL); /* steals descr */
     else
         Py_DECREF(descr);
     if (before) {
@@ -272,12 +273,12 @@ KERNEL(in_range) {
 
 /* ---- linear ---- */
 
-/* Return whether x is a matrix of the type that NumPy's product takes, in any layout. */
+/* Return whether x is a matrix of the type, in any layout and in native byte order, as NumPy's product needs. */
 static inline int is_matrix(PyObject *x, int type) {
     return PyArray_CheckExact(x) && NDIM(x) == 2 && PyArray_TYPE(ARRAY(x)) == type && PyArray_ISNOTSWAPPED(ARRAY(x));
 }
 
-/* Return a @ b, or b.T in place of b, in a new array. */
+/* Return a @ b, or a @ b.T if `transposed`, in a new array. */
 static PyObject *product(PyObject *a, PyObject *b, int transposed) {
     const Size shape[] = {DIM(a, 0), DIM(b, !transposed)};
     PyObject *out = new_array(2, shape, PyArray_TYPE(ARRAY(a)));
@@ -288,8 +289,7 @@ static PyObject *product(PyObject *a, PyObject *b, int transposed) {
     return result;
 }
 
-/* After numpy.seterr(under="raise") NumPy's product raises where a number underflows, which is no error: see portable.
- */
+/* After numpy.seterr(under="raise") NumPy's product raises on underflow, which portable ignores: call it instead. */
 #define PORTABLE_IF_FLAGGED(result)                                                                                    \
     if (!(result) && (PyErr_ExceptionMatches(PyExc_FloatingPointError) || PyErr_ExceptionMatches(PyExc_Warning))) {    \
         PyErr_Clear();                                                                                                 \
@@ -389,7 +389,7 @@ KERNEL(softmax_grad) {
 
 /* ---- losses ---- */
 
-/* The weights of a loss of `terms` elements; `ready` says whether the loops can take them. */
+/* The weights of a loss of `terms` elements; `ready` is whether the loops support them. */
 typedef struct {
     Size groups;
     void *data;
@@ -403,7 +403,7 @@ static Weight as_weight(PyObject *weight, int type, Size terms) {
     return (Weight){ready ? SIZE(weight) : 1, ready ? DATA(weight) : NULL, ready};
 }
 
-/* Return whether `object` is a number that C reads like Python, and read it. */
+/* Return whether `object` is a number that converts to double as in Python, and store it in `value`. */
 static int read_number(PyObject *object, double *value) {
     if (PyFloat_Check(object))
         *value = PyFloat_AS_DOUBLE(object); /* numpy.float64 too */
@@ -415,7 +415,7 @@ static int read_number(PyObject *object, double *value) {
     return 1;
 }
 
-/* Keep what the loop `name` returns, called without the GIL where there is much to do. */
+/* Call the loop `name` as RUN does, and store its return value in `result`. */
 #define RUN_RETURNING(result, type, size, name, ...)                                                                   \
     do {                                                                                                               \
         PyThreadState *released = (size) >= WITHOUT_GIL ? PyEval_SaveThread() : NULL;                                  \
@@ -423,7 +423,7 @@ static int read_number(PyObject *object, double *value) {
         if (released) PyEval_RestoreThread(released);                                                                  \
     } while (0)
 
-/* Return the loss as a scalar of the type, and y, in a tuple. */
+/* Return the tuple (loss as a scalar of the type, y). */
 static PyObject *loss_and(double loss, int type, PyObject *y) {
     PyObject *value = scalar(loss, type), *result = value ? PyTuple_Pack(2, value, y) : NULL;
     Py_XDECREF(value);
@@ -431,8 +431,7 @@ static PyObject *loss_and(double loss, int type, PyObject *y) {
     return result;
 }
 
-/* A loss for labels, and its gradient: `classes` scores belong to each label, if the shapes of x and t are `fitting`.
- */
+/* A loss for labels, with `classes` scores per label, and its gradient; `fitting` is whether x and t match in shape. */
 #define CLASS_LOSS_KERNELS(name, classes, fitting)                                                                     \
     KERNEL(name) {                                                                                                     \
         PORTABLE_UNLESS(nargs == 3);                                                                                   \
@@ -503,14 +502,14 @@ KERNEL(dropout) {
     return y;
 }
 
-/* Return whether the arrays args[first], ..., args[last] are vectors of n numbers of the type. */
+/* Return whether the arrays args[first], ..., args[last] are vectors of length n and of the type. */
 static int are_vectors(PyObject *const *args, int first, int last, int type, Size n) {
     for (int i = first; i <= last; i++)
         if (!is_like(args[i], type, n) || NDIM(args[i]) != 1) return 0;
     return 1;
 }
 
-/* Return y, mean and rstd in a tuple, or nothing if one is missing. */
+/* Return the tuple (y, mean, rstd), or NULL if one of them is NULL. */
 static PyObject *normalized(PyObject *y, PyObject *mean, PyObject *rstd) {
     PyObject *result = y && mean && rstd ? PyTuple_Pack(3, y, mean, rstd) : NULL;
     Py_XDECREF(y);
@@ -549,7 +548,7 @@ KERNEL(layer_norm) {
     return normalized(y, mean, rstd);
 }
 
-/* name(dout, x, gamma, mean, rstd, dgamma, dbeta), the statistics along this axis. */
+/* name(dout, x, gamma, mean, rstd, dgamma, dbeta), where mean and rstd have the length of this axis of x. */
 #define NORM_GRAD_KERNEL(name, axis)                                                                                   \
     KERNEL(name) {                                                                                                     \
         const int type = nargs == 7 ? real_type(args[0]) : 0;                                                          \
@@ -605,8 +604,8 @@ static inline int overlap(PyObject *a, PyObject *b) {
     return start < other + PyArray_NBYTES(ARRAY(b)) && other < start + PyArray_NBYTES(ARRAY(a));
 }
 
-/* Return whether the loops take these arrays, which are a parameter, its gradient and its state: all but the gradient
-   are written, so that they must not overlap. */
+/* Return whether the loops support these arrays: a parameter, its gradient and its state. All but the gradient are
+   written, so the arrays must not overlap. */
 static int are_ready(PyObject *const *arrays, int count) {
     const int type = real_type(arrays[0]);
     for (int j = 0; j < count; j++) {
@@ -620,7 +619,7 @@ static int are_ready(PyObject *const *arrays, int count) {
 
 #define MOST_LISTS 4
 
-/* The items of lists, which another thread may change while a loop runs without the GIL. */
+/* Copies of lists as tuples, because another thread may modify the lists while a loop runs without the GIL. */
 typedef struct {
     PyObject *tuples[MOST_LISTS];
     Py_ssize_t length;
@@ -635,7 +634,7 @@ static void release(Lists *lists) {
     for (int j = 0; j < lists->count; j++) Py_XDECREF(lists->tuples[j]);
 }
 
-/* Hold the items of so many lists, and look whether the loops can take all of them. */
+/* Take references to the items of `count` lists, and check whether the loops support all of them. */
 static Lists hold(PyObject *const *args, int count) {
     Lists lists = {{NULL}, 0, count, 1};
     for (int j = 0; j < count; j++) {
@@ -661,7 +660,7 @@ KERNEL(can_update) {
     Py_RETURN_TRUE;
 }
 
-/* An optimizer with `list_count` lists of arrays and `setting_count` numbers. */
+/* An optimizer whose arguments are `list_count` lists of arrays and `setting_count` numbers. */
 #define OPTIMIZER_KERNEL(name, list_count, setting_count)                                                              \
     KERNEL(name) {                                                                                                     \
         double s[setting_count];                                                                                       \

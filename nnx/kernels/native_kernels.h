@@ -1,13 +1,13 @@
 /* The loops of the native kernels, for T = float or double; native.c includes this file once per type.
 
-   N rows, D features or C classes, n elements. Arrays are C-contiguous. The order of a sum follows from the shapes
-   alone and is the same for every instruction set: LANES interleaved partial sums, or rows in groups of two to eight.
-   So all instruction sets give the same bits; only the logarithm of the softmax loss is the C library's. */
+   N rows, D features or C classes, n elements. Arrays are C-contiguous. The order of summation depends only on the
+   shapes and is the same for every instruction set: LANES interleaved partial sums, or rows in groups of two to eight.
+   Results are therefore bitwise identical on all instruction sets; the softmax loss alone calls the C library's log. */
 
 #include "native_math.h"
 
 #define LANES (128 / (int)sizeof(T))
-#define BLOCK 1024 /* elements that stay in the first-level cache from one loop to the next */
+#define BLOCK 1024 /* elements per block, which stay in the L1 cache from one loop to the next */
 
 INLINE T NAME(add_lanes)(T *lanes) {
     for (int k = 0; k < LANES / 2; k++) lanes[k] += lanes[k + LANES / 2];
@@ -77,8 +77,8 @@ ELEMENTWISE_GRAD(gelu_grad, d *NAME(gelu_derivative)(y[i]))
 
 #define LARGER(a, b) ((a) < (b) ? (b) : (a))
 
-/* y = exp(x - max(x)) over each row, with 0 for x - max(x) at the maximum, also where that is infinite; the
-   maxima and the sums. */
+/* y = exp(x - max(x)) over each row, with x - max(x) = 0 at the maximum even if it is infinite; also store the maxima
+   in `tops` and the sums in `totals`. */
 INLINE void NAME(exp_rows)(const T *restrict x, T *restrict y, T *restrict tops, T *restrict totals, Size rows,
                            Size classes) {
     for (Size r = 0; r < rows; r++) {
@@ -102,7 +102,7 @@ INLINE void NAME(exp_rows)(const T *restrict x, T *restrict y, T *restrict tops,
     for (Size r = 0; r < rows; r++) SUM(totals[r], classes, y[r * classes + k]);
 }
 
-/* The number of rows that make up one block. */
+/* The number of rows per block. */
 #define BLOCK_ROWS(classes) ((classes) < BLOCK ? BLOCK / (classes) : 1)
 
 FAST static void NAME(softmax)(const T *restrict x, T *restrict y, Size rows, Size classes) {
@@ -127,16 +127,16 @@ FAST static void NAME(softmax_grad)(const T *restrict dout, const T *restrict y,
     }
 }
 
-/* ---- losses: t has n elements in `groups` equal groups, whose weights are `weight`, or NULL for one group ---- */
+/* ---- losses: t has n elements in `groups` equal groups with weights `weight`, or NULL for a single group ---- */
 
-/* Read labels that are 0 or 1 as numbers; return whether all are. */
+/* Convert labels of 0 and 1 to T; return whether there are no others. */
 INLINE int NAME(read_labels)(Labels t, Size first, Size count, T *restrict labels) {
     int64_t other_bits = 0;
 #define READ(type)                                                                                                     \
     for (Size i = 0; i < count; i++) {                                                                                 \
         const type label = ((const type *)t.data)[first + i];                                                          \
         other_bits |= label & ~(type)1;                                                                                \
-        labels[i] = (T)(int32_t)label; /* 64 bits have no conversion in AVX2 */                                        \
+        labels[i] = (T)(int32_t)label; /* AVX2 cannot convert 64-bit integers */                                       \
     }
     switch (t.itemsize) {
     case 1: READ(int8_t) break;
@@ -148,7 +148,7 @@ INLINE int NAME(read_labels)(Labels t, Size first, Size count, T *restrict label
     return other_bits == 0;
 }
 
-/* Return the sum of the `count` losses of the elements from `first` on, times their weights. */
+/* Return the weighted sum of `count` losses, those of the elements from `first` on. */
 INLINE double NAME(add_losses)(const T *restrict losses, Size first, Size count, Size group, const T *weight) {
     double sum = 0;
     if (weight) {
@@ -185,7 +185,7 @@ FAST static double NAME(softmax_loss)(const T *restrict x, Labels t, T *restrict
     return loss / (rows / groups);
 }
 
-/* dx = (y - onehot(t)) * factor, where factor = dout / N, times its weight. */
+/* dx = (y - onehot(t)) * factor, where factor = weight * dout / (N per group). */
 FAST static void NAME(softmax_loss_grad)(const T *restrict y, Labels t, double dout, T *restrict dx, Size rows,
                                          Size classes, Size groups, const T *weight) {
     const Size group = rows / groups;
@@ -226,7 +226,7 @@ FAST static double NAME(sigmoid_loss)(const T *restrict x, Labels t, T *restrict
     return loss / (n / groups);
 }
 
-/* dx = (y - t) * factor, where factor = dout / n, times its weight. */
+/* dx = (y - t) * factor, where factor = weight * dout / (n per group). */
 FAST static void NAME(sigmoid_loss_grad)(const T *restrict y, Labels t, double dout, T *restrict dx, Size n,
                                          Size Py_UNUSED(classes), Size groups, const T *weight) {
     T labels[BLOCK];
@@ -254,7 +254,7 @@ FAST static double NAME(squared_error)(const T *restrict x, const T *restrict t,
     return loss / (n / groups);
 }
 
-/* dx = (x - t) * factor, where factor = 2 * dout / n, times its weight. */
+/* dx = (x - t) * factor, where factor = weight * 2 * dout / (n per group). */
 FAST static void NAME(squared_error_grad)(const T *restrict x, const T *restrict t, double dout, T *restrict dx, Size n,
                                           Size groups, const T *weight) {
     const Size group = n / groups;
@@ -274,8 +274,8 @@ FAST static void NAME(dropout)(const T *restrict x, T *restrict y, Size n, const
     }
 }
 
-/* mean and m2, the sum of the squared differences to it, of each column: Chan, Golub and LeVeque's update, four rows
-   at a time, which reads the matrix once. */
+/* mean and m2, the sum of squared deviations from it, of each column, in one pass over the matrix: the update formula
+   of Chan, Golub and LeVeque, four rows at a time. */
 INLINE void NAME(column_moments)(const T *restrict x, T *restrict mean, T *restrict m2, Size rows, Size d) {
     Size r = 0;
     memset(mean, 0, d * sizeof(T));
@@ -399,8 +399,7 @@ FAST static void NAME(embedding_grad)(Labels idx, const T *restrict dout, T *res
     }
 }
 
-/* ---- optimizers: `a` has the parameter, its gradient and its state, `s` the settings; the last is decay_factor ----
- */
+/* ---- optimizers: `a` holds the parameter, its gradient and its state, `s` the settings, last decay_factor ---- */
 
 #define OPTIMIZER(name, ...)                                                                                           \
     FAST static void NAME(name)(char *const *a, Size n, const double *s) {                                             \
@@ -452,7 +451,7 @@ OPTIMIZER(adam, {
     }
 })
 
-/* Return the sum of the squares of g * scale. */
+/* Return the sum of (g * scale)^2. */
 FAST static double NAME(square_sum)(const T *restrict g, Size n, double scale) {
     double lanes[LANES] = {0}, sum = 0;
     Size i = 0;
@@ -467,7 +466,7 @@ FAST static void NAME(scale)(T *g, Size n, double factor) {
     for (Size i = 0; i < n; i++) g[i] = (T)(g[i] * factor);
 }
 
-/* Return whether x - x is 0 everywhere, which infinity and NaN make NaN. */
+/* Return whether x - x is 0 everywhere; it is NaN for infinity and NaN. */
 FAST static int NAME(all_finite)(const T *restrict x, Size n) {
     int bad = 0;
     for (Size i = 0; i < n; i++) bad |= x[i] - x[i] != 0;

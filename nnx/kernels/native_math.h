@@ -1,9 +1,9 @@
 /* Elementary functions of the native kernels, for T = float or double.
 
    native_kernels.h includes this file once per type, with T, IS_FLOAT (1 or 0) and NAME(f), which appends
-   the type's suffix. The functions have selects instead of branches, so that the compiler vectorizes the
-   loops that call them; without fused multiply-add (-ffp-contract=off) every instruction set gives the same
-   bits. NaN gives NaN. "Error" is the largest measured, float / double, in units in the last place (ulp). */
+   the type's suffix. The functions use selects instead of branches, so that the compiler vectorizes the
+   loops that call them. Without fused multiply-add (-ffp-contract=off) results are bitwise identical on all
+   instruction sets. NaN propagates. "Error" is the largest measured, float / double, in units in the last place. */
 
 #define INLINE static inline __attribute__((always_inline))
 #define C(literal) ((T)(literal))
@@ -17,9 +17,9 @@
 #define MANTISSA_BITS 23
 #define EXPONENT_BIAS 127
 #define ROUND_SHIFT C(12582912.0) /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
-#define LN2_HIGH C(0.693359375)   /* few bits, so that n * LN2_HIGH is exact */
+#define LN2_HIGH C(0.693359375)   /* short mantissa, so that n * LN2_HIGH is exact */
 #define LN2_LOW C(-2.12194440054690583e-4)
-#define EXP_ZERO C(-88.03)   /* -EXPONENT_BIAS * ln2, where exp_bounded gives 0 */
+#define EXP_ZERO C(-88.03)   /* -EXPONENT_BIAS * ln2, where exp_bounded returns 0 */
 #define GELU_LIMIT C(10.031) /* sqrt(8 / pi) * (x + 0.044715 x^3) is -EXP_ZERO */
 #else
 #define BITS uint64_t
@@ -44,7 +44,7 @@ INLINE BITS NAME(to_bits)(T x) {
     return u.bits;
 }
 
-/* 2^n, of which the low bits of `n` count; 0 for n = -EXPONENT_BIAS. */
+/* 2^n, from the low bits of `n`; 0 for n = -EXPONENT_BIAS. */
 INLINE T NAME(power_of_two)(BITS n) {
     union {
         BITS bits;
@@ -91,14 +91,14 @@ INLINE T NAME(exp_bounded)(T x) {
 /* exp(x) for x <= 0; results below 2^-126.5 / 2^-1022.5 are 0. Error 0.98 / 0.99. */
 INLINE T NAME(exp_nonpositive)(T x) { return NAME(exp_bounded)(x < EXP_ZERO ? EXP_ZERO : x); }
 
-/* 1 / (1 + exp(-x)), for x < 0 as exp(x) / (1 + exp(x)): the exponential cannot overflow. Error 2.4 / 2.4. */
+/* 1 / (1 + exp(-x)), for x < 0 as exp(x) / (1 + exp(x)), so that exp cannot overflow. Error 2.4 / 2.4. */
 INLINE T NAME(scalar_sigmoid)(T x) {
     T e = NAME(exp_nonpositive)(-FABS(x));
     return (x < C(0.0) ? e : C(1.0)) / (C(1.0) + e);
 }
 
 /* tanh(x): |x| < 0.625 by x + x^3 P(x^2) / Q(x^2) (float: Pade approximant, double: Cephes), otherwise by
-   1 - 2 exp(-2|x|) / (1 + exp(-2|x|)). Both share one division. Error 1.5 / 1.5. */
+   1 - 2 exp(-2|x|) / (1 + exp(-2|x|)). Both cases use the same division. Error 1.5 / 1.5. */
 INLINE T NAME(scalar_tanh)(T x) {
     T a = FABS(x), z = x * x, e = NAME(exp_nonpositive)(C(-2.0) * a);
 #if IS_FLOAT
@@ -113,7 +113,7 @@ INLINE T NAME(scalar_tanh)(T x) {
     return COPYSIGN((small ? a : C(1.0)) + numerator / denominator, x);
 }
 
-/* log(1 + u) for 0 <= u <= 1, fdlibm's method: 1 + u = 2^k (1 + f), s = f / (2 + f),
+/* log(1 + u) for 0 <= u <= 1, by the method of fdlibm: 1 + u = 2^k (1 + f), s = f / (2 + f),
    log(1 + f) = f - (f^2 / 2 - s (f^2 / 2 + R(s^2))), R minimax (Remez) on -1/4 <= f <= 1/2. Error 0.93 / 0.94. */
 INLINE T NAME(log1p01)(T u) {
     T k = u > C(0.5) ? C(1.0) : C(0.0), f = (u - k) * (C(1.0) - C(0.5) * k);
@@ -135,8 +135,8 @@ INLINE T NAME(log1p01)(T u) {
     return k * LN2_HIGH - ((h - (s * (h + r * z) + k * LN2_LOW)) - f);
 }
 
-/* GELU by tanh is x * sigmoid(v), v = sqrt(8 / pi) * (x + 0.044715 x^3): returns exp(-|v|) and stores |x|, at
-   most GELU_LIMIT, in `a`. */
+/* The tanh form of GELU is x * sigmoid(v), v = sqrt(8 / pi) * (x + 0.044715 x^3): returns exp(-|v|) and stores
+   min(|x|, GELU_LIMIT) in `a`. */
 INLINE T NAME(gelu_parts)(T x, T *a) {
     T limited = FABS(x) > GELU_LIMIT ? GELU_LIMIT : FABS(x);
     *a = limited;

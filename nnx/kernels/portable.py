@@ -1,9 +1,9 @@
-"""The kernels in words that NumPy and CuPy share: the reference for `native` and `cuda`.
+"""The portable kernels, for NumPy and CuPy alike: the reference implementation for `native` and `cuda`.
 
 N rows (all leading axes together), D features, H outputs, C classes, V rows of a vocabulary; arrays
-have at least one axis. A kernel owns the arrays that it makes and works on them in place; it writes
-into no argument unless its sentence says so. float16 is computed in float32. NumPy's floating-point
-warnings are off exactly where an infinity or a vanishing number is right; CuPy has none.
+have at least one axis. Kernels do not modify their arguments unless their docstring says so; they work in
+place only on arrays that they allocate. float16 is computed in float32. NumPy's floating-point warnings are
+disabled only where overflow to infinity or underflow to 0 is correct; CuPy issues none.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ _TINY = 2.0**-700
 
 
 def gather(x: Array, idx: Array) -> Array:
-    """Return the rows `idx` of `x`; `take` would first copy all of an `x` that is not contiguous."""
+    """Return the rows `idx` of `x`; `take` would first copy a non-contiguous `x` as a whole."""
     return x.take(idx, axis=0) if x.flags.c_contiguous else x[idx]
 
 
 def in_range(idx: Array, stop: int) -> bool:
-    """Return whether integers lie in [0, stop); those on the GPU are not looked at, which would stop it."""
+    """Return whether all integers are in [0, stop); always True on the GPU, where the check would synchronize."""
     return not isinstance(idx, numpy.ndarray) or idx.size == 0 or (idx.min() >= 0 and idx.max() < stop)
 
 
@@ -79,7 +79,7 @@ def in_range(idx: Array, stop: int) -> bool:
 
 @quiet
 def affine(x: Array, W: Array, b: Array | None) -> Array:
-    """Return x @ W + b of `x` (N, D), `W` (D, H) and `b` (H,) or None."""
+    """Return x @ W + b for `x` (N, D), `W` (D, H) and `b` (H,) or None."""
     y = x.dot(W)
     if b is not None:
         y += b
@@ -88,7 +88,7 @@ def affine(x: Array, W: Array, b: Array | None) -> Array:
 
 @quiet
 def affine_grad(x: Array, dout: Array, dW: Array, db: Array | None) -> None:
-    """Write x.T @ dout into `dW` (D, H), and the sum of the rows of `dout` (N, H) into `db` (H,) or nowhere."""
+    """Write x.T @ dout into `dW` (D, H), and the sum of the rows of `dout` (N, H) into `db` (H,) unless it is None."""
     x.T.dot(dout, dW)
     if db is not None:
         bias_grad(dout, db)
@@ -111,7 +111,7 @@ def bias_grad(dout: Array, out: Array) -> None:
 
 @numpy.errstate(over="ignore", under="ignore")
 def sigmoid(x: Array) -> Array:
-    """Return 1 / (1 + exp(-x)); exp overflows to the infinity whose reciprocal is 0."""
+    """Return 1 / (1 + exp(-x)); exp may overflow to infinity, whose reciprocal is 0."""
     y = np.negative(x, dtype=accumulation_dtype(x.dtype))
     np.exp(y, out=y)
     np.add(y, 1, out=y)
@@ -168,7 +168,7 @@ def gelu_grad(dout: Array, x: Array) -> Array:
 
 
 def _gelu_terms(x: Array) -> tuple[Array, Array, Array]:
-    """Return (1 + tanh(u)) / 2 = sigmoid(2 * u), x clipped to where that is neither 0 nor 1 exactly, and du/dx."""
+    """Return (1 + tanh(u)) / 2 = sigmoid(2 * u), x clipped to [-30, 30], beyond which that is 0 or 1, and du/dx."""
     c = np.clip(x.astype(accumulation_dtype(x.dtype), copy=False), -30, 30)
     cc = c * c
     root = math.sqrt(2 / math.pi)
@@ -194,9 +194,9 @@ def softmax_grad(dout: Array, y: Array) -> Array:
 
 @numpy.errstate(invalid="ignore")
 def _subtract_max(x: Array) -> Array:
-    """Return x - max(x) over the last axis, and 0 at the maximum also where that is infinite.
+    """Return x - max(x) over the last axis, with 0 at the maximum even if it is infinite.
 
-    So an infinite score takes all the weight, as in the limit, and equal infinities share it.
+    The softmax of an infinite score is then 1, as in the limit, and equal infinities share it evenly.
     """
     x = x.astype(accumulation_dtype(x.dtype), copy=False)
     top = x.max(axis=-1, keepdims=True)
@@ -205,8 +205,8 @@ def _subtract_max(x: Array) -> Array:
     return y
 
 
-# ---- losses: the mean over all elements of t, or with weights, which add up to 1, sum(weight[m] * mean of group m),
-# ---- the elements of t in their order being len(weight) groups of equal size; a group of weight 0 is not looked at
+# ---- losses: the mean over all elements of t, or with weights, which sum to 1, sum(weight[m] * mean of group m), where
+# ---- the elements of t, in order, form len(weight) groups of equal size; groups of weight 0 are ignored
 
 
 @quiet
@@ -228,7 +228,7 @@ def softmax_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Arra
 
 @quiet
 def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
-    """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` by x."""
+    """Return (y - onehot(t)) * dout / N, the gradient of `softmax_loss` with respect to x."""
     dx = np.subtract(y, t[..., None] == np.arange(y.shape[-1]), dtype=y.dtype)
     return _scale(dx, t.size, dout, weight)
 
@@ -237,7 +237,7 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Ar
 def sigmoid_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Array]:
     """Return the mean of log(1 + exp(z)), z = -x where t is 1 and x where it is 0, and sigmoid(x).
 
-    A label that is neither makes its element of sigmoid(x), and so the loss, NaN.
+    Any other label makes its element of sigmoid(x), and so the loss, NaN.
     """
     x = np.where((t == 0) | (t == 1), x, np.nan).astype(x.dtype, copy=False)
     z = np.where(t == 1, -x, x).astype(accumulation_dtype(x.dtype), copy=False)
@@ -247,7 +247,7 @@ def sigmoid_loss(x: Array, t: Array, weight: Array | None) -> tuple[Scalar, Arra
 
 @quiet
 def sigmoid_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Array:
-    """Return (y - t) * dout / N, the gradient of `sigmoid_loss` by x; N elements."""
+    """Return (y - t) * dout / N, the gradient of `sigmoid_loss` with respect to x; N elements."""
     return _scale(np.subtract(y, t, dtype=y.dtype), t.size, dout, weight)
 
 
@@ -259,17 +259,17 @@ def squared_error(x: Array, t: Array, weight: Array | None) -> Scalar:
 
 @quiet
 def squared_error_grad(x: Array, t: Array, dout: Any, weight: Array | None) -> Array:
-    """Return 2 * (x - t) * dout / N, the gradient of `squared_error` by x; N elements."""
+    """Return 2 * (x - t) * dout / N, the gradient of `squared_error` with respect to x; N elements."""
     return _scale(_difference(x, t, weight), t.size, 2 * dout, weight).astype(x.dtype, copy=False)
 
 
 def _difference(x: Array, t: Array, weight: Array | None) -> Array:
-    """Return x - t in the accumulation dtype, and 0 in the groups of weight 0, which may hold anything."""
-    wide = accumulation_dtype(x.dtype)
+    """Return x - t in the accumulation dtype, with 0 in groups of weight 0, whose values are arbitrary."""
+    dtype = accumulation_dtype(x.dtype)
     if weight is None:
-        return np.subtract(x, t, dtype=wide)
+        return np.subtract(x, t, dtype=dtype)
     with numpy.errstate(over="ignore", invalid="ignore"):
-        groups = np.subtract(x, t, dtype=wide).reshape(len(weight), -1)
+        groups = np.subtract(x, t, dtype=dtype).reshape(len(weight), -1)
     np.copyto(groups, 0, where=weight[:, None] == 0)
     return groups.reshape(x.shape)
 
@@ -282,13 +282,13 @@ def _mean(losses: Array, weight: Array | None) -> Scalar:
 
 
 def _scale(dx: Array, n: int, dout: Any, weight: Array | None) -> Array:
-    """Return `dx`, and may write into it, times what the loss's gradient `dout` and the weights make of `n` terms."""
-    wide = accumulation_dtype(dx.dtype)
+    """Return `dx` * dout / n, or the same weighted by group, for the loss's gradient `dout`; may overwrite `dx`."""
+    dtype = accumulation_dtype(dx.dtype)
     if weight is None:
-        return np.multiply(dx, dout / n, out=dx, dtype=wide)
+        return np.multiply(dx, dout / n, out=dx, dtype=dtype)
     groups = dx.reshape(len(weight), -1)  # a copy where dx is not C-ordered
     np.copyto(groups, 0, where=weight[:, None] == 0)
-    np.multiply(groups, (weight * (dout * len(weight) / n))[:, None], out=groups, dtype=wide)
+    np.multiply(groups, (weight * (dout * len(weight) / n))[:, None], out=groups, dtype=dtype)
     return groups.reshape(dx.shape)
 
 
@@ -296,7 +296,7 @@ def _scale(dx: Array, n: int, dout: Any, weight: Array | None) -> Array:
 
 
 def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
-    """Return `x` with a share `ratio` of its elements 0, chosen by a hash of seed, call and index (in C order)."""
+    """Return `x` with a fraction `ratio` of its elements set to 0, by a hash of seed, call and index (in C order)."""
     *keys, threshold = dropout_keys(ratio, seed, call)
     bits = np.arange(x.size, dtype=np.uint32)
     for key in keys:
@@ -310,7 +310,7 @@ def dropout(x: Array, ratio: float, seed: int, call: int) -> Array:
 
 
 def dropout_keys(ratio: float, seed: int, call: int) -> tuple[int, int, int]:
-    """Return two keys of 32 bits for the hash, by splitmix64, and the smallest hash with which an element is kept."""
+    """Return two 32-bit keys for the hash, by splitmix64, and the smallest hash for which an element is kept."""
     mask64 = 0xFFFFFFFFFFFFFFFF
     z = (seed + 0x9E3779B97F4A7C15 * call) & mask64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask64
@@ -325,8 +325,8 @@ def batch_norm(
 ) -> tuple[Array, Array, Array]:
     """Return gamma * (x - mean) * rstd + beta for `x` (N, D), and mean and rstd = 1 / sqrt(var + eps) of its columns.
 
-    Moves the running statistics towards these in place: momentum * running + (1 - momentum) * batch, the
-    variance being the unbiased one, which one row has not.
+    Updates the running statistics in place: momentum * running + (1 - momentum) * batch, with the unbiased
+    variance, which is undefined for one row, so that running_var is then unchanged.
     """
     y, mean, rstd, var = _normalize(x, gamma, beta, eps, 0)
     for running, batch in ((running_mean, mean), (running_var, var * (len(x) / max(1, len(x) - 1)))):
@@ -379,8 +379,8 @@ def layer_norm_grad(
 
 def _normalize(x: Array, gamma: Array, beta: Array, eps: float, axis: int) -> tuple[Array, Array, Array, Array]:
     """Return gamma * (x - mean) * rstd + beta, and mean, rstd and variance along `axis` in the accumulation dtype."""
-    wide = accumulation_dtype(x.dtype)
-    mean = x.mean(axis=axis, keepdims=axis == 1, dtype=wide)
+    dtype = accumulation_dtype(x.dtype)
+    mean = x.mean(axis=axis, keepdims=axis == 1, dtype=dtype)
     xn = x - mean
     var = (xn * xn).mean(axis=axis, keepdims=axis == 1)
     rstd = 1 / np.sqrt(var + eps)
@@ -391,7 +391,7 @@ def _normalize(x: Array, gamma: Array, beta: Array, eps: float, axis: int) -> tu
 
 
 def embedding(W: Array, idx: Array) -> Array:
-    """Return W[idx]; an index outside [0, V) gives a row of NaN."""
+    """Return W[idx], with a row of NaN for an index outside [0, V)."""
     valid = ((idx >= 0) & (idx < len(W)))[..., None]
     return np.where(valid, W.take(np.where(valid[..., 0], idx, 0), axis=0), np.nan)
 
@@ -405,8 +405,8 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     out[...] = total
 
 
-# ---- optimizers: each formula for every parameter p, its gradient g and its state, in place. decay_factor is
-# ---- 1 - lr * weight_decay, which 0 makes exactly 1. Every argument is looked at before anything is written.
+# ---- optimizers: update every parameter p, with its gradient g, and its state in place. decay_factor is
+# ---- 1 - lr * weight_decay, exactly 1 without weight decay. All arguments are validated before anything is written.
 
 
 def can_update(params: Arrays, grads: Arrays) -> bool:
@@ -498,16 +498,16 @@ def _step(p: Array, step: Array, decay_factor: float) -> None:
 
 @numpy.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
 def clip_grads(grads: Arrays, max_norm: float) -> None:
-    """Scale all of `grads` by max_norm / (norm + 1e-6) where that is below 1, in place; not if the norm is no number.
+    """Scale all of `grads` in place by max_norm / (norm + 1e-6) if that is below 1.
 
-    An infinite or NaN gradient makes the norm no number, and then nothing is scaled. The squares are
-    added in float64; where even these overflow, the norm is taken of the gradients times 2**-700.
+    Nothing is scaled if a gradient is infinite or NaN, as the norm is then not finite. The squares are
+    summed in float64; if that overflows, the norm is computed from the gradients times 2**-700.
     """
     whole, scaled = (
         np.sqrt(sum(np.square(np.multiply(g, s, dtype=np.float64)).sum() for g in grads)) for s in (1.0, _TINY)
     )
     rate = np.where(np.isfinite(whole), max_norm / (whole + 1e-6), max_norm * _TINY / scaled)
-    rate = np.where((rate < 1) & (scaled < np.inf), rate, 1.0)  # NaN is not below anything
+    rate = np.where((rate < 1) & (scaled < np.inf), rate, 1.0)  # comparisons with NaN are False
     for g in grads:
         np.multiply(g, rate, out=g)
 

@@ -1,8 +1,8 @@
 """Layers: plain classes with `params`, `grads`, `forward` and `backward`.
 
-`backward(dout)` writes the gradients of the parameters into `grads`, never adding to what is there,
-and returns the gradient of the input. No layer writes into its arguments. Any class with these four
-members is a layer; there is no base class and nothing to register.
+`backward(dout)` overwrites `grads` with the gradients of the parameters (it does not accumulate) and
+returns the gradient of the input. Layers do not modify their arguments. Any class with these four
+members is a layer; no base class or registration is needed.
 """
 
 from nnx.layers.activation import GELU, ReLU, Sigmoid, Softmax, Tanh

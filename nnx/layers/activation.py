@@ -1,4 +1,4 @@
-"""Activations: elementwise functions, and softmax over the last axis. x, y, dout: (..., C)."""
+"""Activation layers: elementwise functions, and softmax over the last axis. x, y, dout: (..., C)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
 
 
 class Sigmoid:
-    """The logistic function y = 1 / (1 + exp(-x)), right in both tails."""
+    """The logistic function y = 1 / (1 + exp(-x)), accurate in both tails."""
 
-    out: Array  # y of the last forward
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -34,7 +34,7 @@ class Sigmoid:
 class ReLU:
     """The rectifier y = max(x, 0); its gradient at 0 is 0."""
 
-    out: Array  # y of the last forward
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -54,7 +54,7 @@ class ReLU:
 class Tanh:
     """The hyperbolic tangent y = tanh(x)."""
 
-    out: Array  # y of the last forward
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -72,16 +72,16 @@ class Tanh:
 
 
 class GELU:
-    """The Gaussian error linear unit by its usual approximation, y = x / 2 * (1 + tanh(u)).
+    """The Gaussian error linear unit in its tanh approximation, y = x / 2 * (1 + tanh(u)).
 
-    u = sqrt(2 / pi) * (x + 0.044715 * x**3); the difference to the exact function is below 5e-4.
+    u = sqrt(2 / pi) * (x + 0.044715 * x**3); the error of the approximation is below 5e-4.
 
     References
     ----------
     Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2.
     """
 
-    x: Array  # of the last forward
+    x: Array  # input of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -99,9 +99,9 @@ class GELU:
 
 
 class Softmax:
-    """Probabilities y = exp(x) / sum(exp(x)) over the last axis."""
+    """The softmax function y = exp(x) / sum(exp(x)) over the last axis."""
 
-    out: Array  # y of the last forward
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []

@@ -1,4 +1,4 @@
-"""Dropout. x, y, dout: any shape."""
+"""Dropout layer. x, y, dout: any shape."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ __all__ = ["Dropout"]
 
 
 class Dropout:
-    """Sets each element to 0 with probability `dropout_ratio` in training: y = x * mask.
+    """Zeroes each element with probability `dropout_ratio` during training: y = x * mask.
 
-    As in the source, what is kept is not scaled up; predicting scales by 1 - dropout_ratio instead.
-    The masks are a hash of `seed`, `calls` and the element's index: equal bits on both devices, no
-    mask in memory, and two integers to save.
+    As in the book, kept elements are not scaled during training; inference scales by 1 - dropout_ratio instead.
+    The mask is a hash of `seed`, `calls` and the element index: it is the same on both devices, takes no
+    memory, and its state is two integers.
 
     Parameters
     ----------
     dropout_ratio : float
         In [0, 1); 0 keeps every element.
     rng : seed, numpy.random.Generator or None
-        Draws `seed`; None is NumPy's global generator.
+        Draws `seed`; None uses NumPy's global generator.
 
     Attributes
     ----------
     seed, calls : int
-        What the next mask is made from; `calls` counts the training forwards.
+        The state of the mask; `calls` counts the forward passes in training mode.
 
     References
     ----------
@@ -49,7 +49,7 @@ class Dropout:
         self.calls = 0
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
-        """Return x with a new mask, or with train_flg=False x * (1 - dropout_ratio)."""
+        """Return x * mask with a new mask, or x * (1 - dropout_ratio) if train_flg is False."""
         x = as_floating(x, None, "Dropout")
         self.shape, self.dtype, self.train_flg = x.shape, x.dtype, train_flg
         if not train_flg:
@@ -58,7 +58,7 @@ class Dropout:
         return dropout(x, self.dropout_ratio, self.seed, self.calls)
 
     def backward(self, dout: Any) -> Array:
-        """Return dout under the mask, or the scale, of the last forward."""
+        """Return dout times the mask, or the scale, of the last forward."""
         dout = check_grad_output(self, dout, self.shape, self.dtype)
         if not self.train_flg:
             return self._scale(dout)
@@ -70,5 +70,5 @@ class Dropout:
 
     @property
     def mask(self) -> Array:
-        """The mask of the last forward, which was a training one, made anew: 1 where an element was kept."""
+        """The mask of the last forward in training mode, recomputed: 1 where an element was kept, else 0."""
         return dropout(np.ones(self.shape, self.dtype), self.dropout_ratio, self.seed, self.calls)

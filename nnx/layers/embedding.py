@@ -1,4 +1,4 @@
-"""Rows of a matrix, looked up by index. V rows (the vocabulary), H columns; `...` any axes of indices."""
+"""Embedding layer. V rows (vocabulary size), H columns; `...` any number of index axes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Embedding"]
 
 
 class Embedding:
-    """Word vectors: y = W[idx].
+    """Look up rows of W, such as word vectors: y = W[idx].
 
     Parameters
     ----------
     W : (V, H)
-        A floating array of the active module; it becomes `params[0]` itself.
+        A floating array of the array module; used as `params[0]` without a copy.
 
     Shapes
     ------
@@ -26,8 +26,8 @@ class Embedding:
     Raises
     ------
     ValueError
-        For indices that are not integers, or on the host lie outside [0, V). Indices on the GPU are
-        not looked at, which would stop it: there one outside gives a row of NaN.
+        If the indices are not integers, or host indices are outside [0, V). Indices on the GPU are not
+        checked, to avoid a synchronization: one out of range gives a row of NaN.
     """
 
     param_names = ("W",)
@@ -47,7 +47,7 @@ class Embedding:
         return embedding(W, self.idx)
 
     def backward(self, dout: Any) -> None:
-        """Write the gradient of W: the sum of dout's rows for each index, in the order of the rows."""
+        """Write the gradient of W: for each index the sum of its rows of dout, added in row order."""
         W = self.params[0]
         dout = check_grad_output(self, dout, (*self.idx.shape, W.shape[1]), W.dtype)
         embedding_grad(self.idx.reshape(-1), dout.reshape(-1, W.shape[1]), self.grads[0])

@@ -1,4 +1,4 @@
-"""Nodes of the chapter's computational graphs: Repeat and Sum, each the other's backward. N rows."""
+"""Nodes of the computational graphs in the chapter: Repeat and Sum, each the backward of the other. N rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Repeat", "Sum"]
 
 
 class Repeat:
-    """N copies of one row: y = repeat(x, N) along axis 0.
+    """Repeat a row N times: y = repeat(x, N) along axis 0.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Repeat:
         self.N = N
 
     def forward(self, x: Any) -> Array:
-        """Return x, N times."""
+        """Return N copies of x along axis 0."""
         x = as_floating(x, None, "Repeat")
         if x.ndim == 0 or len(x) != 1:
             raise ValueError(f"Repeat: axis 0 of x must have length 1, got shape {x.shape}; take a row with x[:1]")
@@ -41,13 +41,13 @@ class Repeat:
         return np.repeat(x, self.N, axis=0)
 
     def backward(self, dout: Any) -> Array:
-        """Return the sum of dout over axis 0, which stays with length 1."""
+        """Return the sum of dout over axis 0, kept with length 1."""
         dout = check_grad_output(self, dout, (self.N, *self.x.shape[1:]), self.x.dtype)
         return _sum(dout)
 
 
 class Sum:
-    """The sum over axis 0, which stays with length 1.
+    """Sum over axis 0, kept with length 1.
 
     Shapes
     ------
@@ -62,7 +62,7 @@ class Sum:
         """Return the sum over axis 0."""
         x = as_floating(x, None, "Sum")
         if x.ndim == 0:
-            raise ValueError("Sum: x must have an axis to sum over, got a number")
+            raise ValueError("Sum: x must have at least one axis, got a scalar")
         self.x = x
         return _sum(x)
 

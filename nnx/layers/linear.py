@@ -1,4 +1,4 @@
-"""Matrix products. N rows, D inputs, H outputs; `...` any number of leading axes, all of them batch."""
+"""Linear layers. N rows, D inputs, H outputs; `...` any number of leading batch axes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["Affine", "MatMul"]
 
 
 class MatMul:
-    """The product with a weight matrix: y = x @ W.
+    """Multiplication by a weight matrix: y = x @ W.
 
     Parameters
     ----------
     W : (D, H)
-        A floating array of the active module. It becomes `params[0]` itself, not a copy, so that
+        A floating array of the array module. It is used as `params[0]` without a copy, so that
         layers can share it; the layer computes in its dtype.
     input_grad : bool
-        False skips the product for the gradient of the input, which a first layer does not need:
+        False skips the gradient of the input, which the first layer of a network does not need;
         `backward` then returns None.
 
     Shapes
@@ -30,14 +30,14 @@ class MatMul:
     Raises
     ------
     TypeError
-        If W is not a floating array of the active module.
+        If W is not a floating array of the array module.
     ValueError
-        If the shapes of W, x or dout do not fit.
+        If the shapes of W, x or dout do not match.
     """
 
     param_names: tuple[str, ...] = ("W",)
-    x: Array  # of the last forward
-    shape: tuple[int, ...]  # of its result
+    x: Array  # input of the last forward pass
+    shape: tuple[int, ...]  # of its output
 
     def __init__(self, W: Array, *, input_grad: bool = True) -> None:
         check_weights(type(self).__name__, W=W)
@@ -53,7 +53,7 @@ class MatMul:
         x = as_floating(x, W.dtype, type(self).__name__)
         if x.ndim < 2 or x.shape[-1] != W.shape[0]:
             raise ValueError(
-                f"{type(self).__name__}: x must have shape (N, {W.shape[0]}) to fit W {W.shape}, got {x.shape}"
+                f"{type(self).__name__}: x must have shape (N, {W.shape[0]}) to match W {W.shape}, got {x.shape}"
                 + ("; make it a row with x[None], or a column with x[:, None]" if x.ndim == 1 else "")
             )
         self.x = x
@@ -63,7 +63,7 @@ class MatMul:
         return y
 
     def backward(self, dout: Any) -> Array | None:
-        """Write the gradients of W, x.T @ dout, and in `Affine` of b, the sum of dout's rows; return dout @ W.T."""
+        """Write the gradient of W, x.T @ dout, and in `Affine` that of b, dout.sum(axis=0); return dout @ W.T."""
         W, x, dW = self.params[0], self.x, self.grads[0]
         dout = check_grad_output(self, dout, self.shape, W.dtype)
         if x.ndim > 2:
@@ -82,7 +82,7 @@ class Affine(MatMul):
     ----------
     W : (D, H)
     b : (H,)
-        Both of one dtype; otherwise as for `MatMul`.
+        Of the same dtype as W; otherwise as for `MatMul`.
     input_grad : bool
         As for `MatMul`.
 
@@ -98,7 +98,7 @@ class Affine(MatMul):
         check_weights(type(self).__name__, b=b)
         if b.shape != W.shape[1:] or b.dtype != W.dtype:
             raise ValueError(
-                f"{type(self).__name__}: b must be {W.dtype} of shape {W.shape[1:]} to fit W {W.shape}, "
+                f"{type(self).__name__}: b must be {W.dtype} of shape {W.shape[1:]} to match W {W.shape}, "
                 f"got {b.dtype} {b.shape}"
             )
         self.params.append(b)
@@ -106,5 +106,5 @@ class Affine(MatMul):
 
 
 def _rows(a: Array) -> Array:
-    """Return `a` with its leading axes made one, the shape that BLAS takes."""
+    """Return `a` with its leading axes flattened, as BLAS requires."""
     return a.reshape(-1, a.shape[-1])

@@ -1,10 +1,10 @@
-"""Losses: `forward(x, t)` returns a mean over the batch, `backward(dout=1)` its gradient by x.
+"""Loss layers: `forward(x, t)` returns a mean over the batch, `backward(dout=1)` its gradient with respect to x.
 
-N rows (all leading axes together), C classes. The loss is what the array module's reduction returns,
-a NumPy scalar or a CuPy array without axes: nothing waits for the GPU until it is read.
+N rows (product of all leading axes), C classes. The loss is a NumPy scalar or a 0-d CuPy array; the GPU is not
+synchronized until its value is read.
 
-Every loss takes weights: with weights w the mean of the losses l of the elements of t is the weighted
-mean, sum(w * l) / sum(w). Where all weights are 0 the loss and its gradient are 0.
+Every loss accepts weights w: the loss is then the weighted mean sum(w * l) / sum(w) of the losses l of the
+elements of t. If all weights are 0, the loss and its gradient are 0.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ __all__ = ["MeanSquaredError", "SigmoidWithLoss", "SoftmaxWithLoss"]
 
 
 class _Loss:
-    """What the losses have in common: no parameters, and the weights of the last forward.
+    """Base class of the losses: no parameters, and the weights of the last forward.
 
     Attributes
     ----------
     weight : (M,) or None
-        The weights of M equal groups of the elements of t, divided by their sum.
+        Normalized weights, each for one of M equal groups of the elements of t.
     weight_sum : 0-d, or None
-        Their sum before, counted for each element: what the batch weighs beside others.
+        Sum of the unnormalized weights over all elements of t: the weight of the batch relative to others.
     """
 
-    x: Array  # of the last forward
+    x: Array  # inputs of the last forward pass
     t: Array
     weight: Array | None = None
     weight_sum: Scalar | None = None
@@ -51,7 +51,7 @@ class _Loss:
         self.grads: list[Array] = []
 
     def _set_weight(self, weight: Any, elements: Array | None = None) -> None:
-        """Keep the argument `weight` of forward, None or of t's leading axes, times the weights of t's `elements`."""
+        """Store `weight`, None or of the leading axes of t, times `elements`, None or one weight per element of t."""
         if weight is None and elements is None:
             self.weight = self.weight_sum = None
         else:
@@ -59,13 +59,13 @@ class _Loss:
 
     @quiet
     def _normalize_weight(self, weight: Any, elements: Array | None) -> None:
-        """Divide the weights by their sum; until then they are float64, so that their scale makes no difference."""
+        """Divide the weights by their sum, in float64, so that their scale does not affect the result."""
         name, t = type(self).__name__, self.t
         if weight is not None:
             weight = _check_weight(as_real_array(weight, f"{name}: weight"), f"{name}: weight")
             if weight.ndim == 0 or weight.shape != t.shape[: weight.ndim]:
                 raise ValueError(
-                    f"{name}: weight must have the leading axes of t {t.shape}, one number for each row, "
+                    f"{name}: weight must have the leading axes of t {t.shape}, one number per row, "
                     f"got shape {weight.shape}"
                 )
             weight = as_floating(weight, np.float64, name)
@@ -73,17 +73,17 @@ class _Loss:
                 elements = elements * weight.reshape(*weight.shape, *[1] * (t.ndim - weight.ndim))
         weight = weight if elements is None else elements
         total = weight.sum()
-        share = weight.reshape(-1) / np.where(total == 0, 1, total)
-        self.weight = share.astype(accumulation_dtype(self.x.dtype), copy=False)
+        normalized = weight.reshape(-1) / np.where(total == 0, 1, total)
+        self.weight = normalized.astype(accumulation_dtype(self.x.dtype), copy=False)
         self.weight_sum = total * (t.size // weight.size)
 
 
 class _ClassLoss(_Loss):
-    """A loss for labels: weights of the classes, and a label that is left out."""
+    """Base class of the classification losses: class weights, and a label to ignore."""
 
     class_weight: Array | None = None
     ignore_label: int | None = None
-    kept: Array | None = None  # where the labels of the last forward are not ignore_label
+    kept: Array | None = None  # mask of the labels that are not ignored in the last forward
 
     def __init__(self, class_weight: Any = None, ignore_label: int | None = None) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _ClassLoss(_Loss):
         if class_weight is not None:
             class_weight = _check_weight(as_real_array(class_weight, f"{name}: class_weight"), f"{name}: class_weight")
             if class_weight.ndim != 1:
-                raise ValueError(f"{name}: class_weight must be one number a class, got shape {class_weight.shape}")
+                raise ValueError(f"{name}: class_weight must have one number per class, got shape {class_weight.shape}")
             class_weight = as_floating(class_weight, np.float64, name)
         if ignore_label is not None and not hasattr(ignore_label, "__index__"):
             raise TypeError(f"{name}: ignore_label must be an integer or None, got {ignore_label!r}")
@@ -100,11 +100,11 @@ class _ClassLoss(_Loss):
 
     @property
     def is_weighted(self) -> bool:
-        """Whether rows weigh unlike without weights that are passed to forward."""
+        """Whether rows are weighted even if no weight is passed to `forward`."""
         return self.class_weight is not None or self.ignore_label is not None
 
-    def _weigh(self, weight: Any, classes: int) -> None:
-        """Keep the weights of the elements of t, and replace the labels that are left out by 0."""
+    def _apply_weights(self, weight: Any, classes: int) -> None:
+        """Store the weights of the elements of t, and replace ignored labels by 0."""
         self.kept = elements = None
         if self.ignore_label is not None:
             self.kept = self.t != self.ignore_label
@@ -113,36 +113,36 @@ class _ClassLoss(_Loss):
         if self.class_weight is not None:
             if len(self.class_weight) != classes:
                 raise ValueError(
-                    f"{type(self).__name__}: class_weight must have a number for each of {classes} classes, "
+                    f"{type(self).__name__}: class_weight must have one number for each of the {classes} classes, "
                     f"got {len(self.class_weight)}"
                 )
-            of_labels = embedding(self.class_weight[:, None], self.t)[..., 0]
-            elements = of_labels if elements is None else elements * of_labels
+            label_weight = embedding(self.class_weight[:, None], self.t)[..., 0]
+            elements = label_weight if elements is None else elements * label_weight
         self._set_weight(weight, elements)
 
-    def _share(self, hits: Array) -> Scalar:
-        """Return the share of `hits` among the labels that are not left out."""
+    def _hit_rate(self, hits: Array) -> Scalar:
+        """Return the fraction of `hits` among the labels that are not ignored."""
         return hits.mean() if self.kept is None else (hits & self.kept).sum() / np.maximum(self.kept.sum(), 1)
 
 
 class SoftmaxWithLoss(_ClassLoss):
-    """Softmax and the cross entropy of its result: loss = -mean(log softmax(x)[t]).
+    """Softmax followed by cross-entropy loss: loss = -mean(log softmax(x)[t]).
 
-    It is computed as mean(log(sum(exp(x - max))) - (x[t] - max)), so a probability that rounds to 0
-    gives no infinite loss, and `backward` is its exact gradient, (y - onehot(t)) / N. (The book
-    adds 1e-7 inside the logarithm, and not in its backward.)
+    It is computed as mean(log(sum(exp(x - max))) - (x[t] - max)), so the loss is finite even if a probability
+    rounds to 0, and `backward` is its exact gradient, (y - onehot(t)) / N. (The book adds 1e-7 inside the
+    logarithm, but not in its backward.)
 
     Parameters
     ----------
     class_weight : (C,) or None
-        The weight of each class: the loss is the mean weighted by those of the labels.
+        Weight of each class; the loss is the mean weighted by the class weights of the labels.
     ignore_label : int or None
-        Rows with this label count neither for the loss nor for the accuracy. It may lie outside [0, C).
+        Rows with this label are excluded from the loss and the accuracy. It may be outside [0, C).
 
     Shapes
     ------
     x : (..., C)    t : (...) integers in [0, C), or (..., C) one-hot integers or bools
-    weight : the leading axes of (...), weights of the rows, at least 0
+    weight : leading axes of (...), weights of the rows, at least 0
 
     Attributes
     ----------
@@ -154,21 +154,21 @@ class SoftmaxWithLoss(_ClassLoss):
     Raises
     ------
     ValueError
-        If t or weight is none of these or the batch is empty. Labels and weights that lie on the GPU
-        are not looked at, which would stop it: there a label out of range makes the loss NaN.
+        If t or weight is invalid or the batch is empty. Labels and weights on the GPU are not checked, to
+        avoid a synchronization: a label out of range makes the loss NaN.
     """
 
     y: Array
 
     def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
-        """Return the labels `t` for scores of `shape` as indices, checked; `Trainer` calls it once for all data."""
+        """Return labels `t` for scores of `shape` as checked indices; `Trainer` calls this once for all data."""
         return class_indices(t, shape, "SoftmaxWithLoss", self.ignore_label)
 
     def forward(self, x: Any, t: Any, weight: Any = None) -> Scalar:
         """Return the loss."""
         self.x = x = as_floating(x, None, "SoftmaxWithLoss")
         self.t = self.prepare_targets(t, x.shape)
-        self._weigh(weight, x.shape[-1])
+        self._apply_weights(weight, x.shape[-1])
         loss, self.y = softmax_loss(x, self.t, self.weight)
         return loss
 
@@ -177,27 +177,27 @@ class SoftmaxWithLoss(_ClassLoss):
         return softmax_loss_grad(self.y, self.t, loss_grad(self, dout), self.weight)
 
     def accuracy(self) -> Scalar:
-        """Return the share of rows of the last forward that have their largest score at the label."""
-        return self._share(self.x.argmax(axis=-1) == self.t)
+        """Return the fraction of rows of the last forward whose largest score is at the label."""
+        return self._hit_rate(self.x.argmax(axis=-1) == self.t)
 
 
 class SigmoidWithLoss(_ClassLoss):
-    """Sigmoid and the binary cross entropy of its result: loss = -mean(t * log(y) + (1 - t) * log(1 - y)).
+    """Sigmoid followed by binary cross-entropy loss: loss = -mean(t * log(y) + (1 - t) * log(1 - y)).
 
-    It is computed from the scores, as mean(log(1 + exp(z))) with z = -x where t is 1 and x where it
-    is 0, so it is right however sure the scores are.
+    It is computed from the scores, as mean(log(1 + exp(z))) with z = -x where t is 1 and z = x where t
+    is 0, so it is accurate for scores of any magnitude.
 
     Parameters
     ----------
     class_weight : (2,) or None
-        The weights of the labels 0 and 1: the loss is the mean weighted by them.
+        Weights of the labels 0 and 1; the loss is the mean weighted by them.
     ignore_label : int or None
-        Elements with this label count neither for the loss nor for the accuracy.
+        Elements with this label are excluded from the loss and the accuracy.
 
     Shapes
     ------
-    x, t : equal; (N,) beside (N, 1) would broadcast and is refused. t holds 0 and 1, integers or bools.
-    weight : the leading axes of t, weights of the rows, at least 0
+    x, t : same shape; (N,) with (N, 1) would broadcast and is rejected. t holds 0 and 1, integers or bools.
+    weight : leading axes of t, weights of the rows, at least 0
 
     Attributes
     ----------
@@ -207,14 +207,14 @@ class SigmoidWithLoss(_ClassLoss):
     Raises
     ------
     ValueError
-        If t or weight is anything else or the batch is empty. Labels and weights that lie on the GPU
-        are not looked at, which would stop it: there a label that is neither 0 nor 1 makes the loss NaN.
+        If t or weight is invalid or the batch is empty. Labels and weights on the GPU are not checked, to
+        avoid a synchronization: a label that is neither 0 nor 1 makes the loss NaN.
     """
 
     y: Array
 
     def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
-        """Return the labels `t` for scores of `shape`, checked; `Trainer` calls it once for all data."""
+        """Return checked labels `t` for scores of `shape`; `Trainer` calls this once for all data."""
         t = as_real_array(t, "SigmoidWithLoss")
         t = t.astype(np.int8) if t.dtype.kind == "b" else t
         t = check_range(t, 2, "SigmoidWithLoss", "labels", self.ignore_label)
@@ -224,7 +224,7 @@ class SigmoidWithLoss(_ClassLoss):
         """Return the loss."""
         self.x = x = as_floating(x, None, "SigmoidWithLoss")
         self.t = self.prepare_targets(t, x.shape)
-        self._weigh(weight, 2)
+        self._apply_weights(weight, 2)
         loss, self.y = sigmoid_loss(x, self.t, self.weight)
         return loss
 
@@ -233,17 +233,17 @@ class SigmoidWithLoss(_ClassLoss):
         return sigmoid_loss_grad(self.y, self.t, loss_grad(self, dout), self.weight)
 
     def accuracy(self) -> Scalar:
-        """Return the share of elements of the last forward whose score is on the side of the label: x >= 0 for 1."""
-        return self._share((self.x >= 0) == self.t)
+        """Return the fraction of elements of the last forward whose prediction, 1 if x >= 0 else 0, equals the label."""
+        return self._hit_rate((self.x >= 0) == self.t)
 
 
 class MeanSquaredError(_Loss):
-    """The mean of all squared differences, for regression: loss = mean((x - t)**2).
+    """Mean squared error, for regression: loss = mean((x - t)**2).
 
     Shapes
     ------
-    x, t : equal; (N,) beside (N, 1) would broadcast and is refused
-    weight : the leading axes of t, weights of the rows, at least 0
+    x, t : same shape; (N,) with (N, 1) would broadcast and is rejected
+    weight : leading axes of t, weights of the rows, at least 0
 
     Attributes
     ----------
@@ -262,7 +262,7 @@ class MeanSquaredError(_Loss):
         return self.x
 
     def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
-        """Return the targets `t` for predictions of `shape`, checked; `Trainer` calls it once for all data."""
+        """Return checked targets `t` for predictions of `shape`; `Trainer` calls this once for all data."""
         return _check_same_shape("MeanSquaredError", as_floating(t, None, "MeanSquaredError"), shape)
 
     def forward(self, x: Any, t: Any, weight: Any = None) -> Scalar:
@@ -278,16 +278,16 @@ class MeanSquaredError(_Loss):
 
 
 def _check_same_shape(name: str, t: Array, shape: tuple[int, ...]) -> Array:
-    """Return the targets `t`, having checked that they have the `shape` of x and that the batch is not empty."""
+    """Return the targets `t`; raise if their shape is not `shape` or the batch is empty."""
     if t.shape != shape:
         raise ValueError(f"{name}: t must have the shape of x {shape}, got {t.shape}; use reshape")
     if t.size == 0:
-        raise ValueError(f"{name}: the batch is empty, and a mean over nothing has no value")
+        raise ValueError(f"{name}: the batch is empty, so the mean is undefined")
     return t
 
 
 def _check_weight(weight: Array, what: str) -> Array:
-    """Return `weight`, having checked on the host that it holds finite numbers of at least 0."""
+    """Return `weight`; raise if a host array holds numbers that are negative, infinite or NaN."""
     if isinstance(weight, numpy.ndarray) and not (numpy.isfinite(weight).all() and (weight >= 0).all()):
-        raise ValueError(f"{what} must hold finite numbers of at least 0; leave out a row with the weight 0")
+        raise ValueError(f"{what} must hold finite numbers of at least 0; use weight 0 to exclude a row")
     return weight

@@ -1,4 +1,4 @@
-"""Normalization to mean 0 and variance 1. N rows (all leading axes together), D features: the last axis."""
+"""Normalization layers. N rows (product of all leading axes), D features (last axis)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class _Norm:
     """y = gamma * (x - mean) * rstd + beta, rstd = 1 / sqrt(var + eps)."""
 
     param_names = ("gamma", "beta")
-    x: Array  # of the last forward, as (N, D)
-    mean: Array  # and what its rows or columns were normalized with
+    x: Array  # input of the last forward pass, as (N, D)
+    mean: Array  # statistics that its rows or columns were normalized with
     rstd: Array
 
     def __init__(self, gamma: Array, beta: Array, eps: float = 1e-5) -> None:
@@ -26,7 +26,7 @@ class _Norm:
         check_weights(name, gamma=gamma, beta=beta)
         if gamma.ndim != 1 or gamma.shape != beta.shape or gamma.dtype != beta.dtype:
             raise ValueError(
-                f"{name}: gamma and beta must have one axis, the features, and be alike; "
+                f"{name}: gamma and beta must have one axis, the features, and the same shape and dtype; "
                 f"got {gamma.dtype} {gamma.shape} and {beta.dtype} {beta.shape}"
             )
         self.params = [gamma, beta]
@@ -34,7 +34,7 @@ class _Norm:
         self.eps = eps
 
     def _rows(self, x: Any) -> Array:
-        """Return `x` checked, as rows of features, and remember its shape."""
+        """Return `x` checked, as (N, D), and store its shape."""
         gamma = self.params[0]
         x = as_floating(x, gamma.dtype, type(self).__name__)
         if x.ndim < 2 or x.shape[-1:] != gamma.shape:
@@ -48,12 +48,14 @@ class _Norm:
 
 
 class LayerNorm(_Norm):
-    """Normalizes each row: y = gamma * (x - mean) / sqrt(var + eps) + beta, mean and var over the features.
+    """Layer normalization, of each row: y = gamma * (x - mean) / sqrt(var + eps) + beta.
+
+    mean and var are taken over the features.
 
     Parameters
     ----------
     gamma, beta : (D,)
-        Scale and shift, of one floating dtype; usually ones and zeros.
+        Scale and shift, of the same floating dtype; usually ones and zeros.
     eps : float
 
     Shapes
@@ -78,24 +80,24 @@ class LayerNorm(_Norm):
 
 
 class BatchNorm(_Norm):
-    """Normalizes each feature: y = gamma * (x - mean) / sqrt(var + eps) + beta, mean and var over the rows.
+    """Batch normalization, of each feature: y = gamma * (x - mean) / sqrt(var + eps) + beta.
 
-    Training uses the batch's own mean and variance and keeps running ones for predicting.
+    mean and var are taken over the rows of the batch in training; inference uses their running averages.
 
     Parameters
     ----------
     gamma, beta : (D,)
-        Scale and shift, of one floating dtype; usually ones and zeros.
+        Scale and shift, of the same floating dtype; usually ones and zeros.
     momentum : float
-        Of the running statistics: running = momentum * running + (1 - momentum) * batch.
+        Of the running averages: running = momentum * running + (1 - momentum) * batch.
     eps : float
 
     Attributes
     ----------
     running_mean, running_var : (D,)
-        0 and 1 at first; the variance is the unbiased one, as in the paper, and float32 for float16
-        weights, whose range it may leave. One row has no variance: running_var stays as it is then,
-        with a RuntimeWarning the first time.
+        Initially 0 and 1. The variance is unbiased, as in the paper, and float32 for float16 weights, since it
+        may exceed the range of float16. A batch of one row has no unbiased variance: it leaves running_var
+        unchanged, with a RuntimeWarning the first time.
 
     Shapes
     ------
@@ -116,7 +118,7 @@ class BatchNorm(_Norm):
         self.running_var = np.ones(gamma.shape, accumulation_dtype(gamma.dtype))
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
-        """Return x normalized by its own statistics, or with train_flg=False by the running ones."""
+        """Return x normalized by the batch statistics, or by the running ones if train_flg is False."""
         x, (gamma, beta) = self._rows(x), self.params
         if train_flg:
             if len(x) < 2:
@@ -137,7 +139,7 @@ class BatchNorm(_Norm):
 
     @quiet
     def backward(self, dout: Any) -> Array:
-        """Write the gradients; return that of x, for the statistics of the last forward."""
+        """Write the gradients; return that of x, for the statistics used in the last forward."""
         dout, gamma = self._dout_rows(dout), self.params[0]
         if self.train_flg:
             dx = batch_norm_grad(dout, self.x, gamma, self.mean, self.rstd, *self.grads)
@@ -147,15 +149,15 @@ class BatchNorm(_Norm):
         return (dout * (gamma * self.rstd)).astype(dout.dtype, copy=False).reshape(self.shape)
 
     def _check_rows(self, x: Array) -> None:
-        if x.size == 0:  # its statistics would make the running ones NaN
+        if x.size == 0:  # would make the running statistics NaN
             raise ValueError(
-                f"BatchNorm: the batch is empty, got shape {self.shape}; its mean and variance have no value"
+                f"BatchNorm: the batch is empty, got shape {self.shape}, so its mean and variance are undefined"
             )
         if not self._warned:
             warnings.warn(
-                "BatchNorm: a batch of one row has no variance, so running_var does not learn from it; "
-                "use larger batches, or fit(drop_last=True) where only the last one is so small",
+                "BatchNorm: a batch of one row has no variance, so running_var is not updated; use larger batches, "
+                "or fit(drop_last=True) if only the last batch is that small",
                 RuntimeWarning,
                 stacklevel=3,
             )
-            self._warned = True  # after it, so that where warnings are errors every such batch is one
+            self._warned = True  # set after warn(), so that with warnings as errors every such batch raises
