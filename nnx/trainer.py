@@ -124,39 +124,41 @@ class Trainer:
         Parameters
         ----------
         x, t : arrays of N rows
-            Moved to the device once where they fit, else batch by batch. Copied once, in C order and in the
-            dtype of the parameters, if they are floating in another dtype or if their rows are not contiguous
-            (Fortran order, most DataFrames, x[:, ::2]); column slices x[:, :n] and reversed rows are used where
-            they lie. Memory-mapped files are never copied: the checks read a few megabytes at a time, and each
-            batch is read, and cast, when it is due; from Fortran order 16 MB of rows at a time.
+            Moved to the device once if they fit, otherwise batch by batch. Floating data in another dtype than the
+            parameters, and data whose rows are not contiguous (Fortran order, most DataFrames, x[:, ::2]), are
+            copied once, in C order; column slices x[:, :n] and reversed rows are used without a copy.
+            Memory-mapped files are never copied: the checks read a few megabytes at a time, and each batch is read
+            and cast when it is needed; from Fortran order 16 MB of rows at a time.
         max_epoch : int
-            Epochs to train, after those of earlier calls.
+            The number of epochs to train, in addition to those of earlier calls.
         batch_size : int
-            Rows of a step, 1 to N. The last batch of an epoch has the rows that are left.
+            The number of rows per step, 1 to N. The last batch of an epoch has the remaining rows.
         max_grad : float or None
-            Clips the gradients to this common norm.
+            The largest global norm of the gradients; larger ones are clipped.
         eval_interval : int or None
-            Steps between two evaluations: the mean loss is reported and the numbers are looked at.
+            The number of steps between two evaluations, which report the mean loss and check that it and the
+            parameters are finite. The end of an epoch checks this too.
         validation : (x, t) or None
-            Evaluated after each epoch into `val_list`.
+            Evaluated after each epoch; the results are appended to `val_list`.
         drop_last : bool
-            True leaves out a last batch with fewer rows.
+            Whether to drop a last batch with fewer rows.
         verbose : bool or None
-            None shows a progress bar on a terminal and lines of text elsewhere; True lines, False nothing.
-        callbacks : iterable of objects
-            See `nnx.callbacks`; one of yours has any of on_begin, on_evaluate, on_step, on_epoch, on_checkpoint,
-            on_interrupt and on_end.
+            None shows a progress bar on a terminal and prints lines elsewhere; True prints lines, False nothing.
+        callbacks : iterable of callbacks
+            See `nnx.callbacks`.
 
         Raises
         ------
         TypeError, ValueError
-            For data that the model cannot train on, before anything is changed.
+            If the model cannot be trained on these data; nothing has been changed.
         FloatingPointError
-            At the evaluation that finds the loss or a parameter infinite or NaN.
+            If the loss or a parameter is infinite or NaN at an evaluation or at the end of an epoch.
         KeyboardInterrupt
-            Ctrl-C is raised when the step at work is done, so that no parameter is half updated; a
-            second Ctrl-C is raised at once. Where a callback has on_interrupt, as `callbacks.Checkpoint`,
-            or there are several ranks, SIGTERM waits as well, and then ends the process as it would have.
+            On Ctrl-C, at the end of the current step, so that no parameter is half updated; a second Ctrl-C is
+            raised at once. If a callback has on_interrupt, such as `callbacks.Checkpoint`, or if there are several
+            ranks, SIGTERM is deferred as well, and then ends the process as usual.
+        RuntimeError
+            If a callback calls fit of its own trainer.
         """
         if self._running:
             raise RuntimeError("Trainer.fit: called from one of its own callbacks; use another Trainer there")
@@ -262,22 +264,21 @@ class Trainer:
         return loss
 
     def resume(self, path: str | Path) -> Path:
-        """Go back to where a training was saved: model, optimizer, generator, counters, `loss_list` and `val_list`.
+        """Load a checkpoint: model, optimizer, random generator, counters, `loss_list` and `val_list`.
 
-        The next `fit`, with the data and the arguments of the one that was saved, does what that one
-        had left to do, to the very same numbers: a second half of its epoch, or nothing. Callbacks of
-        the same classes go on as well, each class in its order. Returns the file.
+        The next `fit`, called with the data and arguments of the interrupted one, continues it and reproduces it
+        bit for bit. Callbacks of the same classes continue as well, in their order. Returns the file.
 
         Parameters
         ----------
         path : str or Path
-            A file, or the folder of a `callbacks.Checkpoint`: its newest one. Damaged ones are set aside
-            with a warning.
+            A file, or the folder of a `callbacks.Checkpoint`: its latest file. Damaged files are renamed, with a
+            warning.
 
         Raises
         ------
         OSError, ValueError
-            As `checkpoint.load`, before anything is changed; FileNotFoundError for a folder without any.
+            As `checkpoint.load`, before anything is changed; FileNotFoundError for a folder without checkpoints.
         """
         file = Path(path)
         if file.is_dir():
@@ -287,14 +288,14 @@ class Trainer:
 
     @property
     def is_last_epoch(self) -> bool:
-        """Whether `fit` ends when the epoch's callbacks have been called."""
+        """Whether `fit` ends after the callbacks of this epoch."""
         return self._stop or self.current_epoch >= self.max_epoch
 
-    def __getstate__(self) -> dict[str, Any]:  # the callbacks of a fit at work may be no data
+    def __getstate__(self) -> dict[str, Any]:  # callbacks need not be picklable
         return {**vars(self), "_callbacks": None, "_running": False}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that another trainer needs to go on alike: numbers, arrays and lists."""
+        """Return the state that another trainer needs to continue: numbers, arrays and lists."""
         begun = self.current_epoch if self._first_epoch is None else self._first_epoch
         counts = (self.current_epoch, self.iteration, begun, int(self._stop), *self._plan)
         return {
@@ -308,24 +309,24 @@ class Trainer:
         }
 
     def load_state_dict(self, path: Path, state: dict[str, Any]) -> Callable[[], None]:
-        """Return what makes this trainer go on from `state`, which has been looked at and came from the file `path`."""
+        """Validate `state`, read from the file `path`; return a function that applies it."""
         counts = [state[name] for name in _COUNTS]
         order, plan = state["order"], counts[4:]
         try:
             check_state(as_generator(self.rng), state["rng"])
             if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts) or state["iteration"] > state["max_iter"]:
-                raise ValueError("its counters are no such thing")
+                raise ValueError("invalid counters")
             if (
                 len(order) != _rows_left(state["iteration"], *plan)
                 or not ((order >= 0) & (order < state["rows"])).all()
             ):
-                raise ValueError("its order is not one of the rows that are left in the epoch")
+                raise ValueError("invalid permutation of the remaining rows of the epoch")
             if not all(isinstance(c, list) and list(map(type, c)) == [str, dict] for c in state["callbacks"]):
-                raise ValueError("its callbacks are no such thing")
+                raise ValueError("invalid callbacks")
             losses = WeightedMean(state["losses"])
             pairs = [(loss, None if math.isnan(hits) else hits) for loss, hits in state["val_list"].tolist()]
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: no state of a trainer: {error}") from error
+            raise ValueError(f"{path}: invalid state of a trainer: {error}") from error
 
         def restore() -> None:
             self.current_epoch, self.iteration, self._first_epoch, stop, *_, self.max_iter = counts
@@ -337,13 +338,13 @@ class Trainer:
         return restore
 
     def stop(self) -> None:
-        """End `fit` after the epoch at work; for callbacks."""
+        """End `fit` after the current epoch; for callbacks."""
         self._stop = True
 
     def plot(self, ylim: tuple[float, float] | None = None, **options: Any) -> Any:
         """Draw `loss_list` and return the Axes; the options are those of `plotting.plot_loss`.
 
-        As in the source a window opens, where there is a display and neither `ax` nor `path` is given.
+        As in the book, a window opens if there is a display and neither `ax` nor `path` is given.
         """
         axes = plot_loss(self.loss_list, interval=self.eval_interval or 1, ylim=ylim, **options)
         if options.get("ax") is None and options.get("path") is None:
@@ -385,24 +386,24 @@ class Trainer:
         return checked
 
     def _check_update(self) -> None:
-        """Raise what would make the first update fail, before layers have changed their own state."""
+        """Raise what the first update would raise, before any layer has changed its state."""
         name, params, optimizer = type(self.model).__name__, self.model.params, self.optimizer
         for i, p in enumerate(params):
             check_weights("Trainer.fit", **{f"params[{i}]": p})
             if not is_writable(p):
                 raise ValueError(f"Trainer.fit: params[{i}] of {name} is read-only; train a copy")
-        grads = getattr(self.model, "grads", []) or params  # where the first backward makes them
+        grads = getattr(self.model, "grads", []) or params  # the first backward may create them
         if len(grads) != len(params):
             raise ValueError(
                 f"Trainer.fit: every parameter of {name} needs a gradient, got {len(params)} params and "
                 f"{len(grads)} grads"
             )
         if hasattr(optimizer, "check_update"):
-            with numpy.errstate(all="ignore"):  # the gradients are those of another step, if any
+            with numpy.errstate(all="ignore"):  # the gradients are stale
                 optimizer.check_update(*TiedParameters(params).sum_tied_gradients(params, grads))
 
     def _setup_ranks(self, data: Sequence[Array], validation: Sequence[Array], **settings: Any) -> None:
-        """See that all ranks are about to do the same, and give them the weights of rank 0."""
+        """Check that all ranks have the same data and arguments, and broadcast the weights of rank 0."""
         if self.comm.size == 1:
             return
         numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
@@ -417,15 +418,15 @@ class Trainer:
         self.comm.broadcast(self.model.params)
 
     def _check_ranks_in_sync(self) -> None:
-        """Raise if the ranks' weights have diverged; one NaN is like another, whatever its sign and payload."""
+        """Raise if the ranks' weights have diverged; all NaNs count as equal."""
         params = [np.where(np.isnan(p), np.nan, p) for p in self.model.params]
         fingerprints = {f"params[{i}]": checksum(p.reshape(-1)) for i, p in enumerate(params)}
         self.comm.assert_equal_on_ranks(
-            f"Trainer.fit, in epoch {self.current_epoch} the ranks went apart", **fingerprints
+            f"Trainer.fit, in epoch {self.current_epoch} the ranks have diverged", **fingerprints
         )
 
     def _share(self, part: int, rows: int) -> float:
-        """Return what the `part` of this rank weighs in a batch of `rows` rows."""
+        """Return the weight of this rank's `part` rows in a batch of `rows` rows."""
         if not self._is_weighted():
             return part / rows
         weight = float(self.model.loss_layer.weight_sum) if part else 0.0
@@ -448,7 +449,7 @@ class Trainer:
         self._apply_stop_flags(self.comm.all_sum(*self._stop_flags(run.signals)))
 
     def _evaluate(self, x: Any, t: Any) -> tuple[float, float | None]:
-        """Return what the model's evaluate gives; where rows weigh alike, each rank takes its slice of them."""
+        """Return the result of `model.evaluate`; each rank evaluates its shard, unless rows have weights."""
         if self._is_weighted():
             return self.model.evaluate(x, t)
         part = self.comm.shard(len(x))
@@ -490,9 +491,9 @@ def _check_interface(name: str, given: Any, needed: Sequence[str]) -> None:
 
 
 def remove_duplicate(params: Iterable[Array], grads: Iterable[Array]) -> tuple[list[Array], list[Array]]:
-    """Return new lists in which an array that several layers share stands once, with the sum of its gradients.
+    """Return new lists in which an array shared by several layers occurs once, with the sum of its gradients.
 
-    TiedParameters means the same memory, also transposed. (The book compares values, and merges two
+    Arrays are shared if they have the same memory, also transposed. (The book compares values, and merges
     different matrices that happen to be equal.)
     """
     params, grads = list(params), list(grads)
@@ -500,5 +501,5 @@ def remove_duplicate(params: Iterable[Array], grads: Iterable[Array]) -> tuple[l
 
 
 def _rows_left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:
-    """Return how many rows of an epoch no step has had, of one that is begun."""
+    """Return the number of rows that remain in an epoch that has begun."""
     return max(0, min(rows, max_iter * batch_size) - iteration * batch_size) if iteration else 0
