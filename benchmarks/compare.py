@@ -1,14 +1,14 @@
-"""Measure nnx beside what a reader would pick instead, and write `cpu.json`, `.md` and `.png`, and `cpu-layers.png`.
+"""Compare nnx with other libraries, and write `cpu.json`, `.md` and `.png`, and `cpu-layers.png`.
 
-    python -m benchmarks.compare [--quick] [--only 2-10-3/30 'layers/*' ...]    # in the root, on Linux
+    python -m benchmarks.compare [--quick] [--only 2-10-3/30 'layers/*' ...]    # in the repository root, on Linux
 
-A training step of each workload D-H-C/N, whole programs from start to exit, single layers and
-optimizers (`layers`), and an epoch of `Trainer` on arrays in several memory layouts (`data`), in the
-variants of `peers.py`: each in a process of its own, in turns, on the same cores. A variant whose results
-differ from the first one's is reported and not timed; a peer that is not installed is a row that says so.
-A ratio is the median of the rounds' ratios: each round's time beside another's in the same round.
-Page faults are those of a step in the last round. With NNX_GPU=1 all of it runs on the GPU, and the
-files bear its name.
+It times a training step of each workload D-H-C/N, complete programs from start to exit, single layers and
+optimizers (`layers`), and an epoch of `Trainer` on arrays in several memory layouts (`data`), for the
+variants of `peers.py`: each in a separate process, alternating, on the same cores. A variant whose results
+differ from the first one's is reported and not timed; a library that is not installed is reported as absent.
+A ratio is the median over rounds of the ratio of two times in the same round.
+Page faults are those of a step in the last round. With NNX_GPU=1 everything runs on the GPU, and the
+files are named after it.
 """
 
 import argparse
@@ -56,13 +56,13 @@ GROUPS = {
     "data": LAYOUTS,
     **dict.fromkeys(("import", *JOBS), WHOLE),  # the book imports NumPy, and nothing else
 }
-BASES = {"layers": PAIR[1:], "data": LAYOUTS[:1]}  # the variants beside which others stand; elsewhere nnx and its floor
+BASES = {"layers": PAIR[1:], "data": LAYOUTS[:1]}  # reference variants of the ratios; by default nnx and its floor
 WHAT = {
-    "layers": "forward and backward, or an optimizer's step, beside PyTorch",
+    "layers": "forward and backward, or an optimizer's step, compared with PyTorch",
     "data": f"an epoch of Trainer at {DATA} on 30,000 rows, by their memory layout",
 }
 CUDA = ["cupy-cuda12x", "cupy-cuda13x", "cuda-toolkit[cublas,cudart,curand,nvrtc]"] if GPU else []
-INSTALLED = {  # what each asks of an empty environment
+INSTALLED = {  # what each requires in an empty environment
     "nnx": ["numpy", "tqdm", *CUDA],
     "book": ["numpy", *CUDA],
     "PyTorch": ["torch"],
@@ -71,19 +71,19 @@ INSTALLED = {  # what each asks of an empty environment
 
 
 class Effort(NamedTuple):
-    """How long to measure."""
+    """Duration of the measurements."""
 
     rounds: int
-    least: float  # seconds a round
-    pause: float  # seconds: OpenBLAS's threads spin for a tenth of a second after their last call
-    shared: bool  # one process serves all layers of a size: less to import, but each finds the others' freed memory
+    least: float  # seconds per round
+    pause: float  # seconds: OpenBLAS threads spin for 0.1 s after their last call
+    shared: bool  # one process for all layers of a size: fewer imports, but freed memory is reused between layers
 
 
 FULL, QUICK = Effort(9, 0.2, 0.15, shared=False), Effort(3, 0.01, 0, shared=True)
 
 
 class Worker(subprocess.Popen):
-    """The process of a row's variant, which waits for its turn."""
+    """The process of a row's variant, which waits for commands."""
 
     def __init__(self, row, *data):
         device = "cuda" if GPU else "cpu"
@@ -95,34 +95,34 @@ class Worker(subprocess.Popen):
         return json.loads(line) if line else {"note": f"failed: its process ended with {self.wait()}"}
 
     def send(self, line):
-        with contextlib.suppress(BrokenPipeError):  # the answer will be a note
+        with contextlib.suppress(BrokenPipeError):  # the answer is then a note
             print(line, file=self.stdin, flush=True)
 
     def time(self, count):
-        """Return the seconds of `count` runs, with their page faults and steps; NaN in a process that is gone."""
+        """Return seconds, page faults and steps of `count` runs; NaN if the process has ended."""
         self.send(count)
         return {"seconds": math.nan, "faults": math.nan, "steps": 1} | self.answer()
 
     @contextlib.contextmanager
     def turn(self, name):
-        """Give the turn to a layer, in a process that serves several."""
+        """Select a layer in a process that serves several."""
         self.send(name)
         yield self
         self.send("")
 
 
 def check(rows):
-    """Note the rows whose results are not those of the book's float64, or else of the first that has any."""
+    """Add a note to rows whose results differ from the book's in float64, or else from the first row with results."""
     rows = sorted((row for row in rows if row.get("results")), key=lambda row: row["variant"] != "book float64")
     for row in rows:
         tolerance = 1e-3 if "Adam" in row["group"] else 1e-4  # PyTorch adds eps after the bias correction
         for got, want in zip(row["results"], rows[0]["results"], strict=True):
             if not numpy.allclose(got, want, rtol=0, atol=tolerance * numpy.abs(want).max()):
-                row["note"] = f"not timed: its results are not those of {rows[0]['variant']}"
+                row["note"] = f"not timed: results differ from those of {rows[0]['variant']}"
 
 
 def turns(rows, effort, measure):
-    """Append a figure a round to `seconds` of the rows without a note, forwards, then backwards, and so on."""
+    """Append one time per round to `seconds` of the rows without a note, alternating forward and reverse order."""
     rows = [row for row in rows if "note" not in row]
     for _ in range(effort.rounds):
         for row in rows:
@@ -132,7 +132,7 @@ def turns(rows, effort, measure):
 
 
 def time_steps(rows, effort, start):
-    """Start and warm up the variants one after the other, then time them; `start` makes a row's worker."""
+    """Start and warm up the variants sequentially, then time them; `start` creates a row's worker."""
     workers, counts = {}, {}
     with contextlib.ExitStack() as stack:
         for row in rows:
@@ -154,7 +154,7 @@ def time_steps(rows, effort, start):
 
 
 def time_layers(names, effort):
-    """Start nnx and PyTorch, and return the rows of all the layers in both."""
+    """Start nnx and PyTorch, and return the rows of all layers for both."""
     with contextlib.ExitStack() as stack:
         workers = {v: stack.enter_context(Worker({"group": "layers", "variant": v})) for v in PAIR}
         abouts = {v: worker.answer() for v, worker in workers.items()}
@@ -168,7 +168,7 @@ def time_layers(names, effort):
 
 
 def time_programs(rows, effort, *data):
-    """Time processes from start to exit; the first of each warms the file cache, and is compared."""
+    """Time processes from start to exit; the first run of each warms the file cache and is used for comparison."""
 
     def run(row):
         begin = time.perf_counter()
@@ -183,7 +183,7 @@ def time_programs(rows, effort, *data):
 
 
 def save_data(job, folder):
-    """Write the rows that a job trains on, in whole batches, and return the files."""
+    """Write a job's training data, in complete batches, and return the files."""
     if job == "data":
         rng = numpy.random.default_rng(0)
         D, _, C, _ = map(int, re.split("[-/]", DATA))
@@ -196,7 +196,7 @@ def save_data(job, folder):
 
         x, t = load_digits(return_X_y=True)
         x, t = x[:1700] / 16, t[:1700]
-    files = [f"{folder}/{job}.{name}.npy" for name in "xt"]  # no archive, which takes longer to open than to read
+    files = [f"{folder}/{job}.{name}.npy" for name in "xt"]  # not an archive, which takes longer to open than to read
     for file, data in zip(files, (x, t), strict=True):
         numpy.save(file, data)
     return files
@@ -224,7 +224,7 @@ def bases(group):
 
 
 def relate(rows, bases):
-    """Return `rows` with the quartiles of their seconds, and of the rounds' ratios to the `bases`."""
+    """Add to `rows` the quartiles of their seconds and of their ratios to the `bases` in each round."""
     seconds = {row["variant"]: row["seconds"] for row in rows}
     for row in rows:
         row.pop("results", None)
@@ -240,7 +240,7 @@ def quartiles(values):
 
 
 def spread(row):
-    """Return a row's median and quartiles, or why there are none."""
+    """Format a row's median and quartiles, or the reason why there are none."""
     if not row["quartiles"]:
         return row.get("note", "failed")
     low, median, high = map(report.duration, row["quartiles"])
@@ -256,7 +256,7 @@ def faults(row):
 
 
 def tables(group, rows):
-    """Return the tables of a group, each a list of rows of cells, the head first."""
+    """Return the tables of a group, each a list of rows of cells, header first."""
     if group == "layers":
         head = ["", *PAIR, " / ".join(PAIR), "page faults", "PyTorch's"]
         pairs = zip(*[[row for row in rows if row["variant"] == v] for v in PAIR], strict=True)
@@ -279,7 +279,7 @@ def tables(group, rows):
 
 
 def means(rows):
-    """Return the table of the geometric means of nnx's times by PyTorch's."""
+    """Return a table of the geometric means of the ratios of nnx's times to PyTorch's."""
     ratios = {row["group"]: q[1] for row in rows if row["variant"] == "nnx" and (q := row[f"to {PAIR[1]}"])}
 
     def part(*words):
@@ -310,13 +310,13 @@ def show(name, rows):
 
 
 def installed(requirements):
-    """Return the bytes of distributions with all that they require; None where the first is absent."""
+    """Return the size in bytes of distributions with their dependencies; None if the first is absent."""
     sizes, todo = {}, list(requirements)
     for requirement in todo:  # grows
         name, extras = re.match(r"([\w.-]+)(?:\[(.*?)\])?", requirement).groups(default="")
         try:
             found = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:  # for another system, or the first
+        except importlib.metadata.PackageNotFoundError:  # for another platform, or the first one
             continue
         paths = [Path(found.locate_file(file)) for file in found.files or ()]
         sizes[name] = sum(path.stat().st_size for path in paths if path.is_file())
@@ -328,14 +328,14 @@ def installed(requirements):
 
 
 def configuration(threads):
-    """Return what the figures depend on, by name."""
+    """Return the configuration that the results depend on, by name."""
     product = "import torch; torch.ones(9, 9) @ torch.ones(9, 9)"
-    mkl = report.output("env", "MKL_VERBOSE=1", sys.executable, "-c", product)  # which kernels, only it can tell
+    mkl = report.output("env", "MKL_VERBOSE=1", sys.executable, "-c", product)  # its kernels are only reported so
     return report.configuration(threads=f"{threads} for every variant", MKL=mkl.removeprefix("MKL_VERBOSE "))
 
 
 def draw(path, groups):
-    """Draw a panel a group and a bar a row, its time as a multiple of another's; the layers in their own file."""
+    """Draw one panel per group and one bar per row, as relative times; layers go to a separate file."""
     try:
         from matplotlib import pyplot  # noqa: PLC0415 - an extra
     except ImportError:
@@ -365,38 +365,38 @@ def draw(path, groups):
         ax.set_title(f"{name}, times {base}", loc="left", fontsize="medium")
         ax.margins(x=0.2)
         ax.invert_yaxis()
-    figure.suptitle("time as a multiple of another's: shorter is faster")
+    figure.suptitle("relative time: shorter is faster")
     figure.savefig(path)
 
 
 def write(path, device, groups, about):
-    """Write the rows as they are, as tables, and as bars."""
+    """Write the rows as JSON, as tables, and as a bar chart."""
     sizes = {name: installed(requirements) for name, requirements in INSTALLED.items()}
     sizes["nnx"] += sum(file.stat().st_size for file in Path(nnx.__file__).parent.rglob("*.*") if file.suffix != ".pyc")
-    lines = [f"# nnx beside its peers on {device}", *report.table(["", ""], about.items())]
-    lines += ["", "Ratios are medians (quartiles) of the rounds' own ratios."]
+    lines = [f"# nnx compared with other libraries on {device}", *report.table(["", ""], about.items())]
+    lines += ["", "Ratios are medians (quartiles) of the ratios in each round."]
     for name, rows in groups.items():
         what = "a training step, D-H-C/N" if "/" in name else WHAT.get(name, "a process from start to exit")
         lines += ["", f"## {name}: {what}"]
         for head, *cells in tables(name, rows):
             lines += report.table(head, cells)
     rows = [[name, megabytes(size) or "absent"] for name, size in sizes.items()]
-    lines += ["", "## Installed, with all that it requires", *report.table(["", "on disk"], rows)]
+    lines += ["", "## Installed size, including dependencies", *report.table(["", "on disk"], rows)]
     report.write(path, lines, {"configuration": about, "groups": groups, "installed": sizes})
     draw(path.with_suffix(".png"), groups)
 
 
 def main(only, rounds, quick, threads, out):
     if "OPENBLAS_CORETYPE" in os.environ:
-        print(f"warning: OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} chooses the kernels of NumPy's products")
+        print(f"warning: OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} selects the kernels of NumPy's products")
     effort = QUICK if quick else FULL
     effort = effort._replace(rounds=max(2, rounds or effort.rounds))
     device = report.device_name() if GPU else "the CPU"
     path = Path(out).resolve() / (report.slug(device) if GPU else "cpu")
     os.chdir(ROOT)
-    for package in (Path(nnx.__file__).parent, ROOT / "benchmarks"):  # as pip does for the peers
+    for package in (Path(nnx.__file__).parent, ROOT / "benchmarks"):  # as pip does for the other libraries
         compileall.compile_dir(package, quiet=2)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # the processes inherit it, and XLA obeys it
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # inherited by the processes, respected by XLA
     threads = len(os.sched_getaffinity(0))
     os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))
     groups = {}
@@ -412,9 +412,9 @@ def main(only, rounds, quick, threads, out):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="GROUP[/VARIANT]", help="patterns as of a shell")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GROUP[/VARIANT]", help="shell-style patterns")
     parser.add_argument("--rounds", type=int, help="at least 2 (default: 9)")
-    parser.add_argument("--quick", action="store_true", help="few short rounds: a test, no measurement")
-    parser.add_argument("--threads", type=int, help="of every variant (default: all cores)")
+    parser.add_argument("--quick", action="store_true", help="few short rounds: a test, not a measurement")
+    parser.add_argument("--threads", type=int, help="per variant (default: all cores)")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     main(**vars(parser.parse_args()))

@@ -63,7 +63,7 @@ def measure(benchmark):
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """Return a function that compares (nested lists of) arrays to float32 accuracy relative to their largest element."""
+    """Return a function that compares arrays or nested lists to float32 accuracy relative to their largest element."""
 
     def assert_close(got, want):
         if isinstance(want, list | tuple):

@@ -76,7 +76,7 @@ def seconds(call, repeats):
 
 
 def measure(rounds, repeats):
-    """Return a row with the columns HEAD for each call; the ratio is the median over rounds, each with its own product."""
+    """Return a row of HEAD's columns for each call; the ratio is the median over rounds, each with its own product."""
     timed = calls()
     counts = {name: launches(call) for name, call in timed.items()}
     times = {name: [] for name in timed}

@@ -1,9 +1,9 @@
-"""Single layers and optimizers in nnx and in PyTorch: what the table `layers` of `compare.py` times.
+"""Single layers and optimizers in nnx and in PyTorch, for the table `layers` of `compare.py`.
 
 A size is N x D, the rows and features of a layer's input; V x H, an embedding's vocabulary and vectors; or
 D-H-C, the net whose parameters an optimizer updates.
 """
-# ruff: noqa: PLC0415 - a process imports its own library and no other
+# ruff: noqa: PLC0415 - a process imports only its own library
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ SIZES = {
     "10000x100": ["Embedding"],
     **dict.fromkeys(["64-100-10", "784-512-10", "1024-4096-1024"], OPTIMIZERS),
 }
-LR, STEPS = 0.01, 3  # of an optimizer; the sum of its first steps is compared
+LR, STEPS = 0.01, 3  # of an optimizer; the sum of the first steps is compared
 
 
 def nnx_layer(name, *arrays, ratio=0.5):
@@ -29,7 +29,7 @@ def nnx_layer(name, *arrays, ratio=0.5):
 
 
 def pytorch_layer(name, *arrays, ratio=0.5):
-    """Return the module that computes what nnx's layer does; scales are 1 and shifts 0 in both."""
+    """Return the PyTorch module equivalent to nnx's layer; scales are 1 and shifts 0 in both."""
     from torch import as_tensor, nn
 
     def linear(W, b):
@@ -81,30 +81,30 @@ def net_arrays(size, seed):
     """Return the parameters of a net (seed 0), or their gradients (seed 1)."""
     rng = numpy.random.default_rng(seed)
     shapes = [shape for D, H in itertools.pairwise(map(int, size.split("-"))) for shape in ((D, H), (H,))]
-    return [rng.random(shape, "float32") + 0.5 for shape in shapes]  # near 0 eps matters, which Adam adds elsewhere
+    return [rng.random(shape, "float32") + 0.5 for shape in shapes]  # not near 0: PyTorch adds Adam's eps elsewhere
 
 
 def first_steps(call, params, size):
-    """Return what the first steps add to `params`, an iterator of their arrays on the host after them."""
+    """Return the change of `params`, an iterator over their arrays on the host, after the first steps."""
     for _ in range(STEPS):
         call()
     return sample((p - before) / LR for p, before in zip(params, net_arrays(size, 0), strict=True))
 
 
 def sample(arrays):
-    """Return some hundred elements of each array."""
+    """Return about a hundred elements of each array."""
     return [array.ravel()[:: array.size // 100 + 1].tolist() for array in arrays]
 
 
 def share_kept(y, dx):
-    """Return what Dropout's results have in common, whose masks differ from library to library."""
+    """Return statistics of Dropout's results that do not depend on the mask, which differs between libraries."""
     return [[round(float((y != 0).mean()), 1), float(((y != 0) == (dx != 0)).mean())]]
 
 
 def nnx_call(name, size, device):
-    """Return a call of the layer forward and backward or of the optimizer, its results, and what waits for the device.
+    """Return a function that runs the layer or optimizer, its results, and a function that synchronizes the device.
 
-    The results are those of the layer, or the sum of an optimizer's first steps in units of its learning rate.
+    The results are the layer's outputs and gradients, or the sum of an optimizer's first steps over its learning rate.
     """
     import nnx
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Check and measure nnx on this machine's CUDA device, in ten minutes at most:
+# Test and benchmark nnx on this machine's CUDA device, in at most ten minutes:
 #
-#     benchmarks/on_gpu.sh [FOLDER]    # of <device>.json, <device>.md and logs, benchmarks/results by default
+#     benchmarks/on_gpu.sh [FOLDER]    # for <device>.json, <device>.md and logs; default: benchmarks/results
 #
-# FOLDER/peers has the same for nnx beside PyTorch and JAX, where they are installed: steps of a net on which the
-# GPU waits for Python and of two on which Python waits for it, and layers at a small and a large size.
+# FOLDER/peers compares nnx with PyTorch and JAX, if installed: steps of one net limited by the host and of two
+# limited by the GPU, and layers at a small and a large size.
 #
-# PYTHON (default: python, or python3) needs nnx's extra cuda12 or cuda13, test and bench. A stage that fails or
-# outlasts its limit, which ends it as Ctrl-C does, does not end the run; the exit status says that there was one.
+# PYTHON (default: python, or python3) needs nnx's extras cuda12 or cuda13, test and bench. A stage that fails or
+# exceeds its time limit (it then gets SIGINT) does not end the run, but the exit status is nonzero.
 set -uo pipefail
 
 folder=$(realpath -m "${1:-$(dirname "$0")/results}")
@@ -20,7 +20,7 @@ mkdir -p "$folder"
 touch "$work/stages"
 failures=0
 
-stage() { # NAME SECONDS COMMAND...: run it, note name, verdict, seconds and the last line that it printed
+stage() { # NAME SECONDS COMMAND...: run it, record name, verdict, seconds and the last line of output
   local name=$1 limit=$2 begin=$SECONDS status verdict
   shift 2
   printf '\n== %s\n' "$name"
@@ -36,7 +36,7 @@ stage() { # NAME SECONDS COMMAND...: run it, note name, verdict, seconds and the
 }
 
 stage preflight 30 "$python" -m nnx
-# what other libraries deprecate is not looked for here, and CI has compiled the kernels for all architectures
+# deprecation warnings are not errors here, and CI has compiled the kernels for all architectures
 tests=("$python" -m pytest -q --tb=short --maxfail=20 -W default)
 stage suite 150 "${tests[@]}" -m "not gpu and not slow" --ignore=tests/test_distributed.py
 stage ranks 80 "${tests[@]}" tests/test_distributed.py

@@ -1,9 +1,9 @@
-"""Where the time of nnx's training steps goes: layer by layer, each beside its matrix products alone.
+"""Break down the time of nnx's training steps by layer, each compared with its matrix products alone.
 
-    python -m benchmarks.parts [WORKLOAD ...] > benchmarks/results/parts.md    # in the root
+    python -m benchmarks.parts [WORKLOAD ...] > benchmarks/results/parts.md    # in the repository root
 
-Every step of a workload D-H-C/N is timed part by part, then its products as `floor` of `peers.py` takes
-them, in turns. Medians; what the clock itself takes is subtracted.
+The parts of every step of a workload D-H-C/N are timed, alternating with its products as in `floor` of
+`peers.py`. Times are medians; the overhead of the clock is subtracted.
 """
 
 import statistics
@@ -18,12 +18,12 @@ from benchmarks.compare import GROUPS
 from benchmarks.peers import problem
 from nnx import SGD, Affine, Sequential, Sigmoid, SoftmaxWithLoss, asarray, np, synchronize
 
-SECONDS = 3  # to measure a workload
+SECONDS = 3  # per workload
 HEAD = ["", "time", "products", "the rest", "of the step"]
 
 
 class Clock:
-    """Calls functions and keeps what each call took, by name."""
+    """Calls functions and records the time of each call, by name."""
 
     def __init__(self):
         self.seconds = defaultdict(list)
@@ -40,7 +40,7 @@ class Clock:
 
 
 def take_apart(workload, seconds=SECONDS):
-    """Return (part, seconds, seconds of its products) in the order of a step."""
+    """Return (part, seconds, seconds of its products) in execution order."""
     rng = numpy.random.default_rng(0)
     sizes, N, params = problem(workload, rng)
     x, t = asarray(rng.standard_normal((N, sizes[0])), "float32"), asarray(rng.integers(sizes[-1], size=N))
@@ -50,7 +50,7 @@ def take_apart(workload, seconds=SECONDS):
         layers |= {f"Affine {i}": Affine(W, b, input_grad=i > 1), f"Sigmoid {i}": Sigmoid()}
     layers.popitem()
     model, sgd, clock = Sequential(layers.values(), SoftmaxWithLoss()), SGD(1e-4), Clock()
-    scratch = {}  # the outputs of products, by the part that they belong to
+    scratch = {}  # the outputs of products, by part
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         y, products = x, []
@@ -80,14 +80,14 @@ def take_apart(workload, seconds=SECONDS):
 
 
 def cells(name, seconds, products, whole):
-    """Return a row under HEAD; what is lost in the clock's noise is left out."""
+    """Return a row of HEAD's columns; times below the noise of the clock are left empty."""
     rest = seconds - products
     times = [report.duration(s) if s > 0 else "" for s in (seconds, products, rest)]
     return [name, *times, f"{max(rest, 0) / whole:.0%}"]
 
 
 def main(workloads):
-    lines = ["# What a step of nnx is made of", *report.table(["", ""], report.configuration().items())]
+    lines = ["# Breakdown of nnx's training steps", *report.table(["", ""], report.configuration().items())]
     for workload in workloads:
         parts = take_apart(workload)
         _, seconds, products = zip(*parts, strict=True)

@@ -1,16 +1,16 @@
-"""The variants that `compare.py` compares: nnx, its floor, the book's formulas, and the peers.
+"""The variants that `compare.py` compares: nnx, its floor, the book's formulas, and other libraries.
 
     python -m benchmarks.peers DEVICE VARIANT TASK [X.npy T.npy]    # DEVICE cpu or cuda; files for JOBS and `data`
 
-is one variant in a process of its own; every answer is a line of JSON. The TASK 784-100-10/100 is a
-workload, and so is `ReLU Adam 784-100-10/100`, with the layers between two Affine and the optimizer,
-otherwise Sigmoid and SGD: the losses of the first steps are answered at once, then each line of
-standard input, a number of tens of steps, with the seconds and page faults that they took. `data` is
-timed likewise, an epoch of `Trainer` on an array whose memory layout is the VARIANT. `layers` reads names
+runs one variant in its own process; every answer is a line of JSON. The TASK 784-100-10/100 is a
+workload, and so is `ReLU Adam 784-100-10/100`, with the layers between two Affine and the optimizer
+(default: Sigmoid and SGD): it first prints the losses of the first steps, then, for each line of
+standard input, a number of tens of steps, the seconds and page faults of these steps. `data` is
+timed in the same way: an epoch of `Trainer` on an array whose memory layout is the VARIANT. `layers` reads names
 and sizes of `layers.py`, each followed by such numbers and an empty line. The other tasks, `import` and
-the JOBS, are whole programs. D inputs, H hidden (one or more), C classes, N rows of a batch.
+the JOBS, are complete programs. D inputs, H hidden (one or more), C classes, N rows in a batch.
 """
-# ruff: noqa: PLC0415 - a process imports its own library and no other
+# ruff: noqa: PLC0415 - a process imports only its own library
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAYOUTS = ["C-contiguous", "column slice", "F-ordered", "pandas DataFrame", "mem
 
 
 def numpy_blas(*_):
-    """Return which BLAS NumPy calls, and with which kernels, where threadpoolctl is installed to tell."""
+    """Return NumPy's BLAS and its kernels, if threadpoolctl is installed to detect them."""
     if "cupy" in sys.modules:
         return f"CuPy {sys.modules['cupy'].__version__}, cuBLAS"
     try:
@@ -52,7 +52,7 @@ def numpy_blas(*_):
 
 
 def pytorch_blas(*_):
-    """Return what PyTorch says of its BLAS: threadpoolctl does not see a library that is linked statically."""
+    """Return what PyTorch reports about its BLAS: threadpoolctl does not detect statically linked libraries."""
     import torch
 
     blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
@@ -61,19 +61,19 @@ def pytorch_blas(*_):
 
 
 class Net(NamedTuple):
-    """A net as its library trains it; `params`, W1, b1, W2, ... are its own."""
+    """A net in one library, with its own parameters W1, b1, W2, ..."""
 
-    step: Callable  # of x and t: takes a step and returns the loss, where the library keeps it
-    put: Callable  # of a host array: the array that steps take again and again
-    feed: Callable  # of a host array: what one step takes
-    weights: Callable | None = None  # W1, b1, W2, ... on the host; the floor has none
-    finish: Callable = lambda: None  # waits for the device
-    fit: Callable | None = None  # a training loop of its own
+    step: Callable  # of x and t: performs a step and returns the loss as the library's object
+    put: Callable  # of a host array: the array that is reused in all steps
+    feed: Callable  # of a host array: the input of one step
+    weights: Callable | None = None  # W1, b1, W2, ... on the host; None for the floor
+    finish: Callable = lambda: None  # synchronizes the device
+    fit: Callable | None = None  # the library's own training loop
     about: Callable = numpy_blas  # of x and t: the library, its BLAS and threads
 
 
 def architecture(params, between):
-    """Return the layers, each its name and arrays: an Affine for each W and b, and before the next those `between`."""
+    """Return the layers as (name, *arrays): an Affine for each W and b, with the layers `between` two of them."""
     layers = []
     for W, b in zip(params[::2], params[1::2], strict=True):
         layers.append(("Affine", W, b))
@@ -82,7 +82,7 @@ def architecture(params, between):
 
 
 def updated(optimizer, lr, k, g, p, m=None, v=None):
-    """Return a parameter, and Adam's two moments, after step k with the gradient g, for libraries that compile it."""
+    """Return a parameter and Adam's two moments after step k with gradient g, for libraries that compile the step."""
     if optimizer == "SGD":
         return (p - lr * g,)
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
@@ -91,7 +91,7 @@ def updated(optimizer, lr, k, g, p, m=None, v=None):
 
 
 def floor(params, lr, device, **_):
-    """Only multiply the matrices, the outputs given: no product for the gradient of the data."""
+    """Only the matrix products, with preallocated outputs and without the gradient of the data."""
     from nnx import asarray, np, synchronize
 
     Ws, products = [asarray(W) for W in params[::2]], []
@@ -139,7 +139,7 @@ def nnx(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
 
 
 def book(params, lr, device, **_):
-    """Return the formulas of chapter 1; on the GPU they run on CuPy, as with the source's own shim."""
+    """Return the formulas of chapter 1; on the GPU they run on CuPy, as in the book."""
     put, to_cpu, finish = numpy.asarray, numpy.asarray, lambda: None
     if device == "cuda":
         import nnx
@@ -157,7 +157,7 @@ def book(params, lr, device, **_):
 
 
 def pytorch(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5, compiled=False):
-    """Eager as PyTorch's tutorials write it; compiled with gradients and update in one graph, its fastest form."""
+    """Eager mode as in PyTorch's tutorials; compiled mode with gradients and update in one graph, the fastest form."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -204,14 +204,14 @@ def pytorch(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5
 
 
 def jax(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
-    """One jitted function of loss, gradients and update, the old weights donated to the new ones."""
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other processes need memory too
+    """One jitted function for loss, gradients and update, with donated weight buffers."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory for the other processes
     import jax
     from jax import numpy as jnp
 
     jax.config.update("jax_platforms", device)
     if device == "cuda":
-        jax.config.update("jax_default_matmul_precision", "highest")  # float32, as the others: no TF32
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32 as in the others, not TF32
     layers = architecture(params, between)
     moments = 0 if optimizer == "SGD" else 2
     state = [[a, *[numpy.zeros_like(a)] * moments] for _, *arrays in layers for a in arrays]
@@ -255,7 +255,7 @@ def jax(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
         return loss
 
     def about(x, t):
-        """Name the library that XLA left the products to, by what it says in the compiled step."""
+        """Detect the library that XLA uses for matrix products from the compiled step."""
         step = update.lower(carry, x, t).compile().as_text()
         libraries = {"__ynn_fusion": "YNNPACK", "__onednn": "oneDNN", "__cublas": "cuBLAS"}
         used = [name for mark, name in libraries.items() if mark in step] or ["Eigen"]
@@ -264,14 +264,14 @@ def jax(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
     return Net(
         step,
         jax.device_put,
-        lambda array: array,  # a jitted call takes host arrays faster than device_put makes them
+        lambda array: array,  # passing host arrays to a jitted function is faster than device_put
         lambda: jax.device_get([p for p, *_ in carry[0]]),
         lambda: jax.block_until_ready(carry),
         about=about,
     )
 
 
-VARIANTS = {  # the module without which there is nothing to compare, the net, its dtype
+VARIANTS = {  # required module, net, dtype
     "floor": ("numpy", floor, "float32"),
     "nnx": ("nnx", nnx, "float32"),
     "nnx Trainer": ("nnx", nnx, "float32"),
@@ -284,14 +284,14 @@ VARIANTS = {  # the module without which there is nothing to compare, the net, i
 
 
 def problem(workload, rng):
-    """Return sizes and N of a workload, and the weights that every variant starts from: float64, on the host."""
+    """Return sizes and N of a workload, and the initial weights of all variants: float64, on the host."""
     *sizes, N = map(int, re.split("[-/]", workload.split()[-1]))
     pairs = [(rng.standard_normal((D, H)) / D**0.5, 0.1 * rng.standard_normal(H)) for D, H in itertools.pairwise(sizes)]
     return sizes, N, [array for pair in pairs for array in pair]
 
 
 def loop(net, x, t, epochs, N):
-    """Train as `Trainer.fit` does: the same shuffles, the loss read at every tenth step of an epoch."""
+    """Train like `Trainer.fit`: with the same shuffling, reading the loss at every tenth step of an epoch."""
     rng, losses = numpy.random.default_rng(0), []
     for _ in range(epochs):
         order = rng.permutation(len(x))
@@ -305,7 +305,7 @@ def loop(net, x, t, epochs, N):
 
 
 def repeat(call):
-    """Return a function that calls `call` as many times as it is told to."""
+    """Return a function that calls `call` a given number of times."""
 
     def run(count):
         for _ in range(count):
@@ -315,7 +315,7 @@ def repeat(call):
 
 
 def clock(run, finish, steps=1):
-    """Answer each number on standard input with what so many times `steps` took in `run`, until an empty line."""
+    """For each count on standard input, up to an empty line, print the time of `run(count)`, `steps` steps each."""
     while (line := sys.stdin.readline()).strip():
         faults, begin = page_faults(), time.perf_counter()
         run(int(line))
@@ -325,7 +325,7 @@ def clock(run, finish, steps=1):
 
 
 def steps(make, dtype, workload, trainer):
-    """Answer the losses of a workload's first steps, then times."""
+    """Print the losses of a workload's first steps, then times."""
     rng = numpy.random.default_rng(0)
     sizes, N, params = problem(workload, rng)
     x, t = rng.standard_normal((N, sizes[0])).astype(dtype), rng.integers(sizes[-1], size=N)
@@ -335,7 +335,7 @@ def steps(make, dtype, workload, trainer):
         lr = 0.1 if optimizer == "SGD" else 0.001
         return make([p.astype(dtype) for p in params], lr, between=between, optimizer=optimizer, ratio=ratio)
 
-    net = make_net(ratio=0.0)  # the masks of dropout differ: without them the losses are compared
+    net = make_net(ratio=0.0)  # dropout masks differ, so losses are compared without dropout
     if trainer:  # an epoch of ten batches
         losses, tenfold = net.fit(x, t, CHECKED, N), (numpy.tile(x, (10, 1)), numpy.tile(t, 10))
     else:
@@ -359,7 +359,7 @@ def steps(make, dtype, workload, trainer):
 
 
 def table(variant, device):
-    """Answer the results of each layer or optimizer that standard input names with its size, then times."""
+    """Print the results of each layer or optimizer given with its size on standard input, then times."""
     make, about = {"nnx": (nnx_call, numpy_blas), "PyTorch eager": (pytorch_call, pytorch_blas)}[variant]
     answer(about=about())
     while row := sys.stdin.readline().split():
@@ -369,7 +369,7 @@ def table(variant, device):
 
 
 def arranged(file, layout):
-    """Return the rows of a file in a memory layout."""
+    """Return the data in a file in the given memory layout."""
     if layout == "memory-mapped":
         return numpy.load(file, mmap_mode="r")
     x = numpy.load(file)
@@ -385,7 +385,7 @@ def arranged(file, layout):
 
 
 def epochs(layout, device, x, t):
-    """Answer the losses of an epoch of Trainer, then times."""
+    """Print the losses of an epoch of Trainer, then times."""
     _, N, params = problem(DATA, numpy.random.default_rng(0))
     x, t, net = arranged(x, layout), numpy.load(t), nnx([p.astype("float32") for p in params], 0.1, device)
     epoch = functools.partial(net.fit, x, t, 1, N)
@@ -394,25 +394,25 @@ def epochs(layout, device, x, t):
 
 
 def job(make, dtype, name, *files):
-    """Train on the files of x and t; answer the loss over all of it, for every variant by the book's formulas."""
+    """Train on the files of x and t; return the loss over all data, by the book's formulas for every variant."""
     workload, epochs, lr = JOBS[name]
     _, N, params = problem(workload, numpy.random.default_rng(0))
     x, t = map(numpy.load, files)
     x = x.astype(dtype)
     net = make([p.astype(dtype) for p in params], lr)
     (net.fit or functools.partial(loop, net))(x, t, epochs, N)
-    chapter1.np = numpy  # from now on, the GPU's too
+    chapter1.np = numpy  # from here on NumPy, also after a GPU run
     return [float(chapter1.TwoLayerNet(*net.weights()).forward(x, t))]
 
 
 def peak_bytes():
-    """Return the most memory that this process held; its ru_maxrss would begin with its parent's."""
+    """Return the peak memory of this process; ru_maxrss would be inherited from the parent."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def page_faults():
-    """Return the number of page faults of this process that read nothing from a disk."""
+    """Return the number of minor page faults of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 

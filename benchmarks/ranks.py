@@ -1,12 +1,11 @@
-"""Measure what training on several ranks costs, and write `ranks.json` and `ranks.md`.
+"""Measure training on several ranks, and write `ranks.json` and `ranks.md`.
 
-    python -m benchmarks.ranks [--ranks 2] [--quick] [--out FOLDER]    # in the root; wants the extra [mpi] and mpiexec
+    python -m benchmarks.ranks [--ranks 2] [--quick] [--out FOLDER]    # in the root; needs [mpi] and mpiexec
 
-Steps of the net 784-512-10 in float32 on batches of N rows: by one process with all cores, and by R
-ranks with a slice each. A ratio is the median of the blocks' own ratios; the variants of a block are
-timed one after the other in the same processes, and the slowest rank's time counts; the processes are
-started four times. Beside what was measured stands what a ring all-reduce of S bytes should cost on
-paper.
+It times steps of the net 784-512-10 in float32 on batches of N rows: in one process with all cores, and on R
+ranks with a shard each. A ratio is the median of the ratios in each block; the variants of a block are
+timed sequentially in the same processes, and the time of the slowest rank is used; the processes are
+started four times. The results are compared with a model of the time of a ring all-reduce of S bytes.
 """
 
 import argparse
@@ -30,26 +29,26 @@ SIZES = 784, 512, 10
 BATCHES = [128, 256, 512, 1024, 2048]
 LAUNCHES = 4
 THREADS = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
-NETWORKS = {"10 Gb/s": (25e-6, 10e9 / 8), "100 Gb/s": (5e-6, 100e9 / 8)}  # latency assumed, bytes a second
-BYTES = 4 * ((SIZES[0] + 1) * SIZES[1] + (SIZES[1] + 1) * SIZES[2])  # of all gradients
+NETWORKS = {"10 Gb/s": (25e-6, 10e9 / 8), "100 Gb/s": (5e-6, 100e9 / 8)}  # assumed latency, bytes per second
+BYTES = 4 * ((SIZES[0] + 1) * SIZES[1] + (SIZES[1] + 1) * SIZES[2])  # total size of all gradients
 
 ADDED = """
-Added to a step of ranks that do not know of each other: by waiting for each other where they
-would reduce; by a bare Allreduce there, whose memory is no longer in the cache; by the reduction of
-`Trainer`; by `Comm.allreduce_gradients`, which writes the sums back. Last, the Trainer's over the bare
-one in the step."""
+Time added to a step of independent ranks: by a barrier in place of the reduction; by a bare
+Allreduce with a cold cache; by the reduction of `Trainer`; by `Comm.allreduce_gradients`, which writes
+the sums back. The last column is the ratio of the Trainer's reduction to the bare Allreduce in the
+step."""
 PAPER = """
-## On paper: a ring
+## Model: a ring all-reduce
 
 S bytes on R ranks take 2 (R - 1) rounds, in each of which every rank
-sends S / R bytes and receives as many: 2 (R - 1) (latency + S / R / bandwidth). The efficiency is the
-time of a step alone over that of a step with the reduction: T / (T + ring). The model leaves out
-packing, adding up, and waiting for the slowest. Here, latency and bandwidth as two ranks exchange
-messages: {:.2f} µs and {:.2f} GB/s each way; the libraries need not use a ring."""
+sends and receives S / R bytes: 2 (R - 1) (latency + S / R / bandwidth). The efficiency is the
+time of a step without reduction over that of a step with it: T / (T + ring). The model does not include
+packing, summation, or waiting for the slowest rank. Latency and bandwidth measured between two ranks
+on this machine: {:.2f} µs and {:.2f} GB/s each way; MPI libraries need not use a ring."""
 
 
 def ring(ranks, size, latency, bandwidth):
-    """Return the seconds of a ring all-reduce: in each of its rounds every rank sends size / ranks bytes."""
+    """Return the seconds of a ring all-reduce, where every rank sends size / ranks bytes in each round."""
     return 2 * (ranks - 1) * (latency + size / ranks / bandwidth)
 
 
@@ -57,7 +56,7 @@ def ring(ranks, size, latency, bandwidth):
 
 
 def steps(comm, batch):
-    """Return what is timed for a batch, by name."""
+    """Return the functions to time for a batch, by name."""
     rng = numpy.random.default_rng(0)
     part = comm.shard(batch)
     x = np.asarray(rng.standard_normal((batch, SIZES[0]))[part], "float32")
@@ -69,16 +68,16 @@ def steps(comm, batch):
         model.backward()
         return loss
 
-    def apart():  # no rank knows of another
+    def apart():  # independent ranks
         gradients()
         optimizer.update(model.params, model.grads)
 
-    def together():  # they wait for each other, and send nothing
+    def together():  # a barrier only
         gradients()
         comm.barrier()
         optimizer.update(model.params, model.grads)
 
-    def bare():  # a sum of as many bytes, of which nothing is made
+    def bare():  # an Allreduce of the same size, whose result is not used
         gradients()
         comm.mpi.Allreduce(MPI.IN_PLACE, flat)
         optimizer.update(model.params, model.grads)
@@ -88,7 +87,7 @@ def steps(comm, batch):
         grads, _ = comm.allreduce(model.grads, share, loss * share, 0, 0)
         optimizer.update(model.params, grads)
 
-    def loop():  # written out
+    def loop():  # custom training loop
         gradients()
         comm.allreduce_gradients(model.grads, share)
         optimizer.update(model.params, model.grads)
@@ -102,7 +101,7 @@ def steps(comm, batch):
 
 
 def messages(comm):
-    """Return what is timed of MPI alone, by name."""
+    """Return the functions to time for MPI alone, by name."""
     if comm.size == 1:
         return {}
     from mpi4py import MPI  # noqa: PLC0415 - an extra
@@ -124,7 +123,7 @@ def messages(comm):
 
 
 def work(batches, blocks, path):
-    """Time all variants in turns, and let rank 0 write the seconds of the slowest rank, a list over blocks each."""
+    """Time all variants alternately; rank 0 writes the seconds of the slowest rank, a list per variant."""
     comm = nnx.distributed.init()
     timed = {f"{name}/{n}": (f, max(3, 2560 // n)) for n in batches for name, f in steps(comm, n).items()}
     timed |= {name: (f, 20) for name, f in messages(comm).items()}
@@ -144,11 +143,11 @@ def work(batches, blocks, path):
         Path(path).write_text(json.dumps(seconds), encoding="utf-8")
 
 
-# ---- around them ----
+# ---- in the main process ----
 
 
 def launch(ranks, quick, environment):
-    """Start the ranks and return their seconds."""
+    """Start the ranks and return the measured seconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "seconds.json")
         launcher = [Path(sys.executable).parent / "mpiexec", "-n", str(ranks)] if ranks > 1 else []
@@ -158,13 +157,13 @@ def launch(ranks, quick, environment):
 
 
 def ratios(over, under, *less):
-    """Return the quartiles of the blocks' own (over - less) / under."""
+    """Return the quartiles over blocks of (over - less) / under."""
     less = less[0] if less else [0] * len(over)
     return statistics.quantiles([(a - c) / b for a, b, c in zip(over, under, less, strict=True)], method="inclusive")
 
 
 def by_launch(seconds):
-    """Return the median of each launch of the processes."""
+    """Return the median for each launch of the processes."""
     blocks = max(1, len(seconds) // LAUNCHES)
     return [statistics.median(seconds[i : i + blocks]) for i in range(0, len(seconds), blocks)]
 
@@ -178,9 +177,9 @@ def percent(part):
 
 
 def tables(ranks, batches, one, several, capped):
-    """Yield the lines of the tables: what was measured, then the model."""
+    """Yield the lines of the tables: the measurements, then the model."""
     allreduce = several["allreduce"]
-    yield from ["", f"## A step, of one process with all cores and of {ranks} ranks on the same cores"]
+    yield from ["", f"## A step in one process with all cores, and on {ranks} ranks on the same cores"]
     rows = []
     for n in batches:
         alone, together = one[f"apart/{n}"], several[f"trainer/{n}"]
@@ -189,7 +188,7 @@ def tables(ranks, batches, one, several, capped):
         )
     yield from report.table(["rows", "one process", f"{ranks} ranks", "speed-up"], rows)
 
-    yield from ["", f"## What joins the ranks, in times of an Allreduce alone: {BYTES:,} bytes in {median(allreduce)}"]
+    yield from ["", f"## Reduction, relative to a standalone Allreduce: {BYTES:,} bytes in {median(allreduce)}"]
     yield ADDED
     rows = []
     for n in batches:
@@ -200,7 +199,7 @@ def tables(ranks, batches, one, several, capped):
         rows.append([str(n), *cells, report.ratio(ratios(step["trainer"], inside, apart))])
     yield from report.table(["rows", "waiting", "Allreduce", "Trainer", "average", "Trainer / Allreduce"], rows)
 
-    yield from ["", "## Threads: a step where the user sets nothing, in times of one with OMP_NUM_THREADS=1"]
+    yield from ["", "## Threads: a step with default settings, relative to one with OMP_NUM_THREADS=1"]
     rows = [[str(n), report.ratio(ratios(several[f"trainer/{n}"], capped[f"trainer/{n}"]))] for n in batches]
     yield from report.table(["rows", "ratio"], rows)
 
@@ -216,7 +215,7 @@ def tables(ranks, batches, one, several, capped):
         )
     yield from report.table([f"{ranks} ranks on this machine", "model", "measured"], rows)
 
-    yield from ["", "Computed, not measured: machines with one rank each, whose step alone takes as long as here."]
+    yield from ["", "Computed, not measured: machines with one rank each and the same step time as here."]
     cases = [(f"{r} ranks, {name}", ring(r, BYTES, *NETWORKS[name])) for name in NETWORKS for r in (8, 64)]
     rows = [["all-reduce", *(report.duration(seconds) for _, seconds in cases)]]
     for n in batches:
@@ -228,7 +227,7 @@ def tables(ranks, batches, one, several, capped):
 
 
 def configuration(ranks):
-    """Return what the figures depend on, by name."""
+    """Return the configuration that the results depend on, by name."""
     version = "from mpi4py import MPI; print(' '.join(MPI.Get_library_version().split()[:3]))"
     return report.configuration(ranks=f"{ranks} on this machine", MPI=report.output(sys.executable, "-c", version))
 
@@ -237,7 +236,7 @@ def main(ranks, quick, out):
     free = {name: value for name, value in os.environ.items() if name not in THREADS}
     batches = BATCHES[:1] if quick else BATCHES
     one, several, capped = runs = {}, {}, {}
-    for _ in range(1 if quick else LAUNCHES):  # where the system puts a process and its memory is felt
+    for _ in range(1 if quick else LAUNCHES):  # the placement of processes and memory affects the times
         for seconds, settings in zip(
             runs, [(1, free), (ranks, free), (ranks, free | {"OMP_NUM_THREADS": "1"})], strict=True
         ):
@@ -260,7 +259,7 @@ def main(ranks, quick, out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="few short blocks of one batch: a test, no measurement")
+    parser.add_argument("--quick", action="store_true", help="few short blocks of one batch: a test, not a measurement")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())

@@ -1,9 +1,9 @@
-"""Write what `on_gpu.sh` found as `<device>.json` and `<device>.md`.
+"""Write the results of `on_gpu.sh` to `<device>.json` and `<device>.md`.
 
     NNX_GPU=1 python -m benchmarks.report BENCHMARKS.json STAGES.tsv FOLDER
 
-The first is pytest-benchmark's file, the second has a line a stage. The tables have a row a group and
-a column a variant: the median, and how many times the row's first figure it is.
+The first is pytest-benchmark's file, the second has one line per stage. The tables have one row per group and
+one column per variant: the median, and its ratio to the first one in the row.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def output(*command):
 
 
 def configuration(**more):
-    """Return what the figures depend on, by name, as far as it is known; `more` of it comes last."""
+    """Return the known configuration that the results depend on, by name, followed by `more`."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         show_config()
     about = dict(line.split(maxsplit=1) for line in text.getvalue().splitlines()) | {
@@ -42,23 +42,23 @@ def configuration(**more):
 
 
 def device_name():
-    """Return what the GPU calls itself."""
+    """Return the name of the GPU."""
     return np.cuda.runtime.getDeviceProperties(np.cuda.Device().id)["name"].decode()
 
 
 def slug(name):
-    """Return `name` as a file may be called."""
+    """Return `name` as a valid file name."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def table(head, rows):
-    """Return the lines of a table, all columns but the first aligned to the right."""
+    """Return the lines of a table with all columns but the first right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return ["", *(f"| {' | '.join(line)} |" for line in lines)]
 
 
 def duration(seconds):
-    """Return `seconds` in the unit that leaves one to three digits before the point."""
+    """Format `seconds` in the unit that gives one to three digits before the decimal point."""
     unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)) if seconds >= s)
     return f"{seconds / scale:.4g} {unit}"
 
@@ -75,7 +75,7 @@ def write(path, lines, result):
 
 
 def medians(benchmarks):
-    """Yield the lines of one table a file, its groups and variants in the order in which they ran."""
+    """Yield the lines of one table per file, with groups and variants in execution order."""
     files = {}
     for b in benchmarks:
         groups = files.setdefault(b["fullname"].split("::")[0], {})
@@ -94,12 +94,12 @@ def main(benchmarks, stages, folder):
     result = json.loads(Path(benchmarks).read_text()) if Path(benchmarks).exists() else {"benchmarks": []}
     device = device_name()
     result["nnx"] = configuration()
-    result.get("machine_info", {}).pop("node", None)  # the host's name is nobody's business
+    result.get("machine_info", {}).pop("node", None)  # the host name is private
     for b in result["benchmarks"]:
-        b["stats"].pop("data")  # every single timing: 80 MB
+        b["stats"].pop("data")  # all individual timings: 80 MB
     lines = [f"# nnx on {device}", *table(["", ""], result["nnx"].items())]
     lines += table(
-        ["stage", "", "seconds", "its last line"], [s.split("\t") for s in Path(stages).read_text().splitlines()]
+        ["stage", "", "seconds", "last line"], [s.split("\t") for s in Path(stages).read_text().splitlines()]
     )
     lines += medians(result["benchmarks"])
     path = Path(folder, slug(device))

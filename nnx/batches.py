@@ -64,7 +64,7 @@ class WeightedMean:
         return total / sum(rows * count for rows, count in self.counts.items())
 
     def pop(self) -> float:
-        """Return the mean, and start anew."""
+        """Return the mean and reset it."""
         mean = self.value()
         self.totals, self.counts = {}, {}
         return mean

@@ -1,4 +1,4 @@
-"""Stricter than users get: any floating-point warning of NumPy is an error, in every test."""
+"""Turn NumPy's floating-point warnings into errors in every test; the library's default is less strict."""
 
 import numpy
 import pytest

@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: every kernel's shapes and arguments, and the comparison with `portable`."""
+"""Shapes and arguments of every kernel, and the comparison with `portable`, for the kernel tests."""
 
 import numpy
 
@@ -16,14 +16,14 @@ LAYOUTS = {
 
 
 def rows_for(*shapes):
-    """Shapes that every kernel over rows gets, and `shapes` of its own."""
+    """Return the shapes for all kernels over rows, and `shapes` specific to one."""
     return [(5, 7), (1, 1), (0, 3), (1, 4), *shapes]
 
 
 LISTS = rows_for((2, 3, 4), (9000,))
 MATRICES = [(5, 7), (1, 1), (1, 4), (40, 100), (300, 17), (9, 700), (3000, 3)]
 
-# kernel: the shapes it is tried on; the roles of its arguments
+# kernel: the shapes to test; the roles of its arguments
 CASES = {
     "affine": (rows_for((30, 100)), ["any", "weights", "row of 3"]),
     "affine_grad": (rows_for((30, 100)), ["any", "rows of 3", "empty weights", "empty row of 3"]),
@@ -80,7 +80,7 @@ ROLES = {"count": 3, "number": 0.25, "rate": 0.9, "eps": 1e-3, "seed": 2**63 + 5
 
 
 def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
-    """The same numbers at every call."""
+    """Return the same values on every call."""
     rng = numpy.random.default_rng(0)
 
     def array(values):
@@ -118,7 +118,7 @@ def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
         if role in ("row", "positive row"):
             values = rng.normal(size=shape[1:])
             return array(abs(values) if role == "positive row" else values)
-        if role in ("wide row", "wide column"):  # what the normalizations keep, for float16 in float32
+        if role in ("wide row", "wide column"):  # intermediates of normalization, float32 for float16
             size = shape[1:] if role == "wide row" else shape[:1]
             return np.asarray(rng.uniform(0.5, 2, size).astype("float32" if dtype == "float16" else dtype))
         if role == "empty row":
@@ -129,7 +129,7 @@ def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
 
 
 def outcome(module, name, *case, **options):
-    """All results, and the arguments after the call: also what must not have been written."""
+    """Return all results, and the arguments after the call, including those that must not be modified."""
     given = arguments(CASES[name][1], *case, **options)
     result = getattr(module, name)(*given)
     results = list(result) if isinstance(result, tuple) else [result]

@@ -1,6 +1,6 @@
-"""What the tests run on several ranks: `mpiexec -n 2 python -m tests.ranks JOB ARGUMENT ...`, one job a function.
+"""Jobs for tests on several ranks, one function each: `mpiexec -n 2 python -m tests.ranks JOB ARGUMENT ...`.
 
-Rank 0 prints what all ranks return, as a line of JSON.
+Rank 0 prints the results of all ranks as a line of JSON.
 """
 
 import copy
@@ -29,7 +29,7 @@ def job(function):
 
 
 def data(rows=300):
-    """Return rows and the labels that a matrix gives them."""
+    """Return rows and labels computed from them with a matrix."""
     rng = numpy.random.default_rng(0)
     x = rng.standard_normal((rows, 20))
     return x.astype("float32"), (x @ rng.standard_normal((20, 5))).argmax(axis=1)
@@ -41,15 +41,15 @@ def net(seed, hidden=30, dtype="float32"):
 
 
 def state(model):
-    """Return all parameters in a row, as hexadecimal digits of their bytes."""
+    """Return all parameters concatenated, as hexadecimal digits of their bytes."""
     return b"".join(to_cpu(p).tobytes() for p in model.params).hex()
 
 
 @job
 def steps(comm, batch_size, count=200, dtype="float32"):
-    """Take steps in a loop written out, on batches of `batch_size` rows."""
+    """Train in a custom loop on batches of `batch_size` rows."""
     x, t = data()
-    model, optimizer = net(comm.rank, dtype=dtype), SGD(0.5)  # rank 0's weights are the ones that count
+    model, optimizer = net(comm.rank, dtype=dtype), SGD(0.5)  # rank 0's weights are broadcast
     comm.broadcast(model.params)
     order = numpy.random.default_rng(1)
     for _ in range(int(count)):
@@ -65,7 +65,7 @@ def steps(comm, batch_size, count=200, dtype="float32"):
 
 @job
 def fault(comm, kind):
-    """Let the last rank fail in the way of `kind` while the others go on."""
+    """Make the last rank fail as given by `kind` while the others continue."""
     x, t = data()
     last = comm.rank == comm.size - 1
     dtype = "float64" if kind == "dtype" and last else "float32"
@@ -83,7 +83,7 @@ def fault(comm, kind):
                 break
             if kind == "SIGKILL":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if kind == "own calls":  # an exception while the others wait in a call that Comm does not see
+            if kind == "own calls":  # an exception while the others wait in an MPI call outside Comm
                 nnx.distributed._ABORT_TIMEOUT = 0.5
                 raise ArithmeticError("the last rank has had enough")
         model.forward(x, t)
@@ -97,7 +97,7 @@ def fault(comm, kind):
 
 @job
 def late(comm):
-    """Let rank 0 work on alone for a while: nobody waits for anybody."""
+    """Let rank 0 continue alone for a while, without any rank waiting."""
     comm.barrier()
     if comm.rank == 0:
         time.sleep(1)
@@ -113,7 +113,7 @@ def threads(comm):
 
 @job
 def mixed(comm):
-    """Average and broadcast arrays of all kinds of dtype and layout, unlike on each rank, given as iterators."""
+    """Average and broadcast arrays of all dtypes and layouts, different on each rank, given as iterators."""
     rng = numpy.random.default_rng(comm.rank)
     kinds = [("float32", (40, 30)), ("float16", (200,)), ("float64", (3, 4)), ("float32", ()), ("float64", (0, 2))]
     arrays = [np.asarray(rng.standard_normal(shape), dtype) for dtype, shape in kinds]
@@ -121,7 +121,7 @@ def mixed(comm):
     grads = [a.copy() for a in arrays]
     share = [0.0, 0.25, 0.75][comm.rank + 3 - comm.size] if comm.size > 1 else 1.0
     for g in grads if share == 0 else []:
-        g[...] = math.nan  # what a rank without rows has there is not looked at
+        g[...] = math.nan  # ignored for a rank without rows
     views, sums = comm.allreduce(iter(grads), share, np.asarray(comm.rank + 0.5), 1)
     reduced = [to_cpu(a).ravel().tolist() for a in views]
     comm.allreduce_gradients(iter(grads), share)
@@ -147,13 +147,13 @@ def methods(comm):
 
 
 def new_trainer(comm, rng=0, lr=0.1):
-    """Return a trainer whose ranks begin unlike each other, but for the seed of the shuffles."""
+    """Return a trainer that differs between ranks except for the seed of the shuffles."""
     return Trainer(net(comm.rank), Momentum(lr), rng=rng, comm=comm)
 
 
 @job
 def fit(comm, batch_size, epochs, rng="0", verbose=None, ignore_label=None):
-    """Train with clipping, validation and a last batch that is smaller."""
+    """Train with clipping, validation and a smaller last batch."""
     numpy.random.seed(comm.rank)
     trainer = new_trainer(comm, None if rng == "None" else int(rng) + comm.rank)
     if ignore_label is not None:
@@ -182,7 +182,7 @@ class AtStep:
 
 @job
 def stopped(comm, how):
-    """Let rank 1 alone have a reason to stop, and return where each rank has stopped."""
+    """Give only rank 1 a reason to stop, and return where each rank stopped."""
     trainer = new_trainer(comm)
     reasons = {
         "SIGINT": lambda: signal.raise_signal(signal.SIGINT),
@@ -204,7 +204,7 @@ def stopped(comm, how):
 
 @job
 def wish(comm, event, folder):
-    """Let rank 1 alone call stop at an event, and return where each rank has stopped and what is saved."""
+    """Call stop at an event on rank 1 only, and return where each rank stopped and what is saved."""
 
     class Wish:
         def __getattr__(self, name):
@@ -242,7 +242,7 @@ def saved(comm, folder, kind):
 
 @job
 def folders(comm, folder):
-    """Let every rank name a folder of its own for checkpoints, and return what rank 0 finds."""
+    """Give every rank a different checkpoint folder, and return what rank 0 finds."""
     Path(f"{folder}/{comm.rank}").mkdir()
     new_trainer(comm).fit(*data(), 1, 50, verbose=False, callbacks=[Checkpoint(f"{folder}/{comm.rank}")])
     comm.barrier()
@@ -251,14 +251,14 @@ def folders(comm, folder):
 
 @job
 def long(comm, folder, kill):
-    """Train 200 steps, from a checkpoint if there is one; `kill` has a rank and after how many seconds it dies."""
+    """Train 200 steps, from a checkpoint if there is one; `kill` is a rank and the seconds until it is killed."""
     trainer = new_trainer(comm)
     if folder and any(Path(folder).glob("epoch-*")):
         trainer.resume(folder)
     if folder and kill:
         rank, seconds = kill.split()
         if comm.rank == int(rank):
-            signal.setitimer(signal.ITIMER_REAL, float(seconds) + 1e-3)  # whose signal ends the process
+            signal.setitimer(signal.ITIMER_REAL, float(seconds) + 1e-3)  # the signal ends the process
     callbacks = [Checkpoint(folder, every_steps=3)] if folder else []
     trainer.fit(*data(), 20, 31, eval_interval=1, verbose=False, callbacks=callbacks)
     return {"state": state(trainer.model), "losses": trainer.loss_list}
@@ -266,7 +266,7 @@ def long(comm, folder, kill):
 
 @job
 def many(comm):
-    """Train models of many sizes, and return how many of their buffers are still there."""
+    """Train models of many sizes, and return the number of cached buffers."""
     buffers = []
     for hidden in range(10, 20):
         grads = net(0, hidden).grads
@@ -284,7 +284,7 @@ def copies(comm):
 
 @job
 def unlike(comm, what):
-    """Let the last rank call fit with something else than the others."""
+    """Call fit with different arguments on the last rank."""
     last = comm.rank == comm.size - 1
     x, t = data(299 if what == "rows" and last else 300)
     if what == "numbers" and last:
@@ -297,7 +297,7 @@ def unlike(comm, what):
 
 
 class FakeNccl:
-    """Stands in for cupy.cuda.nccl: notes the calls, and sums through MPI what lies at the addresses."""
+    """A mock of cupy.cuda.nccl: records the calls, and sums the memory at the addresses through MPI."""
 
     NCCL_FLOAT32, NCCL_FLOAT64, NCCL_SUM = 7, 8, 0
     calls = []
@@ -319,7 +319,7 @@ class FakeNccl:
             ["allReduce", send == receive, count, kind, operation, stream == nnx.device.current_stream_ptr()]
         )
         number = {7: ctypes.c_float, 8: ctypes.c_double}[kind]
-        if nnx.GPU:  # whose memory the host cannot read
+        if nnx.GPU:  # device memory cannot be read by the host
             memory = np.cuda.UnownedMemory(send, count * ctypes.sizeof(number), None)
             device = np.ndarray(count, np.dtype(number), np.cuda.MemoryPointer(memory, 0))
             host = device.get()

@@ -1,4 +1,4 @@
-"""The order of the modules (each imports only from earlier ones), and what only some of them may do."""
+"""The order of the modules (each imports only from earlier ones), and restrictions on some of them."""
 
 import ast
 from pathlib import Path
@@ -23,7 +23,7 @@ INSIDE = {name: path for name, path in FILES.items() if name not in ("__init__",
 
 
 def imports(path):
-    """Yield the modules that a file imports, with the package's own by their names inside it."""
+    """Yield the modules that a file imports; those of the package by their qualified names."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -34,7 +34,7 @@ def imports(path):
             yield from known or [node.module]
 
 
-def test_every_module_has_its_place_in_the_order():
+def test_order_lists_every_module():
     assert set(INSIDE) | COMPILED == set(ORDER)
 
 
@@ -48,7 +48,7 @@ def test_modules_import_only_earlier_ones(name):
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_only_some_modules_know_the_device(name):
+def test_only_some_modules_branch_on_the_device(name):
     tree = ast.parse(INSIDE[name].read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -61,7 +61,7 @@ def test_only_some_modules_know_the_device(name):
         assert "GPU" not in names, f"{name} branches on the device"
 
 
-def test_layers_and_kernels_do_not_stop_the_gpu():
+def test_layers_and_kernels_do_not_synchronize_with_the_gpu():
     """No float(x), .item(), or print in a layer, loss, optimizer or kernel that runs on the GPU."""
     for name in ("kernels.portable", "optimizer", *(n for n in INSIDE if n.startswith("layers"))):
         for node in ast.walk(ast.parse(INSIDE[name].read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""The data of fit: every memory layout trains alike, and memory-mapped files stay on the disk."""
+"""The data of fit: results do not depend on the memory layout, and memory-mapped files are not read into memory."""
 
 import tracemalloc
 
@@ -20,13 +20,13 @@ def losses(x, t, dtype="float32", model=None, **options):
 
 
 def mapped(array, folder):
-    path = folder / f"{len(list(folder.iterdir()))}.npy"  # a file that is mapped must not be written again
+    path = folder / f"{len(list(folder.iterdir()))}.npy"  # a mapped file must not be overwritten
     numpy.save(path, array)
     return numpy.load(path, mmap_mode="r")
 
 
 def peak(function, *arguments, **options):
-    """Return the most bytes that the call has allocated at a time."""
+    """Return the peak memory allocated by the call, in bytes."""
     tracemalloc.start()
     try:
         function(*arguments, **options)
@@ -67,10 +67,10 @@ def t(rng):
 @pytest.mark.parametrize("file", [False, True], ids=["memory", "file"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int16", "uint8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains_as_its_contiguous_copy(layout, dtype, file, rng, t, tmp_path, monkeypatch):
+def test_every_layout_gives_the_losses_of_a_contiguous_copy(layout, dtype, file, rng, t, tmp_path, monkeypatch):
     x = rng.normal(0, 3, (ROWS, D)).clip(-9, 9).astype(dtype if dtype != "uint8" else "int8").astype(dtype)
     expected = losses(x, t)
-    monkeypatch.setattr(module, "_PIECE_BYTES", 500)  # several pieces, the last one smaller
+    monkeypatch.setattr(module, "_PIECE_BYTES", 500)  # several chunks, the last one smaller
     monkeypatch.setattr(module, "_COLUMN_CHUNK_BYTES", 40 * x[0].nbytes)
     x = LAYOUTS[layout](x)
     if file:
@@ -82,7 +82,7 @@ def test_every_layout_trains_as_its_contiguous_copy(layout, dtype, file, rng, t,
 
 @pytest.mark.parametrize("file", [False, True], ids=["memory", "file"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, "channels last"])
-def test_rows_of_several_axes(layout, file, rng, tmp_path):
+def test_rows_with_several_axes(layout, file, rng, tmp_path):
     x, t = rng.normal(size=(ROWS, 5, D)).astype("float32"), rng.integers(0, C, (ROWS, 5))
     model = [Sequential([Affine(np.ones((D, C), "f"), np.zeros(C, "f"))], SoftmaxWithLoss()) for _ in range(2)]
     expected = losses(x, t, model=model[0])
@@ -132,7 +132,7 @@ def test_one_hot_labels_and_targets(layout, file, rng, t, tmp_path):
     assert losses(x, mapped(goals, tmp_path) if file else goals, model=model[1]) == expected
 
 
-def test_a_layer_without_weights_sees_the_same_dtype_from_a_file(rng, t, tmp_path):
+def test_dtype_from_a_file_in_a_model_without_weights(rng, t, tmp_path):
     x = rng.normal(size=(ROWS, D))
 
     def model():
@@ -141,7 +141,7 @@ def test_a_layer_without_weights_sees_the_same_dtype_from_a_file(rng, t, tmp_pat
     assert losses(mapped(x, tmp_path), t, model=model()) == losses(x, t, model=model())
 
 
-def test_what_is_copied_and_what_is_not(rng, t, tmp_path):
+def test_which_data_is_copied(rng, t, tmp_path):
     x = rng.normal(size=(ROWS, D)).astype("float32")
     model = TwoLayerNet(D, 8, C)
     for name, layout in LAYOUTS.items():
@@ -171,7 +171,7 @@ def test_a_gather_copies_only_its_rows(rng):
 
 @pytest.mark.parametrize("layout", ["contiguous", "column slice", "Fortran"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int16"])
-def test_a_file_is_not_read_whole(layout, dtype, tmp_path, monkeypatch):
+def test_a_file_is_not_read_into_memory(layout, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PIECE_BYTES", 1 << 18)
     monkeypatch.setattr(module, "_COLUMN_CHUNK_BYTES", 1 << 18)
     x = mapped(numpy.ones((40000, 64), dtype, "F" if layout == "Fortran" else "C"), tmp_path)
@@ -182,7 +182,7 @@ def test_a_file_is_not_read_whole(layout, dtype, tmp_path, monkeypatch):
     assert peak(trainer.fit, x, t, 1, 500, **options) < x.nbytes / 2
 
 
-def test_labels_in_a_file_are_not_converted_whole(tmp_path, monkeypatch):
+def test_labels_in_a_file_are_converted_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PIECE_BYTES", 1 << 16)
     t = mapped(numpy.ones((200, 5000), "uint8"), tmp_path)
     x = numpy.zeros((200, 5000, 1), "float32")
@@ -192,7 +192,7 @@ def test_labels_in_a_file_are_not_converted_whole(tmp_path, monkeypatch):
     assert checked[1] is t
 
 
-def test_the_samples_of_integers_need_no_copy(rng, tmp_path):
+def test_sampling_integer_data_makes_no_copy(rng, tmp_path):
     x = column_slice(rng.integers(0, 100, (20000, 10)))
     x[777, 3], x[1234, 0] = -1, 100
     assert peak(module._probe_rows, x) < x.nbytes / 3
@@ -202,7 +202,7 @@ def test_the_samples_of_integers_need_no_copy(rng, tmp_path):
     numpy.testing.assert_array_equal(module._probe_rows(mapped(x, tmp_path)), x[:1])
 
 
-def test_validation_data_are_checked_without_a_copy(rng, monkeypatch):
+def test_validation_data_is_checked_without_a_copy(rng, monkeypatch):
     monkeypatch.setattr(module, "_PIECE_BYTES", 1 << 16)
     x, t = numpy.zeros((20000, 40), order="F"), numpy.zeros(20000, int)
     few = numpy.zeros((10, 40), "float32"), t[:10]
@@ -214,7 +214,7 @@ def test_validation_data_are_checked_without_a_copy(rng, monkeypatch):
 @pytest.mark.parametrize("file", [False, True], ids=["memory", "file"])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "byte order"])
 @pytest.mark.parametrize("which", ["x", "t"])
-def test_the_first_row_that_is_not_finite_is_named(which, layout, file, bad, rng, tmp_path, monkeypatch):
+def test_error_names_the_first_nonfinite_row(which, layout, file, bad, rng, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PIECE_BYTES", 500)
     data = {"x": rng.normal(size=(ROWS, D)), "t": rng.normal(size=(ROWS, C))}
     data[which][[41, 66], 2] = bad
@@ -226,7 +226,7 @@ def test_the_first_row_that_is_not_finite_is_named(which, layout, file, bad, rng
         losses(data["x"], data["t"], model=model)
 
 
-def test_labels_in_a_file_have_the_messages_of_labels_in_memory(rng, t, tmp_path, monkeypatch):
+def test_label_errors_are_the_same_for_files_and_arrays(rng, t, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PIECE_BYTES", 100)
     x, wrong = rng.normal(size=(ROWS, D)), t.copy()
     wrong[50], wrong[60] = 7, 9
@@ -238,7 +238,7 @@ def test_labels_in_a_file_have_the_messages_of_labels_in_memory(rng, t, tmp_path
         assert str(raised.value) == str(expected.value)
 
 
-def test_the_mean_of_losses_goes_on_from_an_iterator_of_its_state():
+def test_weighted_mean_restores_its_state_from_an_iterator():
     losses = module.WeightedMean()
     for loss, rows in ((1.0, 30), (2.0, 30), (4.0, 10)):
         losses.add(loss, rows)

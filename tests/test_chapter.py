@@ -1,4 +1,4 @@
-"""The seed gives one curve on both devices, and the examples end with what they promise."""
+"""The same seed gives the same curve on both devices, and the examples reach their documented results."""
 
 import gzip
 import json
@@ -25,8 +25,8 @@ print(json.dumps(trainer.loss_list))
 """
 
 
-def test_the_seed_gives_the_curve_of_numpy():
-    """In this process on its device, in the other one on NumPy: equal bits on NumPy, 1e-4 on CuPy."""
+def test_same_seed_gives_same_curve_as_numpy():
+    """Compare with a NumPy process: bit-identical on NumPy, within 1e-4 on CuPy."""
     trainer = Trainer(TwoLayerNet(2, 10, 3, rng=1984), SGD(1.0), rng=1984)
     trainer.fit(*spiral.load_data(), 300, 30, eval_interval=10, verbose=False)
     result = subprocess.run(
@@ -52,13 +52,13 @@ def test_train_spiral(tmp_path):
 
 
 @pytest.mark.skipif(nnx.GPU, reason="one full training is enough; the curve of CuPy is compared above")
-def test_train_spiral_reaches_what_it_promises():
+def test_train_spiral_reaches_its_accuracy():
     accuracy = float(run("train_spiral", "--picture", "").splitlines()[-1].split("accuracy ")[1].split()[0])
     assert accuracy >= 0.95
 
 
 @pytest.mark.parametrize("name", ["train_custom_loop", "chapter1"])
-def test_example_ends_with_its_number(name):
+def test_example_ends_with_its_accuracy(name):
     assert run(name, "--epochs", "3").splitlines()[-1].endswith("on the 300 points")
 
 
@@ -69,7 +69,7 @@ def test_train_digits(tmp_path):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_train_digits_goes_on_from_its_checkpoints(tmp_path):
+def test_train_digits_resumes_from_checkpoints(tmp_path):
     pytest.importorskip("safetensors")
     options = "--epochs", "2", "--picture", "", "--checkpoint", str(tmp_path)
     first = run("train_digits", *options, "--seeds", "1")
@@ -80,7 +80,7 @@ def test_train_digits_goes_on_from_its_checkpoints(tmp_path):
 
 
 @pytest.mark.skipif(nnx.GPU, reason="one full training is enough")
-def test_train_digits_reaches_what_it_promises():
+def test_train_digits_reaches_its_accuracy():
     median = float(run("train_digits", "--picture", "").splitlines()[-1].split("accuracy ")[1].split()[0])
     assert median >= 0.96
 
@@ -99,7 +99,7 @@ def idx(array, gz=False):
 
 @pytest.fixture
 def mnist(tmp_path):
-    """Return a folder with a tiny MNIST: stripes whose place is the label."""
+    """Return a folder with a tiny MNIST: stripes whose position is the label."""
     for part, n in (("train", 400), ("t10k", 50)):
         labels = numpy.arange(n) % 10
         images = 200 * (numpy.arange(28) // 2 == labels[:, None])[:, None, :].repeat(28, axis=1)
@@ -122,7 +122,7 @@ def test_train_mnist(mnist):
         ("train-images-idx3-ubyte", idx(numpy.zeros((2, 28, 28))), "train has 2 images and 400 labels"),
     ],
 )
-def test_train_mnist_says_what_it_expects(mnist, name, content, words):
+def test_train_mnist_error_messages(mnist, name, content, words):
     (mnist / name).unlink()
     if content is not None:
         (mnist / name).write_bytes(content)
@@ -134,12 +134,12 @@ def test_train_mnist_says_what_it_expects(mnist, name, content, words):
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_examples_are_short_and_explain_themselves(path):
+def test_examples_are_short_and_have_help(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 100
     assert run(path.stem, "--help").startswith("usage:")
 
 
-def test_the_code_of_the_readme_runs_and_prints_what_it_says(tmp_path):
+def test_readme_code_runs_and_prints_the_documented_output(tmp_path):
     pytest.importorskip("safetensors")
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     first, own_layer, checkpoints, ranks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -150,7 +150,7 @@ def test_the_code_of_the_readme_runs_and_prints_what_it_says(tmp_path):
 
 
 def output_of(folder, code):
-    """Run `code` as a script of its own, as a reader would who copies it."""
+    """Run `code` as a separate script."""
     (folder / "script.py").write_text(code, encoding="utf-8")
     done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What a file holds, into what it loads, and what a failed save leaves."""
+"""Contents of checkpoint files, loading, and failed saves."""
 
 import json
 import stat
@@ -27,10 +27,10 @@ def assert_equal(model, other):
         numpy.testing.assert_array_equal(to_cpu(p), to_cpu(q))
 
 
-# What is in a file
+# File contents
 
 
-def test_a_person_can_read_what_a_file_holds(tmp_path):
+def test_file_contents_are_human_readable(tmp_path):
     path = tmp_path / "net.safetensors"
     trainer = new_trainer()
     fit(trainer)
@@ -60,7 +60,7 @@ def test_a_person_can_read_what_a_file_holds(tmp_path):
     assert words["nnx.versions"][np.__name__] == np.__version__
 
 
-def test_the_library_reads_our_files_and_we_its(tmp_path):
+def test_files_are_compatible_with_the_safetensors_library(tmp_path):
     path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3, rng=1)
     checkpoint.save(path, model)
     arrays = safetensors.load_file(path)
@@ -72,7 +72,7 @@ def test_the_library_reads_our_files_and_we_its(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_a_model_comes_back_into_the_arrays_that_it_has(dtype, tmp_path):
+def test_load_writes_into_existing_arrays(dtype, tmp_path):
     path = tmp_path / "net.safetensors"
     trainer = new_trainer("SGD", dtype=dtype)
     fit(trainer)
@@ -87,7 +87,7 @@ def test_a_model_comes_back_into_the_arrays_that_it_has(dtype, tmp_path):
 
 
 class OwnNet:
-    """A reader's net: weights of its own, a layer in an attribute, a loss with a weight."""
+    """A user-defined net: its own weights, a layer in an attribute, a loss with a weight."""
 
     def __init__(self, seed):
         rng = numpy.random.default_rng(seed)
@@ -105,7 +105,7 @@ class OwnLoss:
         return x
 
 
-def test_a_readers_own_model_needs_no_names(tmp_path):
+def test_user_defined_model_needs_no_param_names(tmp_path):
     path, net, other = tmp_path / "net.safetensors", OwnNet(1), OwnNet(2)
     checkpoint.save(path, net)
     assert sorted(n for n in header(path) if n[0] != "_") == ["embed.W", "loss.params.0", "params.1", "params.2"]
@@ -114,7 +114,7 @@ def test_a_readers_own_model_needs_no_names(tmp_path):
     assert_equal(other.loss, net.loss)
 
 
-def test_a_parameter_that_is_called_like_state_is_missed(tmp_path):
+def test_parameter_with_the_name_of_state_is_reported_missing(tmp_path):
     net, path = Sequential([MatMul(np.ones((2, 2)))]), tmp_path / "net.safetensors"
     net.state = MatMul(np.ones((2, 2)))
     checkpoint.save(path, net)
@@ -123,7 +123,7 @@ def test_a_parameter_that_is_called_like_state_is_missed(tmp_path):
 
 
 class Remembering(MatMul):
-    """A reader's layer with state of every kind."""
+    """A user-defined layer with state of every type."""
 
     state_names = ("count", "note", "last", "history", "nothing")
 
@@ -133,7 +133,7 @@ class Remembering(MatMul):
         self.last, self.history = np.full(3, float(seed)), [np.full(2, 0.5 * seed), [np.zeros(seed)], 1.5 * seed]
 
 
-def test_a_layer_remembers_numbers_words_arrays_and_lists_of_these(tmp_path):
+def test_layer_state_of_numbers_strings_arrays_and_lists_is_saved(tmp_path):
     path, net, other = tmp_path / "net.safetensors", Sequential([Remembering(2)]), Sequential([Remembering(3)])
     checkpoint.save(path, net)
     checkpoint.load(path, other)
@@ -147,13 +147,13 @@ def test_a_layer_remembers_numbers_words_arrays_and_lists_of_these(tmp_path):
 
 
 @pytest.mark.parametrize("what", [[np.ones(3)], {"W": np.ones(3)}])
-def test_what_is_no_model_is_refused_and_not_saved_as_nothing(what, tmp_path):
+def test_save_rejects_objects_that_are_not_models(what, tmp_path):
     with pytest.raises(TypeError, match=r"checkpoint: expected a model, an object with params, got (list|dict)"):
         checkpoint.save(tmp_path / "net.safetensors", what)
     assert not list(tmp_path.iterdir())
 
 
-def test_two_arrays_of_one_name_are_an_error_and_not_one_array(tmp_path):
+def test_duplicate_array_names_are_an_error(tmp_path):
     net = OwnNet(1)
     for names in ({"param_names": ("", "w", "w")}, {"param_names": ("", "w"), "state_names": ("w",), "w": np.ones(3)}):
         vars(net).update(names)
@@ -163,16 +163,16 @@ def test_two_arrays_of_one_name_are_an_error_and_not_one_array(tmp_path):
 
 
 class Branches:
-    """A reader's net with its layers in a dict, and lists in it."""
+    """A user-defined net with its layers in a dict of lists."""
 
     def __init__(self, seed):
         norms = [BatchNorm(np.ones(2), np.zeros(2)) for _ in range(2)]
         self.layers = {"first": norms[0], "blocks": [[ReLU()], [norms[1], Dropout(0.5, rng=seed)]]}
-        self.layers["again"] = self.layers  # is not walked round and round
+        self.layers["again"] = self.layers  # a reference cycle
         self.params, self.grads = [p for n in norms for p in n.params], [g for n in norms for g in n.grads]
 
 
-def test_layers_in_dicts_and_lists_of_lists_keep_their_state(tmp_path):
+def test_layers_in_dicts_and_nested_lists_are_saved(tmp_path):
     path, net, other = tmp_path / "net.safetensors", Branches(1), Branches(2)
     norm, dropout = net.layers["blocks"][1]
     norm.forward(np.asarray([[1.0, 2.0], [3.0, 5.0]]))
@@ -184,7 +184,7 @@ def test_layers_in_dicts_and_lists_of_lists_keep_their_state(tmp_path):
     assert second.seed == dropout.seed
 
 
-def test_what_is_saved_loads_complex_weights_and_numpys_numbers_too(tmp_path):
+def test_complex_weights_and_numpy_scalars_round_trip(tmp_path):
     path, net, other = tmp_path / "net.safetensors", OwnNet(1), OwnNet(2)
     for model, value in ((net, 1j), (other, 0)):
         model.params.append(np.full(3, value, "complex64"))
@@ -196,7 +196,7 @@ def test_what_is_saved_loads_complex_weights_and_numpys_numbers_too(tmp_path):
 
 
 class OwnOptimizer:
-    """A reader's optimizer: what it remembers are attributes; some cannot be saved, and stay."""
+    """A user-defined optimizer with state in attributes, some of which cannot be saved and are left unchanged."""
 
     def __init__(self):
         self.rate, self.h, self.schedule, self.note = 0.5, None, abs, "mine"
@@ -209,7 +209,7 @@ class OwnOptimizer:
         self.rate *= 0.9
 
 
-def test_a_readers_own_optimizer_goes_on(tmp_path):
+def test_user_defined_optimizer_resumes(tmp_path):
     x, t = nnx.spiral.load_data()
     path = tmp_path / "net.safetensors"
     model, optimizer = TwoLayerNet(2, 10, 3, rng=1), OwnOptimizer()
@@ -238,7 +238,7 @@ def test_shared_weights_are_saved_once_and_stay_shared(tmp_path):
         checkpoint.load(path, untied)
 
 
-def test_weights_of_any_layout_and_no_numbers_are_weights(tmp_path):
+def test_weights_of_any_layout_and_empty_weights_round_trip(tmp_path):
     path = tmp_path / "net.safetensors"
     W = asarray([[numpy.nan, numpy.inf, -0.0], [1, 2, 3]])
     model, other = Sequential([MatMul(W.T)]), Sequential([MatMul(np.zeros((3, 2)))])
@@ -247,7 +247,7 @@ def test_weights_of_any_layout_and_no_numbers_are_weights(tmp_path):
     assert to_cpu(other.params[0]).tobytes() == to_cpu(W.T).tobytes("C")
 
 
-def test_a_file_has_the_rights_of_any_new_one(tmp_path):
+def test_new_file_has_default_permissions(tmp_path):
     path, plain = tmp_path / "net.safetensors", tmp_path / "plain"
     checkpoint.save(path, TwoLayerNet(2, 10, 3))
     plain.touch()
@@ -255,7 +255,7 @@ def test_a_file_has_the_rights_of_any_new_one(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="rights and links of Unix")
-def test_a_file_keeps_its_rights_and_a_link_its_target(tmp_path):
+def test_overwriting_keeps_permissions_and_symlinks(tmp_path):
     (tmp_path / "there").mkdir()
     path, link = tmp_path / "there" / "net.safetensors", tmp_path / "link.safetensors"
     checkpoint.save(path, TwoLayerNet(2, 10, 3, rng=1))
@@ -273,7 +273,7 @@ def test_a_file_keeps_its_rights_and_a_link_its_target(tmp_path):
 
 
 def linear_file(path):
-    """Write what torch saves of Sequential(Linear(4, 5), ReLU(), Linear(5, 3)), by hand; return its arrays."""
+    """Write the file PyTorch saves for Sequential(Linear(4, 5), ReLU(), Linear(5, 3)); return its arrays."""
     rng = numpy.random.default_rng(0)
     shapes = {"0.weight": (5, 4), "0.bias": (5,), "2.weight": (3, 5), "2.bias": (3,)}
     arrays = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
@@ -300,7 +300,7 @@ def linear_net():
     return Sequential([Affine(W1, b1), ReLU(), Affine(W2, b2)])
 
 
-def test_weights_of_torchs_layout_load_and_are_saved_back(tmp_path):
+def test_pytorch_layout_loads_and_saves(tmp_path):
     path, back, net = tmp_path / "torch.safetensors", tmp_path / "back.safetensors", linear_net()
     arrays = linear_file(path)
     checkpoint.load(path, net, keys=KEYS, transpose=TURNED)
@@ -313,7 +313,7 @@ def test_weights_of_torchs_layout_load_and_are_saved_back(tmp_path):
     checkpoint.load(back, net, keys=KEYS, transpose=TURNED)
 
 
-def test_weights_go_to_torch_and_back(tmp_path):
+def test_round_trip_through_pytorch(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file, save_file
 
@@ -331,7 +331,7 @@ def test_weights_go_to_torch_and_back(tmp_path):
         numpy.testing.assert_allclose(to_cpu(net.predict(x)), theirs(torch.tensor(x)).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_keys_can_leave_arrays_of_a_file_out(tmp_path):
+def test_keys_can_omit_arrays_of_a_file(tmp_path):
     path, first = tmp_path / "torch.safetensors", Sequential(linear_net().layers[:1])
     arrays = linear_file(path)
     some = {name: own for name, own in KEYS.items() if name[0] == "0"}
@@ -350,7 +350,7 @@ def test_keys_can_leave_arrays_of_a_file_out(tmp_path):
         ({"transpose": ["layers.0.w"]}, r"transpose names layers\.0\.w, and the file has layers\.0\.W"),
     ],
 )
-def test_keys_that_name_nothing_are_refused_both_ways(options, words, tmp_path):
+def test_unknown_keys_are_rejected_by_load_and_save(options, words, tmp_path):
     path, net = tmp_path / "net.safetensors", linear_net()
     with pytest.raises(ValueError, match=words):
         checkpoint.save(path, net, **options)
@@ -390,7 +390,7 @@ def test_transpose_may_be_any_iterable_of_names(of, tmp_path):
         ({"keys": {"a": 0}}, "keys must be a dict of names"),
     ],
 )
-def test_keys_and_transpose_that_are_no_names_are_refused(options, words, tmp_path):
+def test_keys_and_transpose_must_be_names(options, words, tmp_path):
     path, net = tmp_path / "net.safetensors", square_net(1)
     with pytest.raises(TypeError, match=words):
         checkpoint.save(path, net, **options)
@@ -417,10 +417,10 @@ def test_names_of_a_callback_must_be_a_list():
     assert trainer.current_epoch == trainer.iteration == 0
 
 
-# What does not fit
+# Mismatches
 
 
-def test_one_error_lists_every_difference_and_nothing_is_loaded(tmp_path):
+def test_error_lists_every_mismatch_and_nothing_is_loaded(tmp_path):
     path = tmp_path / "net.safetensors"
     checkpoint.save(
         path,
@@ -460,7 +460,7 @@ def test_one_error_lists_every_difference_and_nothing_is_loaded(tmp_path):
 
 
 @pytest.mark.skipif(nnx.GPU, reason="CuPy's arrays can all be written to")
-def test_arrays_that_cannot_be_written_to_are_seen_before_any_is(tmp_path):
+def test_read_only_arrays_are_detected_before_any_is_written(tmp_path):
     path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3, rng=1)
     checkpoint.save(path, TwoLayerNet(2, 10, 3, rng=2))
     model.params[2].flags.writeable = False
@@ -471,7 +471,7 @@ def test_arrays_that_cannot_be_written_to_are_seen_before_any_is(tmp_path):
         numpy.testing.assert_array_equal(p, q)
 
 
-def test_settings_of_an_optimizer_must_be_there_and_of_their_kind(tmp_path):
+def test_optimizer_settings_must_exist_with_the_right_type(tmp_path):
     path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
     optimizer = nnx.SGD(0.5)
     optimizer.clip, optimizer.lr = 3.0, "fast"
@@ -485,7 +485,7 @@ def test_settings_of_an_optimizer_must_be_there_and_of_their_kind(tmp_path):
     assert mine.lr == 0.1
 
 
-def test_state_that_is_not_of_the_parameters_shapes_is_refused(tmp_path):
+def test_optimizer_state_of_wrong_shape_is_rejected(tmp_path):
     path, trainer = tmp_path / "net.safetensors", new_trainer("Momentum")
     fit(trainer)
     trainer.optimizer.v[0] = np.zeros((3, 3), "float32")
@@ -494,7 +494,7 @@ def test_state_that_is_not_of_the_parameters_shapes_is_refused(tmp_path):
         checkpoint.load(path, trainer.model, nnx.Momentum())
 
 
-def test_what_cannot_be_saved_is_named(tmp_path):
+def test_error_names_what_cannot_be_saved(tmp_path):
     path = tmp_path / "net.safetensors"
     model = Sequential([Dropout(0.5)])
     model.layers[0].seed = {"a": object()}
@@ -505,10 +505,10 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     assert not path.exists()
 
 
-# What a failed save leaves
+# Failed saves
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file_and_no_other(tmp_path, monkeypatch):
     path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
     checkpoint.save(path, model)
     before = path.read_bytes()
@@ -524,7 +524,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
         checkpoint.save(tmp_path / "nowhere" / path.name, model)
 
 
-def test_safetensors_is_wanted_only_where_something_is_saved(tmp_path, monkeypatch):
+def test_safetensors_is_only_required_for_saving(tmp_path, monkeypatch):
     path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
     checkpoint.save(path, model)
     monkeypatch.setitem(sys.modules, "safetensors", None)

@@ -1,4 +1,4 @@
-"""The comparison with the peers writes its rows, and names the peers that are absent."""
+"""The comparison with other libraries writes its rows, and reports libraries that are absent."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ on_linux = pytest.mark.skipif(nnx.GPU or sys.platform != "linux", reason="the co
 
 
 def compare(*patterns, out, path=ROOT):
-    """Run the comparison, and return what it printed, its groups and its tables."""
+    """Run the comparison, and return its output, groups and tables."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)]), "OPENBLAS_CORETYPE": "Haswell"}
     command = [sys.executable, "-m", "benchmarks.compare", "--quick", "--only", *patterns, "--out", out]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -33,7 +33,7 @@ def compare(*patterns, out, path=ROOT):
 
 @on_linux
 def test_compare_without_peers(tmp_path):
-    for peer in ("torch", "jax"):  # absent, also where they are installed
+    for peer in ("torch", "jax"):  # absent, even if installed
         (tmp_path / f"{peer}.py").write_text(f"raise ImportError('{peer} is not installed')\n", encoding="utf-8")
     printed, groups, table = compare(WORKLOAD, "layers/ReLU 32x64", out=tmp_path / "results", path=tmp_path)
     assert printed.startswith("warning: OPENBLAS_CORETYPE=Haswell")
@@ -62,12 +62,12 @@ def test_compare_layers(tmp_path):
     assert f"| all | {statistics.geometric_mean(ratios.values()):.2f} |" in table
 
 
-def test_the_readme_quotes_the_committed_results():
+def test_readme_quotes_the_committed_results():
     result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     quoted = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines)}
     for group, rows in result["groups"].items():
-        if group in ("layers", "data"):  # tables of their own
+        if group in ("layers", "data"):  # separate tables
             continue
         rows = {row["variant"]: row for row in rows}
         nnx_row = rows["nnx"]
@@ -79,7 +79,7 @@ def test_the_readme_quotes_the_committed_results():
         assert quoted[group] == cells, group
 
 
-def test_a_step_is_taken_apart_in_its_order():
+def test_take_apart_lists_the_parts_in_execution_order():
     parts = take_apart("6-5-4-3/20", seconds=0.05)
     assert [name for name, _, _ in parts] == [
         *("Affine 1 forward", "Sigmoid 1 forward", "Affine 2 forward", "Sigmoid 2 forward", "Affine 3 forward"),
@@ -87,5 +87,5 @@ def test_a_step_is_taken_apart_in_its_order():
         *("Affine 3 backward", "Sigmoid 2 backward", "Affine 2 backward", "Sigmoid 1 backward", "Affine 1 backward"),
         "SGD update",
     ]
-    assert sum(seconds for _, seconds, _ in parts) > 0  # of one part the clock may take more
+    assert sum(seconds for _, seconds, _ in parts) > 0  # a single part may be shorter than the clock's overhead
     assert [products != 0 for name, _, products in parts] == ["Affine" in name for name, _, _ in parts]

@@ -1,4 +1,4 @@
-"""Every CUDA kernel against its portable reference, in one process; compiled for the devices users have."""
+"""Every CUDA kernel compared with its portable reference, and compiled for common devices."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ NAMES = [name for name in CASES if getattr(cuda, name, None) not in (None, getat
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_is_the_portable_kernel(name, dtype, layout):
+def test_kernel_matches_portable(name, dtype, layout):
     for shape in CASES[name][0]:
         case = name, shape, dtype, layout
         for weighted in (False, True) if "weight" in inspect.signature(getattr(cuda, name)).parameters else (False,):
-            if weighted and 0 in shape:  # which losses refuse
+            if weighted and 0 in shape:  # rejected by losses
                 continue
             ours, expected = (outcome(module, *case, weighted=weighted) for module in (cuda, portable))
-            assert_same(ours, expected, 4 * TOLERANCE[dtype])  # sums of many elements differ by several roundings
+            assert_same(ours, expected, 4 * TOLERANCE[dtype])  # sums of many elements accumulate rounding errors
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_repeat_is_equal_to_the_last_bit(name):
+def test_results_are_reproducible_bit_for_bit(name):
     for shape in CASES[name][0]:
         first, second = (outcome(nnx.kernels, name, shape, "float32", "C") for _ in range(2))
         for a, b in zip(first, second, strict=True):
             assert to_cpu(a).tobytes() == to_cpu(b).tobytes()
 
 
-def test_names_and_arguments_are_those_of_the_reference():
+def test_names_and_signatures_match_portable():
     assert {*portable.__all__} - {*NAMES} == {"accumulation_dtype", "can_update", "in_range"}
     for name in portable.__all__:
         bound = getattr(cuda if name in NAMES else portable, name)
@@ -64,7 +64,7 @@ def test_names_and_arguments_are_those_of_the_reference():
         ("batch_norm", (3, 300_000)),
     ],
 )
-def test_more_than_the_grid_holds(name, shape):
+def test_more_elements_than_the_grid(name, shape):
     assert_same(outcome(cuda, name, shape, "float32", "C"), outcome(portable, name, shape, "float32", "C"), 1e-4)
 
 
@@ -92,7 +92,7 @@ def test_a_bad_label_makes_its_row_and_the_loss_nan(bad, label_dtype):
 
 @pytest.mark.parametrize("zeros", [0, 20, 250])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinite_and_large_scores_have_their_limits(dtype, zeros):
+def test_infinite_and_large_scores_give_the_limits(dtype, zeros):
     inf, nan = numpy.inf, numpy.nan
     rows = [[inf, 0, 1], [inf, inf, 0], [-inf, 0, 0], [-inf, -inf, -inf], [nan, 0, 1], [1e4, 0, 0], [0, nan, inf]]
     rows = [row + [0] * zeros for row in rows]
@@ -107,7 +107,7 @@ def test_infinite_and_large_scores_have_their_limits(dtype, zeros):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "sigmoid", "relu_grad", "tanh_grad", "gelu_grad"])
-def test_extreme_elements_give_what_the_reference_gives(name, dtype):
+def test_extreme_values_match_portable(name, dtype):
     x = np.asarray(numpy.array([-numpy.inf, -6e4, -1.0, -0.0, 0.0, 1e-7, 6e4, numpy.inf, numpy.nan], dtype))
     given = [x, np.asarray(numpy.array([1, -1, numpy.inf, 2, 3, 4, 5, 6, 7], dtype))][: 1 + name.endswith("grad")]
     given.reverse()  # dout, x
@@ -116,7 +116,7 @@ def test_extreme_elements_give_what_the_reference_gives(name, dtype):
 
 @pytest.mark.parametrize("offset", [0, 1e4])
 @pytest.mark.parametrize("name", ["batch_norm", "layer_norm"])
-def test_the_variance_of_numbers_far_from_0_does_not_cancel(name, offset):
+def test_variance_of_values_far_from_0_does_not_cancel(name, offset):
     rng = numpy.random.default_rng(0)
     x = (rng.normal(size=(2000, 40)) + offset).astype("float32")
     row, others = np.ones(40, "float32"), {"batch_norm": [np.zeros(40, "float32"), np.ones(40, "float32"), 0.9]}
@@ -128,18 +128,18 @@ def test_the_variance_of_numbers_far_from_0_does_not_cancel(name, offset):
 
 
 @pytest.mark.parametrize(("dtype", "mean"), [("float32", 1.9e19), ("float64", 1e160)])
-def test_the_variance_of_columns_far_from_0_is_a_number(dtype, mean):
+def test_variance_of_columns_far_from_0_is_finite(dtype, mean):
     x, row = np.full((2000, 3), mean, dtype), np.ones(3, dtype)
     y, _, rstd = cuda.batch_norm(x, row, 0 * row, 0 * row, row.copy(), 0.9, 1e-5)
     assert bool(np.isfinite(y).all() & np.isfinite(rstd).all())
 
 
-def test_a_bias_of_another_dtype_is_read_as_numbers():
+def test_bias_of_another_dtype_is_converted():
     x, b = np.zeros((4, 3), "float32"), np.asarray([1.0, 2.0, 3.0])
     assert to_cpu(cuda.affine(x, np.zeros((3, 3), "float32"), b)).tolist() == [[1, 2, 3]] * 4
 
 
-def test_sigmoid_is_right_in_both_tails():
+def test_sigmoid_is_accurate_in_both_tails():
     x = np.asarray(numpy.array([-1e4, -80, 0, 80, 1e4, -numpy.inf, numpy.inf, numpy.nan], "float32"))
     assert_same([cuda.sigmoid(x)], [portable.sigmoid(x)], 1e-6)
     assert to_cpu(cuda.sigmoid(x))[[0, 2, 4]].tolist() == [0, 0.5, 1]
@@ -148,7 +148,7 @@ def test_sigmoid_is_right_in_both_tails():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dout", [1, 0.5, "float16", "float32", "float64"])
 @pytest.mark.parametrize("name", ["softmax_loss_grad", "sigmoid_loss_grad", "squared_error_grad"])
-def test_the_gradient_of_a_loss_is_a_number_or_an_array_without_axes(name, dout, dtype):
+def test_loss_backward_accepts_scalars_and_0d_arrays(name, dout, dtype):
     number = dout if not isinstance(dout, str) else np.full((), 0.5, dout)
     x, t, *_ = arguments(CASES[name][1], (5, 7), dtype, "C")
     expected = getattr(portable, name)(x, t, float(number), None)
@@ -161,7 +161,7 @@ def test_a_scaled_float16_loss_gradient_does_not_overflow():
 
 
 @pytest.mark.parametrize("name", ["sgd", "clip_grads"])
-def test_one_list_may_hold_several_dtypes_and_layouts(name):
+def test_lists_of_mixed_dtypes_and_layouts(name):
     def lists():
         columns = [arguments(["list", "list"], (5, 7), dtype, "C") for dtype in DTYPES]
         params = [a for column in columns for a in column[0]] + [np.ones((4, 3)).T, np.ones((6, 4))[:, ::2]]
@@ -176,7 +176,7 @@ def test_one_list_may_hold_several_dtypes_and_layouts(name):
 
 
 @pytest.mark.parametrize("dtypes", [["float32"], ["float64"], DTYPES, DTYPES[::-1]])
-def test_clip_grads_leaves_all_as_it_is_where_the_norm_is_small_or_no_number(dtypes):
+def test_clip_grads_changes_nothing_for_a_small_or_nonfinite_norm(dtypes):
     grads = [np.full((3, 5), 0.5, dtype) for dtype in dtypes]
     cuda.clip_grads(grads, 100.0)
     assert all(bool((g == 0.5).all()) for g in grads)
@@ -187,7 +187,7 @@ def test_clip_grads_leaves_all_as_it_is_where_the_norm_is_small_or_no_number(dty
             assert all(bool((g.ravel()[1:] == 0.5).all()) for g in grads)
             numpy.testing.assert_array_equal(to_cpu(grads[i][0, 0]), value)
         grads[i][0, 0] = 0.5
-    cuda.clip_grads(grads, 1.0)  # and nothing is kept of the sums before
+    cuda.clip_grads(grads, 1.0)  # previous sums are not kept
     numpy.testing.assert_allclose(sum(float((g.astype("float64") ** 2).sum()) for g in grads), 1, rtol=2e-3)
 
 
@@ -210,9 +210,9 @@ def test_the_squares_of_gradients_do_not_overflow(values, max_norm):
         numpy.testing.assert_allclose(to_cpu(a), to_cpu(b), rtol=1e-3 if a.dtype == "float16" else 1e-6)
 
 
-def test_a_table_is_never_used_for_other_arrays():
+def test_multi_tensor_table_is_not_reused_for_other_arrays():
     memory, grad = np.zeros(64, "float32"), np.ones(64, "float32")
-    for shape in [(4, 4), (16,), (8, 4), (2,)]:  # at one address, one after the other
+    for shape in [(4, 4), (16,), (8, 4), (2,)]:  # at the same address, sequentially
         p, g = (a[: int(numpy.prod(shape))].reshape(shape) for a in (memory, grad))
         memory[...] = 0
         cuda.sgd([p], [g], 1.0, 1.0)
@@ -221,20 +221,20 @@ def test_a_table_is_never_used_for_other_arrays():
     half[...] = 0
     cuda.sgd([half[:2]], [np.ones(2, "float16")], 1.0, 1.0)
     assert to_cpu(half[:3]).tolist() == [-1, -1, 0]
-    for _ in range(3):  # freed and made again
+    for _ in range(3):  # freed and reallocated
         p = np.zeros((5, 5), "float32")
         cuda.sgd([p], [np.ones((5, 5), "float32")], 1.0, 1.0)
         assert bool((p == -1).all())
         del p
 
 
-def test_an_array_that_stands_twice_is_treated_one_after_the_other():
+def test_duplicate_arrays_are_updated_sequentially():
     p = np.zeros(9000, "float32")
     grads = [np.full(9000, 1, "float32"), np.full(9000, 2, "float32")]
     assert cuda._multi_tensor_tables([p, p[10:]], [grads[0], grads[1][10:]]) == (
         [],
         [0, 1],
-    )  # one launch would be a race
+    )  # a single launch would be a race condition
     cuda.sgd([p, p], grads, 1.0, 1.0)
     assert bool((p == -3).all())
 
@@ -258,7 +258,7 @@ def test_an_array_that_stands_twice_is_treated_one_after_the_other():
         (lambda: cuda.squared_error(np.ones(3), np.ones(3), np.ones(4)), "weight must have a number for each group"),
     ],
 )
-def test_a_wrong_shape_is_refused(call, message):
+def test_wrong_shapes_are_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -266,7 +266,7 @@ def test_a_wrong_shape_is_refused(call, message):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("of_W", ["turned", "columns", "every second"])
 @pytest.mark.parametrize("of_x", ["turned", "columns", "every second", "backwards", "broadcast"])
-def test_products_read_every_layout(of_x, of_W, dtype):
+def test_products_of_every_layout(of_x, of_W, dtype):
     def matrix(layout, rows, columns):
         a = np.asarray(numpy.random.default_rng(rows).normal(size=(20, 20)).astype(dtype))
         return {
@@ -287,8 +287,8 @@ def test_products_read_every_layout(of_x, of_W, dtype):
         assert_same(results, expected, TOLERANCE[dtype])
 
 
-def test_products_in_a_lower_precision_are_left_to_cupy(monkeypatch):
-    """CUPY_TF32=1 chooses the tensor cores' short floats, which CuPy alone decides about."""
+def test_reduced_precision_products_are_delegated_to_cupy(monkeypatch):
+    """CUPY_TF32=1 selects TF32 on tensor cores, which is implemented by CuPy."""
     core = pytest.importorskip("cupy._core._routines_linalg")
     x, W = np.ones((4, 5), "float32"), np.ones((5, 6), "float32")
     cuda._gemm_plan.cache_clear()
@@ -311,7 +311,7 @@ def test_products_in_a_lower_precision_are_left_to_cupy(monkeypatch):
         lambda a, row: cuda.clip_grads([a], 0.1),
     ],
 )
-def test_arrays_of_another_device_are_refused(call, monkeypatch):
+def test_arrays_on_another_device_are_rejected(call, monkeypatch):
     a, row = np.ones((3, 3), "float32"), np.ones(3, "float32")
     monkeypatch.setattr(cuda, "getDevice", lambda: 1)
     with pytest.raises(ValueError, match="the arrays are on GPU 0, but the current GPU is 1"):
@@ -319,7 +319,7 @@ def test_arrays_of_another_device_are_refused(call, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int64", "uint8", "float16", "bool"])
-def test_gather_takes_rows_of_any_dtype_and_indices_from_the_host(dtype):
+def test_gather_of_any_dtype_with_host_indices(dtype):
     x = np.asarray(numpy.random.default_rng(0).integers(0, 2, (50, 3, 5)).astype(dtype))
     for data in (x, x[:, 0, 0], x[1:, :1, :1], x[:, ::2]):
         idx = numpy.random.default_rng(1).permutation(len(data))[:20]
@@ -327,15 +327,15 @@ def test_gather_takes_rows_of_any_dtype_and_indices_from_the_host(dtype):
             assert_same([cuda.gather(data, indices)], [data[np.asarray(idx)]], 0)
 
 
-def test_a_weight_gradient_of_another_shape_is_not_filled():
+def test_weight_gradient_of_another_shape_is_rejected():
     layer = nnx.MatMul(np.ones((3, 5)))
-    layer.grads[0] = np.zeros((5, 3))  # as many elements, which is all that CuPy looks at
+    layer.grads[0] = np.zeros((5, 3))  # the same size, which is all that CuPy checks
     layer.forward(np.ones((2, 3)))
     with pytest.raises(ValueError, match="dW"):
         layer.backward(np.ones((2, 5)))
 
 
-def test_streams_and_threads_have_a_scratch_of_their_own():
+def test_each_stream_and_thread_has_its_own_workspace():
     x, t = np.asarray(numpy.eye(5, dtype="float32")), np.arange(5)
     expected, scratches, losses = float(cuda.softmax_loss(x, t, None)[0]), set(), []
     together = threading.Barrier(2)
@@ -358,7 +358,7 @@ def test_streams_and_threads_have_a_scratch_of_their_own():
     assert len(scratches) == 4
 
 
-def test_a_training_step_never_waits():
+def test_training_step_does_not_synchronize():
     import cupyx
 
     model, optimizer = nnx.TwoLayerNet(6, 5, 4, rng=0), nnx.SGD(0.1)
@@ -375,8 +375,8 @@ def test_a_training_step_never_waits():
     assert not numpy.array_equal(before, to_cpu(model.params[0]))
 
 
-def test_a_stream_is_used_before_it_is_captured():
-    """Else the counters' zeros would be recorded and not written."""
+def test_stream_capture_requires_prior_use():
+    """Otherwise the zeroing of the counters would be captured instead of executed."""
     with np.cuda.Stream(non_blocking=True) as stream:
         stream.begin_capture()
         try:
@@ -403,7 +403,7 @@ def test_every_kernel_compiles_for(dtype, arch):
 
 
 def sources(dtype):
-    """What cuda.py compiles for `dtype`: the kernels of rows for each size of a threads_per_row, and all others."""
+    """The sources that cuda.py compiles for `dtype`: row kernels for each threads_per_row, and all others."""
     for threads_per_row in (0, 4, 32, 256, 1024):
         yield f"team_of_{threads_per_row}", cuda._module(numpy.dtype(dtype).char, threads_per_row).code
 

@@ -1,4 +1,4 @@
-"""Files damaged, forged and foreign: each is refused in words, costs little, and changes nothing."""
+"""Damaged, forged and foreign files are rejected with a clear error, at low cost, without changing anything."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytest.importorskip("safetensors")
 
 
 def base_files(folder):
-    """Return the bytes of files of ours: of a model, with an optimizer, with a trainer."""
+    """Return the bytes of files of a model, with an optimizer, with a trainer."""
     trainer = new_trainer()
     fit(trainer)
     path, files = folder / "base.safetensors", []
@@ -29,7 +29,7 @@ def base_files(folder):
 
 
 def damaged(rng, data):
-    """Return (what was done, the bytes after it)."""
+    """Return (description of the damage, damaged bytes)."""
     length = int.from_bytes(data[:8], "little")
     text, body = data[8 : 8 + length], data[8 + length :]
     way = rng.choice(["cut", "bits", "bits of the header", "bytes", "length", "longer", "header", "header", "header"])
@@ -104,7 +104,7 @@ HEADERS = {
 
 
 def check_damaged(count, folder, seed):
-    """Load `count` damaged files; each must be refused in words, change nothing, and cost hardly any memory."""
+    """Load `count` damaged files; each must raise a clear error, change nothing, and use little memory."""
     rng = random.Random(seed)
     files, path = base_files(folder), folder / "damaged.safetensors"
     trainer = new_trainer(seed=2)
@@ -134,13 +134,13 @@ def check_damaged(count, folder, seed):
     return seen, peak
 
 
-def test_damaged_files_are_refused(tmp_path):
+def test_damaged_files_are_rejected(tmp_path):
     check_damaged(300, tmp_path, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(5))
-def test_five_thousand_damaged_files_are_refused(part, tmp_path):
+def test_five_thousand_damaged_files_are_rejected(part, tmp_path):
     seen, peak = check_damaged(1000, tmp_path, 1 + part)
     print(f"{sum(seen.values())} files damaged in {len(seen)} ways, at most {peak / 2**20:.1f} MiB more: {seen}")
     assert seen.keys() >= HEADERS.keys()
@@ -167,7 +167,7 @@ def _entry(begin, end, shape=(1,), dtype="F32"):
         (b" " * (1 << 24) + b"{}", 0, "exceeds the limit of 16777216"),
     ],
 )
-def test_files_without_a_digest_are_looked_at_too(words, data, reason, tmp_path):
+def test_invalid_files_without_a_digest_are_rejected(words, data, reason, tmp_path):
     path = tmp_path / "foreign.safetensors"
     path.write_bytes(with_header(words, bytes(data)))
     with pytest.raises(ValueError, match=reason):
@@ -215,7 +215,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_a_file_with_a_right_digest_is_not_trusted_either(what, tmp_path):
+def test_invalid_files_with_a_valid_digest_are_rejected(what, tmp_path):
     path, trainer = tmp_path / "net.safetensors", new_trainer(generator="RandomState")
     fit(trainer, At(8, lambda: checkpoint.save(path, trainer.model, trainer.optimizer, trainer)))
     with nnx.storage.open_checked(path) as file:
@@ -233,7 +233,7 @@ def test_a_file_with_a_right_digest_is_not_trusted_either(what, tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new"), [(b'"F64"', b'"I64"'), (b"[2,3]", b"[3,2]"), (b"numbers", b"letters")])
-def test_the_digest_is_of_dtypes_shapes_and_metadata_too(old, new, tmp_path):
+def test_digest_covers_dtypes_shapes_and_metadata(old, new, tmp_path):
     path = tmp_path / "net.safetensors"
     nnx.storage.atomic_save(path, {"a": numpy.ones((2, 3))}, {"what": "numbers"})
     data = path.read_bytes()
@@ -249,7 +249,7 @@ class Evil:
 
 
 def foreign(folder):
-    """Make files that are none of ours; return their paths."""
+    """Create files in other formats; return their paths."""
     (folder / "pickle").write_bytes(pickle.dumps(Evil()))
     numpy.savez(folder / "objects.npz", numpy.array([Evil(), None]))
     numpy.save(folder / "array.npy", numpy.zeros(1000))
@@ -266,7 +266,7 @@ def foreign(folder):
     yield Path("/dev/zero")
 
 
-def test_foreign_files_are_refused_and_run_nothing(tmp_path, monkeypatch):
+def test_foreign_files_are_rejected_without_running_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = TwoLayerNet(2, 10, 3, rng=1)
     before = values(model)
@@ -279,7 +279,7 @@ def test_foreign_files_are_refused_and_run_nothing(tmp_path, monkeypatch):
         numpy.testing.assert_array_equal(p, q)
 
 
-def test_a_file_that_one_may_not_read_is_refused(tmp_path):
+def test_unreadable_file_is_an_error(tmp_path):
     path = tmp_path / "net.safetensors"
     checkpoint.save(path, TwoLayerNet(2, 10, 3))
     path.chmod(0)

@@ -1,11 +1,11 @@
-"""The spiral is the source's, number by number."""
+"""The spiral equals the book's, bit for bit."""
 
 import numpy
 
 from nnx import spiral
 
 
-def test_spiral_is_the_sources_bit_for_bit():
+def test_spiral_equals_the_books_bit_for_bit():
     x, t = spiral.load_data()
     state = numpy.random.RandomState(1984)
     for j in range(3):
@@ -19,7 +19,7 @@ def test_spiral_is_the_sources_bit_for_bit():
     assert (t.sum(axis=1) == 1).all()
 
 
-def test_spiral_leaves_the_global_generator_alone():
+def test_spiral_does_not_change_the_global_generator():
     numpy.random.seed(5)
     expected = numpy.random.rand()
     numpy.random.seed(5)

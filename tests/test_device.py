@@ -7,30 +7,30 @@ import nnx
 from nnx import asarray, np, to_cpu, to_gpu
 
 
-def test_asarray_gives_arrays_of_the_active_module():
+def test_asarray_returns_arrays_of_the_array_module():
     for x in ([1, 2], (1.5, 2), numpy.arange(3), np.arange(3), 3, True):
         assert isinstance(asarray(x), np.ndarray)
     assert asarray([1, 2], "float32").dtype == np.float32
 
 
-def test_asarray_makes_no_copy_without_need():
+def test_asarray_avoids_copies():
     x = np.arange(3.0)
     assert asarray(x) is x
     assert asarray(x, "float64") is x
 
 
 @pytest.mark.parametrize("x", ["abc", None, [None], ["a"], {1: 2}, numpy.array("2026", "M8"), 1j])
-def test_asarray_refuses_what_holds_no_real_numbers(x):
+def test_asarray_rejects_non_real_data(x):
     with pytest.raises(TypeError, match="asarray: expected real numbers"):
         asarray(x)
 
 
-def test_asarray_refuses_ragged_lists():
+def test_asarray_rejects_ragged_lists():
     with pytest.raises(ValueError, match="asarray: expected an array or a list of numbers, got list"):
         asarray([[1, 2], [3]])
 
 
-def test_to_cpu_gives_numpy_whatever_comes():
+def test_to_cpu_returns_numpy_arrays():
     for x in ([1, 2], np.arange(3), numpy.arange(3), np.arange(3).sum(), 1.5):
         assert isinstance(to_cpu(x), numpy.ndarray)
 
@@ -47,7 +47,7 @@ def test_synchronize_returns():
     assert nnx.synchronize() is None
 
 
-def test_a_mask_is_not_lost():
+def test_masked_arrays_are_rejected():
     masked = numpy.ma.masked_array([[1.0, 2.0]], mask=[[False, True]])
     for read in (
         nnx.asarray,
@@ -59,13 +59,13 @@ def test_a_mask_is_not_lost():
 
 
 class Own(numpy.ndarray):
-    """A subclass, as numpy.matrix is, in which operators may mean something else."""
+    """A subclass such as numpy.matrix, whose operators may be redefined."""
 
 
 @pytest.mark.skipif(nnx.GPU, reason="CuPy has no subclasses and no foreign byte order")
 @pytest.mark.parametrize("layer", [nnx.Sigmoid, nnx.Tanh, nnx.ReLU, nnx.GELU, nnx.Softmax, nnx.Dropout])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_layers_compute_with_plain_native_arrays_whatever_comes(layer, dtype):
+def test_layers_convert_inputs_to_plain_native_arrays(layer, dtype):
     x = numpy.array([[1, 2], [3, -4]], dtype)
     want, wants_grad = layer(), numpy.array([[1, 2], [0.5, 1]], dtype)
     y = want.forward(x)
@@ -84,7 +84,7 @@ def test_layers_compute_with_plain_native_arrays_whatever_comes(layer, dtype):
             numpy.testing.assert_array_equal(a, b)
 
 
-def test_a_gradient_that_a_layer_did_not_return_is_told():
+def test_missing_gradient_is_an_error():
     net = nnx.Sequential([nnx.Tanh(), nnx.MatMul(np.ones((2, 3)), input_grad=False)], nnx.SoftmaxWithLoss())
     net.forward(numpy.ones((4, 2)), [0, 1, 2, 0])
     with pytest.raises(ValueError, match=r"Tanh.backward: dout is None; the next layer was probably created with"):
@@ -92,17 +92,17 @@ def test_a_gradient_that_a_layer_did_not_return_is_told():
 
 
 @pytest.mark.skipif(not nnx.GPU, reason="the memory of a GPU")
-def test_what_the_pool_keeps_and_what_is_there_already_does_not_count(monkeypatch):
+def test_free_bytes_include_the_memory_pool(monkeypatch):
     device = nnx.device
     np.get_default_memory_pool().free_all_blocks()
-    kept = np.get_default_memory_pool().free_bytes()  # beside arrays that are in use
+    kept = np.get_default_memory_pool().free_bytes()  # excluding arrays in use
     monkeypatch.setattr(device._cupy.cuda.runtime, "memGetInfo", lambda: ((1 << 20) - kept, 1 << 30))
     host = numpy.zeros(3 << 18, "float32")  # 3 MiB
     assert not device.fits_on_device(host)
     there = np.zeros(8 << 20, "uint8")
     assert device.fits_on_device(there)
     assert device.chunk_bytes(there) < 2 << 20
-    del there  # into the pool
+    del there  # returned to the pool
     assert device.fits_on_device(host)
     assert device.chunk_bytes(np.zeros(1)) > 2 << 20
     monkeypatch.setattr(device._cupy.cuda.runtime, "memGetInfo", lambda: (1 << 36, 1 << 36))
@@ -112,7 +112,7 @@ def test_what_the_pool_keeps_and_what_is_there_already_does_not_count(monkeypatc
 @pytest.mark.parametrize("kind", ["float32", ">f4"])
 @pytest.mark.parametrize("dtype", [None, "float64", "float32", ">f4"])
 @pytest.mark.parametrize("layout", ["C", "F"])
-def test_large_arrays_are_moved_as_small_ones(dtype, layout, kind, rng, monkeypatch):
+def test_large_arrays_are_transferred_like_small_ones(dtype, layout, kind, rng, monkeypatch):
     x = numpy.asarray(rng.standard_normal((30, 20)), kind, order=layout)
     small = asarray(x, dtype)
     monkeypatch.setattr(nnx.device, "_LARGE", 10)

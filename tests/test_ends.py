@@ -1,4 +1,4 @@
-"""A training that is killed, or ended by a signal: what it left goes on; one that is moved; one that is long."""
+"""Resuming after kills and signals, on another device, and resources used by long training."""
 
 import gc
 import os
@@ -37,11 +37,11 @@ def check_killed(optimizer, folder):
 
 
 def kill(optimizer, folder, delay):
-    """Kill the program `delay` seconds after its first checkpoint; return whether it was done, whether writing."""
+    """Kill the program `delay` seconds after its first checkpoint; return whether it had finished, or was saving."""
     process = run(optimizer, folder)
     while process.poll() is None and not list(folder.glob("epoch*")):
         time.sleep(0.001)
-    time.sleep(delay)  # the moment is what is random here; nothing is waited for
+    time.sleep(delay)  # a random delay, not waiting for a condition
     process.kill()
     process.communicate()
     done, writing = process.returncode == 0, bool(list(folder.glob(".saving*")))
@@ -81,7 +81,7 @@ def test_killed_at_forty_random_moments(optimizer, tmp_path):
     ("how", "status", "words"),
     [("term", -signal.SIGTERM, ""), ("int", -signal.SIGINT, "interrupted in epoch 2 after 2 of 5")],
 )
-def test_signals_save_and_end_the_program_as_they_would(how, status, words, tmp_path):
+def test_signals_save_and_end_the_program(how, status, words, tmp_path):
     process = run("Adam", tmp_path, how)
     _, err = process.communicate()
     assert process.returncode == status, err
@@ -92,14 +92,14 @@ def test_signals_save_and_end_the_program_as_they_would(how, status, words, tmp_
 
 @pytest.fixture
 def term():
-    """The numbers that a handler of the user's got for SIGTERM, and a way to send it."""
+    """The signal numbers received by a user's SIGTERM handler, and a function that sends it."""
     got = []
     previous = signal.signal(signal.SIGTERM, lambda signum, frame: got.append(signum))
     yield got, lambda: os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, previous)
 
 
-def test_a_handler_of_the_users_comes_after_the_save_and_decides(tmp_path, term):
+def test_user_signal_handler_runs_after_the_save(tmp_path, term):
     got, send = term
     trainer = new_trainer()
     handler = signal.getsignal(signal.SIGTERM)
@@ -112,7 +112,7 @@ def test_a_handler_of_the_users_comes_after_the_save_and_decides(tmp_path, term)
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_sigterm_is_not_touched_without_a_checkpoint(term):
+def test_sigterm_is_not_deferred_without_a_checkpoint(term):
     got, send = term
     seen = []
     fit(new_trainer(), At(7, send), At(8, lambda: seen.extend(got)))
@@ -149,8 +149,8 @@ checkpoint.save(sys.argv[2], trainer.model, trainer.optimizer, trainer)
 @pytest.mark.gpu
 @pytest.mark.skipif(not nnx.GPU, reason="needs CuPy (NNX_GPU=1)")
 @pytest.mark.parametrize(("first", "second"), [("0", "1"), ("1", "0")])
-@pytest.mark.parametrize("net", ["float32", "float64"])  # the spiral's, and the one in which everything is remembered
-def test_a_training_goes_on_on_the_other_device(first, second, net, tmp_path):
+@pytest.mark.parametrize("net", ["float32", "float64"])  # the spiral net, and the one with all kinds of state
+def test_resume_on_the_other_device(first, second, net, tmp_path):
     begun = tmp_path / "begun.safetensors"
 
     def train(source, target, device, epochs):
@@ -172,8 +172,8 @@ def test_a_training_goes_on_on_the_other_device(first, second, net, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_thousand_saves_leave_nothing_behind(tmp_path, monkeypatch):
-    """200,000 steps of the spiral with a checkpoint every 100, in this process: memory flat, no descriptor left."""
+def test_two_thousand_saves_do_not_leak(tmp_path, monkeypatch):
+    """200,000 steps with a checkpoint every 100, in this process: constant memory, no leaked file descriptors."""
     x, t = nnx.spiral.load_data()
     trainer = nnx.Trainer(nnx.TwoLayerNet(2, 10, 3, rng=1), nnx.Adam(), rng=0)
     callback = Checkpoint(tmp_path, every_epochs=None, every_steps=100)

@@ -1,4 +1,4 @@
-"""numpy.seterr(all="raise"): nothing is raised where the result is right, as numbers vanish or go to their limits."""
+"""With numpy.seterr(all="raise"), correct results that underflow or reach their limits raise nothing."""
 
 import math
 
@@ -24,14 +24,14 @@ def _all_raise(_strict_floats):
 
 @numpy.errstate(under="ignore")
 def scaled(a, factor):
-    """Return `a` times `factor` where it holds no integers."""
+    """Return `a` times `factor` unless it has an integer dtype."""
     return a * factor if a.dtype.kind == "f" else a
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-300, "tiny", 1e-6, 100])
 @pytest.mark.parametrize(("make", "inputs"), ALL_CASES)
-def test_layers_let_numbers_vanish(make, inputs, scale, rng):
-    """Float64 inputs, of which a float32 or float16 layer makes what they round to."""
+def test_layers_ignore_underflow(make, inputs, scale, rng):
+    """Float64 inputs are rounded by float32 and float16 layers."""
     for dtype, tiny in TINY.items():
         if scale == "tiny" or scale >= tiny:
             factor = tiny if scale == "tiny" else scale
@@ -52,7 +52,7 @@ def test_layers_let_numbers_vanish(make, inputs, scale, rng):
 
 
 @pytest.mark.parametrize("dtype", TINY)
-def test_layers_and_losses_go_to_their_limits(dtype):
+def test_layers_and_losses_at_extreme_values(dtype):
     inf = math.inf
     x = numpy.array([[-inf, 0, inf], [-6e4, 0, 6e4], [inf, 1, 2]], dtype)
     for layer in (nnx.Sigmoid(), nnx.ReLU(), nnx.Tanh(), nnx.GELU(), nnx.Softmax()):
@@ -71,12 +71,12 @@ def test_layers_and_losses_go_to_their_limits(dtype):
 
 @pytest.mark.parametrize("dtype", TINY)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_let_numbers_vanish(name, dtype, rng):
+def test_optimizers_ignore_underflow(name, dtype, rng):
     for factor in (1e-30, 1e-300, TINY[dtype], 1.0):
         gradient = scaled(rng.standard_normal(9), factor)
         params, grads = [rng.standard_normal(9).astype(dtype)], [nnx.asarray(gradient, dtype)]
         optimizer = getattr(nnx, name)(weight_decay=1e-4)
-        for g in (*grads, gradient):  # as well of another dtype
+        for g in (*grads, gradient):  # also of another dtype
             for _ in range(3):
                 optimizer.update(params, [g])
                 optimizer.lr *= 1e-10
@@ -87,7 +87,7 @@ def test_optimizers_let_numbers_vanish(name, dtype, rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_training_lets_numbers_vanish(name, dtype, rng):
+def test_training_ignores_underflow(name, dtype, rng):
     ones, zeros = numpy.full(4, 1e-30, dtype), numpy.zeros(4, dtype)
     model = Sequential(
         [
@@ -106,7 +106,7 @@ def test_a_training_lets_numbers_vanish(name, dtype, rng):
     assert trainer.val_list[-1][0] == pytest.approx(math.log(2))
 
 
-def test_sums_and_moves_let_numbers_vanish():
+def test_sums_and_transfers_ignore_underflow():
     assert not to_cpu(nnx.asarray([1e-50, -1e-320], "float32")).any()
     model = Sequential([nnx.MatMul(np.ones((1, 1)))], nnx.MeanSquaredError())
     assert model.evaluate([[1e-155], [1e-160], [1e-161]], [[0.0], [0], [0]], 1)[0] < 1e-310

@@ -13,7 +13,7 @@ DTYPES = ["float16", "float32", "float64"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sigmoid_is_right_in_both_tails(dtype):
+def test_sigmoid_is_accurate_in_both_tails(dtype):
     x = numpy.array([-math.inf, -1e4, -12, -1, 0, 1, 12, 1e4, math.inf], dtype)
     y = to_cpu(sigmoid(x))
     assert y.dtype == dtype
@@ -34,7 +34,7 @@ def test_dtype_and_shape_are_kept(function):
     assert function(numpy.array([1, 2], "int8")).dtype == np.float32
 
 
-def test_elementwise_functions_take_single_numbers():
+def test_elementwise_functions_accept_scalars():
     assert float(sigmoid(0.0)) == 0.5
     assert float(relu(-1.0)) == 0
     assert sigmoid(np.asarray(1.0)).shape == ()
@@ -59,11 +59,11 @@ def test_relu():
         ([-math.inf, -math.inf], [0.5, 0.5]),
     ],
 )
-def test_softmax_is_its_limit(x, y, dtype):
+def test_softmax_limits(x, y, dtype):
     numpy.testing.assert_array_equal(to_cpu(softmax(numpy.array(x, dtype))), numpy.array(y, dtype))
 
 
-def test_softmax_runs_over_the_last_axis_of_any_number(rng):
+def test_softmax_over_the_last_of_any_number_of_axes(rng):
     x = rng.standard_normal((2, 3, 4, 5))
     e = numpy.exp(x)
     numpy.testing.assert_allclose(to_cpu(softmax(x)), e / e.sum(axis=-1, keepdims=True))
@@ -75,7 +75,7 @@ def test_softmax_of_nan_is_nan_in_that_row_only():
     numpy.testing.assert_array_equal(numpy.isnan(y), [[True, True], [False, False]])
 
 
-def test_softmax_leaves_its_argument_alone(rng):
+def test_softmax_does_not_modify_its_argument(rng):
     x = np.asarray(rng.standard_normal((3, 4)))
     before = x.copy()
     softmax(x)
@@ -93,13 +93,13 @@ def test_cross_entropy_error():
     assert float(cross_entropy_error([[1.0, 0.0]], [1])) == math.inf
 
 
-def test_class_indices_of_host_labels_are_moved():
+def test_class_indices_of_host_labels_are_transferred():
     assert isinstance(class_indices([0, 1], (2, 3)), np.ndarray)
     numpy.testing.assert_array_equal(to_cpu(class_indices(np.asarray([[0, 1], [1, 0]]), (2, 2))), [1, 0])
 
 
 @pytest.mark.parametrize("function", [sigmoid, relu, softmax])
 @pytest.mark.parametrize(("x", "error"), [("a", TypeError), (None, TypeError), ([[1], [1, 2]], ValueError)])
-def test_functions_name_themselves_when_they_refuse(function, x, error):
+def test_errors_name_the_function(function, x, error):
     with pytest.raises(error, match=f"{function.__name__}: expected"):
         function(x)

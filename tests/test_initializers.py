@@ -1,4 +1,4 @@
-"""Initial weights: their distribution, dtype, and where their numbers come from."""
+"""Initial weights: distribution, dtype, and source of random numbers."""
 
 import math
 
@@ -13,7 +13,7 @@ from nnx.rng import as_generator
 @pytest.mark.parametrize(
     ("initializer", "std"), [(normal, 0.01), (xavier, math.sqrt(2 / 700)), (he, math.sqrt(2 / 400))]
 )
-def test_deviation(initializer, std):
+def test_standard_deviation(initializer, std):
     W = initializer((400, 300), rng=0)
     assert isinstance(W, np.ndarray)
     assert W.dtype == np.float32
@@ -21,7 +21,7 @@ def test_deviation(initializer, std):
     assert abs(float(W.mean())) < 0.02 * std
 
 
-def test_none_draws_what_the_source_draws():
+def test_none_draws_the_same_numbers_as_the_book():
     numpy.random.seed(1984)
     expected = 0.01 * numpy.random.randn(2, 10), 0.01 * numpy.random.randn(10, 3)
     numpy.random.seed(1984)
@@ -30,7 +30,7 @@ def test_none_draws_what_the_source_draws():
     numpy.testing.assert_array_equal(to_cpu(net.params[2]), expected[1])
 
 
-def test_a_seed_leaves_the_global_generator_alone():
+def test_seed_does_not_change_the_global_generator():
     numpy.random.seed(3)
     expected = numpy.random.rand()
     numpy.random.seed(3)
@@ -38,13 +38,13 @@ def test_a_seed_leaves_the_global_generator_alone():
     assert numpy.random.rand() == expected
 
 
-def test_one_generator_goes_on_drawing():
+def test_generator_continues_its_sequence():
     rng = numpy.random.default_rng(1)
     assert float(normal((1,), rng=rng)[0]) != float(normal((1,), rng=rng)[0])
     assert float(normal((1,), rng=1)[0]) == float(normal((1,), rng=1)[0])
 
 
-def test_generator_says_what_it_takes():
+def test_as_generator_error():
     with pytest.raises(TypeError, match=r"rng must be a seed, .* or None, got 'dice'"):
         as_generator("dice")
 
@@ -65,13 +65,13 @@ if numpy.dtype(numpy.longdouble).itemsize > 8:
 
 @pytest.mark.parametrize("initializer", [normal, xavier, he])
 @pytest.mark.parametrize("dtype", OTHERS)
-def test_dtypes_that_weights_cannot_have(initializer, dtype):
+def test_invalid_dtypes(initializer, dtype):
     words = rf"{initializer.__name__}: dtype must be float16, float32 or float64, got .*astype"
     with pytest.raises(TypeError, match=words):
         initializer((3, 4), dtype=dtype)
 
 
-def test_a_net_has_a_floating_dtype():
+def test_net_rejects_integer_dtypes():
     with pytest.raises(TypeError, match="dtype must be float16, float32 or float64, got 'int32'"):
         TwoLayerNet(2, 3, 3, dtype="int32")
 
@@ -90,7 +90,7 @@ def test_a_shape_may_be_any_iterable(initializer):
         numpy.testing.assert_array_equal(to_cpu(initializer(shape, rng=0)), want)
 
 
-def test_normal_takes_any_shape():
+def test_normal_accepts_any_shape():
     assert normal(3).shape == (3,)
     assert normal((2, 3, 4)).shape == (2, 3, 4)
     assert normal((0, 3)).shape == (0, 3)
@@ -102,12 +102,12 @@ def test_std_may_be_any_number(std):
 
 
 @pytest.mark.parametrize("std", [-0.1, math.nan, math.inf])
-def test_std_that_is_no_deviation(std):
+def test_invalid_std(std):
     with pytest.raises(ValueError, match=f"normal: std must be finite and at least 0, got {std}"):
         normal((3, 4), std)
 
 
 @pytest.mark.parametrize("std", ["0.1", None, 1j, [0.1, 0.2], numpy.array([0.1, 0.2])])
-def test_std_that_is_no_number(std):
+def test_std_must_be_a_number(std):
     with pytest.raises(TypeError, match="normal: std must be a number, got "):
         normal((3, 4), std)

@@ -1,4 +1,4 @@
-"""What a training step asks of the device: launches, waits, copies. Counted, not timed."""
+"""Launches, synchronizations and copies of a training step, counted rather than timed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def data(rows=N, dtype="float32"):
 
 
 def counted(step, linear_warmup=2):
-    """Return how often `step` launches, having seen that it neither waits, copies nor allocates."""
+    """Return the number of launches of `step`, and check that it does not synchronize, copy or allocate."""
     for _ in range(linear_warmup):
         step()
     cupy_on_cpu.reset()
@@ -82,16 +82,16 @@ def test_a_loss(kind, weighted):
     weight = np.arange(N, dtype="float64") if weighted else None
     layer = kind()
     launches = counted(lambda: (layer.forward(x, t, weight), layer.backward()))
-    assert launches <= (9 if weighted else 2)  # their sum, and their division by it
+    assert launches <= (9 if weighted else 2)  # sum of the weights, and division by it
 
 
-def test_clipping_adds_two():
+def test_clipping_adds_two_launches():
     x, t = data()
     assert counted(model_step(nnx.TwoLayerNet(D, H, C, rng=0), x, t, max_grad=0.1)) <= 14 + 2
 
 
 @pytest.mark.parametrize("activation", [nnx.Sigmoid, nnx.ReLU, nnx.Tanh])
-def test_a_loop_written_by_hand_adds_the_product_for_the_gradient_of_the_data(activation):
+def test_custom_loop_adds_the_product_for_the_gradient_of_the_data(activation):
     def weights(rows, columns):
         return np.full((rows, columns), 0.1, "float32"), np.zeros(columns, "float32")
 
@@ -113,7 +113,7 @@ def test_a_loop_written_by_hand_adds_the_product_for_the_gradient_of_the_data(ac
     assert counted(step) <= 15
 
 
-def test_the_parameters_of_any_number_of_layers_are_updated_and_clipped_by_three_launches():
+def test_update_and_clipping_of_any_number_of_layers_take_three_launches():
     params = [np.ones((i + 1, 5), "float32") for i in range(40)]
     grads = [np.ones_like(p) for p in params]
 
@@ -125,7 +125,7 @@ def test_the_parameters_of_any_number_of_layers_are_updated_and_clipped_by_three
 
 
 class Counts:
-    """A callback that notes the counters of every step."""
+    """A callback that records the counters after every step."""
 
     def __init__(self):
         self.steps = []
@@ -158,7 +158,7 @@ def test_the_trainer_adds_one_launch_a_step_and_three_an_epoch(where):
         assert quiet == {**dict.fromkeys(QUIET, 0), **ends}
 
 
-def test_an_evaluation_waits_twice_and_an_epoch_twice():
+def test_evaluation_and_epoch_each_synchronize_twice():
     x, t = data(rows=90)
     counts = Counts()
     trainer = nnx.Trainer(nnx.TwoLayerNet(D, H, C, rng=0), nnx.SGD(0.1), rng=0)
@@ -167,7 +167,7 @@ def test_an_evaluation_waits_twice_and_an_epoch_twice():
     assert syncs == {1: 4, 2: 0, 3: 0}  # the mean loss, and whether the parameters are finite
 
 
-def test_the_table_of_the_hosts_side():
+def test_host_benchmark_table():
     from benchmarks import host
 
     rows = {name: cells for name, *cells in host.measure(rounds=2, repeats=10)}

@@ -1,4 +1,4 @@
-"""What every layer promises, through check_layer; then values by hand, limits and errors, layer by layer."""
+"""check_layer on every layer; then values by hand, limits and errors of single layers."""
 
 import math
 
@@ -16,7 +16,7 @@ from nnx.testing import check_layer
     ("make", "inputs"),
     [pytest.param(*case, id=f"{name}-{i}") for name, cases in CASES.items() for i, case in enumerate(cases)],
 )
-def test_layer_keeps_the_rules(make, inputs):
+def test_layer_passes_check_layer(make, inputs):
     check_layer(make, *inputs)
 
 
@@ -30,12 +30,12 @@ def test_every_weight_has_a_name_for_checkpoints(name):
     assert len(getattr(layer, "param_names", ())) >= len(layer.params)
 
 
-def test_sums_of_float16_are_added_in_float32():
+def test_float16_sums_accumulate_in_float32():
     x = np.asarray([1.0] + 4999 * [4e-4], "float16").reshape(-1, 1)
     want = to_cpu(x).astype("float64").sum()
     repeat, table = Repeat(5000), nnx.Embedding(np.ones((2, 1), "float16"))
     repeat.forward(x[:1])
-    for rows in (x[:2048], x):  # NumPy has a way for few
+    for rows in (x[:2048], x):  # NumPy treats few rows differently
         table.forward(numpy.ones(len(rows), int))
         table.backward(rows)
         numpy.testing.assert_allclose(to_cpu(table.grads[0]).ravel(), [0, to_cpu(rows).astype("f").sum()], rtol=1e-3)
@@ -50,7 +50,7 @@ def test_sums_of_float16_are_added_in_float32():
 
 
 @pytest.mark.skipif(nnx.GPU, reason="CuPy has no such errors")
-def test_numbers_that_become_zero_are_no_error():
+def test_underflow_is_not_an_error():
     with numpy.errstate(all="raise"):
         for x in (numpy.array([[200.0, -200.0, 0.0]], dtype) for dtype in ("float32", "float64")):
             for layer in (Sigmoid(), Softmax()):
@@ -72,7 +72,7 @@ def test_float16_stays_float16(name):
 
 
 @pytest.mark.parametrize("layer", [Sigmoid(), ReLU(), Tanh(), Softmax(), Sum()], ids=lambda layer: type(layer).__name__)
-def test_weightless_layers_make_integers_floating(layer):
+def test_weightless_layers_convert_integers_to_floating(layer):
     assert layer.forward([[1, 2], [3, 4]]).dtype == np.float64
     assert layer.forward(numpy.ones((2, 2), numpy.int8)).dtype == np.float32
 
@@ -119,7 +119,7 @@ def test_softmax_with_loss_by_hand():
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int8", "uint8", "bool", "int64"])
-def test_softmax_with_loss_takes_indices_and_one_hot_alike(dtype, rng):
+def test_softmax_with_loss_accepts_indices_and_one_hot(dtype, rng):
     x, t = rng.standard_normal((6, 2)), rng.integers(0, 2, 6)
     layer = SoftmaxWithLoss()
     expected = float(layer.forward(x, t))
@@ -128,12 +128,12 @@ def test_softmax_with_loss_takes_indices_and_one_hot_alike(dtype, rng):
     assert float(layer.forward(x, t.astype(dtype))) == expected
 
 
-def test_one_class_is_no_one_hot():
+def test_labels_of_a_single_class_are_indices():
     assert float(SoftmaxWithLoss().forward([[1.0], [2.0]], [0, 0])) == 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_softmax_with_loss_has_no_floor_and_no_ceiling(dtype):
+def test_softmax_with_loss_is_not_clipped(dtype):
     x = numpy.array([[0, 30], [0, 200], [0, 1000]], dtype)
     assert float(SoftmaxWithLoss().forward(x, [0, 0, 0])) == pytest.approx(410, rel=1e-3)
     assert float(SoftmaxWithLoss().forward(x[1:], [1, 1])) == 0
@@ -158,7 +158,7 @@ def test_mean_squared_error_by_hand():
     numpy.testing.assert_array_equal(to_cpu(layer.backward()), [[1], [-2]])
 
 
-def test_repeat_and_sum_are_each_the_others_backward(rng):
+def test_repeat_and_sum_are_the_backward_of_each_other(rng):
     x, dout = rng.standard_normal((1, 8)), rng.standard_normal((7, 8))
     repeat, total = Repeat(7), Sum()
     y = repeat.forward(x)
@@ -169,7 +169,7 @@ def test_repeat_and_sum_are_each_the_others_backward(rng):
     numpy.testing.assert_array_equal(to_cpu(total.backward(x)), to_cpu(y))
 
 
-def test_infinite_gradient_stops_at_a_closed_relu():
+def test_relu_backward_masks_infinite_gradients():
     layer = ReLU()
     layer.forward([[-1.0, 1.0]])
     numpy.testing.assert_array_equal(to_cpu(layer.backward([[numpy.inf, 2.0]])), [[0, 2]])
@@ -187,19 +187,19 @@ def test_infinite_gradient_stops_at_a_closed_relu():
         (np.ones(3), np.zeros(3), ValueError, "W must have two axes"),
     ],
 )
-def test_affine_refuses_weights(W, b, error, words):
+def test_affine_rejects_invalid_weights(W, b, error, words):
     with pytest.raises(error, match=f"Affine: {words}"):
         Affine(W, b)
 
 
 @pytest.mark.skipif(nnx.GPU, reason="CuPy has no other byte order")
-def test_weights_of_a_foreign_byte_order_are_refused_at_once():
+def test_non_native_byte_order_of_weights_is_rejected():
     with pytest.raises(TypeError, match=r"Affine: W must be .* got numpy.ndarray of >f4; make it with nnx.asarray"):
         Affine(np.ones((2, 3), ">f4"), np.zeros(3, ">f4"))  # BLAS would not write their gradients
 
 
-@pytest.mark.skipif(not nnx.GPU, reason="without NNX_GPU=1 host arrays are the arrays of the active module")
-def test_host_weights_are_refused_on_the_gpu():
+@pytest.mark.skipif(not nnx.GPU, reason="without NNX_GPU=1 host arrays belong to the array module")
+def test_host_weights_are_rejected_on_the_gpu():
     with pytest.raises(
         TypeError, match=r"MatMul: W must be a cupy array .* got numpy.ndarray of float64; .*nnx.asarray"
     ):
@@ -218,13 +218,13 @@ def test_host_weights_are_refused_on_the_gpu():
         (numpy.ones((5, 4), complex), TypeError, "expected real numbers, got complex128"),
     ],
 )
-def test_affine_refuses_inputs(x, error, words):
+def test_affine_rejects_invalid_inputs(x, error, words):
     with pytest.raises(error, match=words):
         CASES["Affine"][0][0]("float64").forward(x)
 
 
 @pytest.mark.parametrize("name", ["Affine", "Sigmoid", "Softmax", "Sum"])
-def test_backward_refuses_a_gradient_that_would_broadcast(name):
+def test_backward_rejects_a_gradient_that_would_broadcast(name):
     make, inputs = CASES[name][0]
     layer = make("float64")
     layer.forward(*inputs)
@@ -232,7 +232,7 @@ def test_backward_refuses_a_gradient_that_would_broadcast(name):
         layer.backward(numpy.ones((1, 1)))
 
 
-def test_backward_refuses_a_gradient_of_another_shape_and_the_same_size():
+def test_backward_rejects_a_gradient_of_another_shape_and_equal_size():
     layer = Sigmoid()
     layer.forward(np.ones((2, 3)))
     with pytest.raises(ValueError, match=r"dout must have the shape of the output \(2, 3\), got \(3, 2"):
@@ -255,13 +255,13 @@ LABEL_ERRORS = [
 
 
 @pytest.mark.parametrize(("t", "words"), LABEL_ERRORS)
-def test_softmax_with_loss_refuses_labels(t, words):
+def test_softmax_with_loss_rejects_invalid_labels(t, words):
     with pytest.raises(ValueError, match=f"SoftmaxWithLoss: .*{words}"):
         SoftmaxWithLoss().forward(numpy.zeros((3, 3)), t)
 
 
 @pytest.mark.parametrize("t", ["abc", None])
-def test_softmax_with_loss_refuses_what_is_no_number(t):
+def test_softmax_with_loss_rejects_non_numeric_labels(t):
     with pytest.raises(TypeError, match="SoftmaxWithLoss: expected real numbers"):
         SoftmaxWithLoss().forward(numpy.zeros((3, 3)), t)
 
@@ -282,22 +282,22 @@ def test_a_bad_label_on_the_gpu_gives_nan(bad):
         (MeanSquaredError(), numpy.zeros((0, 1)), numpy.zeros((0, 1))),
     ],
 )
-def test_losses_refuse_an_empty_batch(layer, x, t):
+def test_losses_reject_an_empty_batch(layer, x, t):
     with pytest.raises(ValueError, match="the batch is empty"):
         layer.forward(x, t)
 
 
-def test_mean_squared_error_refuses_what_would_broadcast():
+def test_mean_squared_error_rejects_shapes_that_would_broadcast():
     with pytest.raises(ValueError, match=r"MeanSquaredError: t must have the shape .*\(3, 1\), got \(3,\)"):
         MeanSquaredError().forward(numpy.zeros((3, 1)), numpy.zeros(3))
 
 
-def test_repeat_refuses_more_than_one_row():
+def test_repeat_rejects_more_than_one_row():
     with pytest.raises(ValueError, match="Repeat: axis 0 of x must have length 1"):
         Repeat(3).forward(numpy.zeros((2, 3)))
 
 
-def test_layers_take_empty_batches():
+def test_layers_accept_empty_batches():
     make, _ = CASES["Affine"][0]
     layer = make("float32")
     assert layer.forward(numpy.zeros((0, 4))).shape == (0, 3)
@@ -307,7 +307,7 @@ def test_layers_take_empty_batches():
     assert layer.backward(numpy.zeros((2, 0, 3))).shape == (2, 0, 4)
 
 
-def test_two_axes_more_give_what_rows_give(rng):
+def test_extra_leading_axes_match_flattened_rows(rng):
     make, _ = CASES["Affine"][0]
     x, dout = rng.standard_normal((2, 5, 4)), rng.standard_normal((2, 5, 3))
     deep, flat = make("float64"), make("float64")
@@ -318,8 +318,8 @@ def test_two_axes_more_give_what_rows_give(rng):
     numpy.testing.assert_allclose(to_cpu(deep.grads[1]), to_cpu(flat.grads[1]))
 
 
-def test_products_of_float32_have_its_accuracy(rng):
-    """No TensorFloat32, whose products are right to three digits."""
+def test_float32_products_have_float32_accuracy(rng):
+    """TF32, which has an accuracy of three digits, must not be used."""
     x, W = (rng.standard_normal((256, 256)).astype("float32") for _ in range(2))
     y = to_cpu(MatMul(np.asarray(W)).forward(x))
     expected = x.astype("float64") @ W.astype("float64")
@@ -345,8 +345,8 @@ WEIGHTED = {
 @pytest.mark.skipif(nnx.GPU, reason="NumPy's subclasses")
 @pytest.mark.parametrize("kind", [with_mask, numpy.ma.array, lambda a: numpy.atleast_2d(a).view(numpy.matrix)])
 @pytest.mark.parametrize("name", WEIGHTED)
-def test_weights_that_do_not_compute_as_arrays_are_refused(name, kind):
-    """A masked array keeps its mask in all that is computed, and a matrix's * is the matrix product."""
+def test_masked_array_and_matrix_weights_are_rejected(name, kind):
+    """Masked arrays propagate their mask, and * of numpy.matrix is the matrix product."""
     for i, weight in enumerate(WEIGHTED[name]):
         weights = list(WEIGHTED[name])
         weights[i] = kind(weight)
@@ -357,7 +357,7 @@ def test_weights_that_do_not_compute_as_arrays_are_refused(name, kind):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_masked_element_gets_in(name):
+def test_masked_elements_are_rejected(name):
     make, inputs = CASES[name][-1]
     for i in range(len(inputs)):
         given = list(inputs)
@@ -365,7 +365,7 @@ def test_no_masked_element_gets_in(name):
             given[i] = hidden
             with pytest.raises(TypeError, match=rf"{name}.*: expected an array without a mask; .*filled"):
                 make("float64").forward(*given)
-        given[i] = numpy.ma.array(inputs[i])  # which hides nothing
+        given[i] = numpy.ma.array(inputs[i])  # with no masked elements
     layer = make("float64")
     out = layer.forward(*given)
     assert type(out) is type(make("float64").forward(*inputs))

@@ -1,4 +1,4 @@
-"""The losses: their weights beside PyTorch's and by hand, the gradient that they are given, accuracy, errors."""
+"""Losses: weights compared with PyTorch and by hand, the gradient dout, accuracy, errors."""
 
 import copy
 import decimal
@@ -23,7 +23,7 @@ def run(layer, *arguments, dout=1):
 
 
 def problem(rng, loss, axes=2):
-    """Return a loss's scores and targets of 6 rows and 4 columns: labels 0 to 3, bits, or numbers."""
+    """Return scores and targets for a loss, 6 rows and 4 columns: labels 0 to 3, binary labels, or real numbers."""
     shape = (6, 4) if axes == 2 else (6, 3, 4)
     x = 3 * rng.standard_normal(shape)
     if loss is SoftmaxWithLoss:
@@ -39,7 +39,7 @@ def problem(rng, loss, axes=2):
 @pytest.mark.parametrize("class_weight", [None, [1, 0.5, 2, 3]])
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("loss", [SoftmaxWithLoss, SigmoidWithLoss])
-def test_the_weighted_mean_is_pytorchs(rng, loss, axes, class_weight, ignore_label, weight):
+def test_weighted_mean_matches_pytorch(rng, loss, axes, class_weight, ignore_label, weight):
     torch = pytest.importorskip("torch")
     x, t = problem(rng, loss, axes)
     if ignore_label == -100:
@@ -58,7 +58,7 @@ def test_the_weighted_mean_is_pytorchs(rng, loss, axes, class_weight, ignore_lab
     if weight is not None:
         weights = weights * torch.tensor(weight).reshape(weight.shape + (1,) * (t.ndim - weight.ndim))
     expected = (losses * weights).sum() / weights.sum()
-    if loss is SoftmaxWithLoss and weight is None:  # whose own mean is that one
+    if loss is SoftmaxWithLoss and weight is None:  # PyTorch's own weighted mean
         options = {"weight": torch.tensor(class_weight, dtype=torch.float64)} if class_weight else {}
         index = -100 if ignore_label is None else ignore_label
         own = torch.nn.functional.cross_entropy(score.movedim(-1, 1), torch.tensor(t), ignore_index=index, **options)
@@ -72,8 +72,8 @@ def test_the_weighted_mean_is_pytorchs(rng, loss, axes, class_weight, ignore_lab
 
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("loss", [SoftmaxWithLoss, SigmoidWithLoss, MeanSquaredError])
-def test_weights_are_counts_of_rows(rng, loss, axes):
-    """In any layout, and of any kind and scale: weights are relative."""
+def test_integer_weights_match_repeated_rows(rng, loss, axes):
+    """Weights of any layout, dtype and scale; they are relative."""
     x, t = problem(rng, loss, axes)
     counts = numpy.array([2, 0, 1, 3, 0, 1])
     times = numpy.repeat(numpy.arange(6), counts)
@@ -105,7 +105,7 @@ def test_weights_keep_the_dtype_of_the_scores(rng, loss, dtype):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 3e38])
 @pytest.mark.parametrize("loss", [SoftmaxWithLoss, SigmoidWithLoss, MeanSquaredError])
-def test_a_row_that_is_left_out_may_hold_anything(rng, loss, bad):
+def test_ignored_rows_may_contain_any_values(rng, loss, bad):
     x, t = (a.astype("float32") if a.dtype.kind == "f" else a for a in problem(rng, loss))
     out, rest = numpy.array([1, 4]), numpy.array([0, 2, 3, 5])
     expected = run(loss(), x[rest], t[rest])
@@ -135,7 +135,7 @@ def test_a_row_that_is_left_out_may_hold_anything(rng, loss, bad):
         (MeanSquaredError(), numpy.ones((6, 4)), numpy.zeros((6, 4), int)),
     ],
 )
-def test_where_all_weights_are_zero_loss_and_gradient_are(rng, layer, t, weight):
+def test_zero_weights_give_zero_loss_and_gradient(rng, layer, t, weight):
     x = rng.standard_normal((6, 4))
     x[0, 0] = NAN
     value, gradient = run(layer, x, t, weight)
@@ -145,20 +145,20 @@ def test_where_all_weights_are_zero_loss_and_gradient_are(rng, layer, t, weight)
 
 
 @pytest.mark.parametrize("loss", [SoftmaxWithLoss, SigmoidWithLoss])
-def test_labels_that_are_left_out_count_neither_for_loss_nor_accuracy_nor_by_batch(rng, loss):
+def test_ignored_labels_do_not_affect_loss_or_accuracy(rng, loss):
     x, t = problem(rng, loss)
-    t[[0, 1, 4]] = -1  # with batches of two rows, one is left out altogether
+    t[[0, 1, 4]] = -1  # with batches of two rows, one batch is ignored entirely
     model = Sequential([], loss([1, 3, 2, 0.5][: 4 if loss is SoftmaxWithLoss else 2], ignore_label=-1))
     expected = Sequential([], loss(model.loss_layer.class_weight)).evaluate(x[[2, 3, 5]], t[[2, 3, 5]])
     for batch_size in (1, 2, 4, 6, 100):
         numpy.testing.assert_allclose(model.evaluate(x, t, batch_size), expected, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"Sequential.evaluate: all labels are left out"):
+    with pytest.raises(ValueError, match=r"Sequential.evaluate: all labels are ignored"):
         model.evaluate(x, numpy.full_like(t, -1))
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8", "int64", ">i2", "one-hot"])
 @pytest.mark.parametrize("ignore_label", [1, numpy.int64(1), 200, -1])
-def test_a_label_of_any_integer_dtype_is_left_out(rng, kind, ignore_label):
+def test_ignore_label_of_any_integer_dtype(rng, kind, ignore_label):
     x, t = problem(rng, SoftmaxWithLoss)
     t[:2] = 1
     t = numpy.eye(4, dtype=bool)[t] if kind == "one-hot" else t.astype(kind)
@@ -169,7 +169,7 @@ def test_a_label_of_any_integer_dtype_is_left_out(rng, kind, ignore_label):
     assert to_cpu(layer.kept).sum() == len(rows)
 
 
-def test_a_layer_forgets_the_weights_of_the_forward_before(rng):
+def test_weights_of_the_previous_forward_are_not_reused(rng):
     x, t = problem(rng, SoftmaxWithLoss)
     layer, plain = SoftmaxWithLoss(ignore_label=0), SoftmaxWithLoss()
     layer.forward(x, t, ROWS)
@@ -211,8 +211,8 @@ def test_weights_of_rows_are_checked(rng, weight, error, words):
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"class_weight": 2.0}, ValueError, r"class_weight must be one number a class, got shape \(\)"),
-        ({"class_weight": numpy.ones((4, 1))}, ValueError, r"class_weight must be one number a class"),
+        ({"class_weight": 2.0}, ValueError, r"class_weight must have one number per class, got shape \(\)"),
+        ({"class_weight": numpy.ones((4, 1))}, ValueError, r"class_weight must have one number per class"),
         ({"class_weight": [1, 1, 1, -1]}, ValueError, "class_weight must hold finite numbers of at least 0"),
         ({"class_weight": [1, 1, 1, NAN]}, ValueError, "class_weight must hold finite numbers of at least 0"),
         ({"class_weight": [1, 1, 1, None]}, TypeError, "class_weight: expected real numbers"),
@@ -230,14 +230,14 @@ def test_settings_are_checked(loss, settings, error, words):
 
 
 @pytest.mark.parametrize(("loss", "classes"), [(SoftmaxWithLoss, 4), (SigmoidWithLoss, 2)])
-def test_every_class_needs_its_weight(rng, loss, classes):
+def test_class_weight_needs_one_weight_per_class(rng, loss, classes):
     for wrong in (classes - 1, classes + 1):
-        with pytest.raises(ValueError, match=f"class_weight must have a number for each of {classes} classes, got"):
+        with pytest.raises(ValueError, match=f"must have one number for each of the {classes} classes, got"):
             loss(numpy.ones(wrong)).forward(*problem(rng, loss))
 
 
-def test_training_goes_on_beside_labels_that_are_left_out(rng):
-    """As without these rows, where the batches are the same."""
+def test_training_with_ignored_labels(rng):
+    """The result equals that without these rows for the same batches."""
     x, t = rng.standard_normal((40, 2)).astype("f"), rng.integers(0, 3, 40)
     more, labels = numpy.concatenate([x, x + 5]), numpy.concatenate([t, numpy.full(40, -1)])
     models = []
@@ -261,7 +261,7 @@ LOSSES = [(SoftmaxWithLoss, [0, 2]), (SigmoidWithLoss, [[0, 1, 1], [1, 0, 0]]), 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight", [None, [1, 3]])
 @pytest.mark.parametrize(("loss", "t"), LOSSES)
-def test_dout_is_a_number_of_any_kind(loss, t, weight, dtype):
+def test_dout_may_be_any_scalar(loss, t, weight, dtype):
     layer = loss()
     layer.forward(numpy.array([[0.5, -1, 2], [0, 1, -1]], dtype), t, weight)
     plain = to_cpu(layer.backward())
@@ -277,7 +277,7 @@ def test_dout_is_a_number_of_any_kind(loss, t, weight, dtype):
 
 @pytest.mark.parametrize("rows", [1, 1000])
 @pytest.mark.parametrize("loss", [SoftmaxWithLoss, SigmoidWithLoss, MeanSquaredError])
-def test_a_scaled_loss_of_float16_neither_overflows_nor_is_rounded_twice(loss, rows):
+def test_scaled_float16_loss_does_not_overflow_or_round_twice(loss, rows):
     for weight in (None, numpy.ones(rows)):
         gradients = []
         for dtype in ("float16", "float64"):
@@ -306,7 +306,7 @@ def test_a_scaled_loss_of_float16_neither_overflows_nor_is_rounded_twice(loss, r
     ],
 )
 @pytest.mark.parametrize(("loss", "t"), LOSSES)
-def test_dout_of_a_loss_is_one_number(loss, t, dout, error, words):
+def test_dout_of_a_loss_must_be_a_scalar(loss, t, dout, error, words):
     layer = loss()
     layer.forward(numpy.ones((2, 3)), t)
     with pytest.raises(error, match=rf"{loss.__name__}.backward: {words}"):
@@ -318,7 +318,7 @@ def test_dout_of_a_loss_is_one_number(loss, t, dout, error, words):
 
 @pytest.mark.parametrize(("dtype", "small"), [("float16", 1e-7), ("float32", 1e-8), ("float64", 1e-20)])
 def test_accuracy_compares_scores(rng, dtype, small):
-    """The probabilities of scores that are nearly equal are rounded to the same number."""
+    """Probabilities of nearly equal scores may round to the same number."""
     assert Sequential([], SoftmaxWithLoss()).evaluate(numpy.array([[0, small]], dtype), [1])[1] == 1
     scores = (numpy.argsort(rng.uniform(size=(2000, 10)), axis=1) * small).astype(dtype)
     labels = scores.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""Sequential and TwoLayerNet: what they compute, what they leave alone, how they print."""
+"""Sequential and TwoLayerNet: results, side effects, printing."""
 
 import collections
 import copy
@@ -26,7 +26,7 @@ def trained(rng):
 
 
 class Doubling:
-    """A reader's layer that knows training from predicting."""
+    """A user-defined layer that distinguishes training from prediction."""
 
     params, grads = [], []
 
@@ -39,7 +39,7 @@ class Doubling:
 
 
 @pytest.mark.parametrize("labels", ["indices", "one-hot"])
-def test_two_layer_net_is_the_books(rng, labels):
+def test_two_layer_net_matches_the_book(rng, labels):
     net = TwoLayerNet(4, 5, 3, dtype="float64", rng=1, input_grad=True)
     reference = book.TwoLayerNet(*(to_cpu(p).copy() for p in net.params))
     x, t = rng.standard_normal((7, 4)), rng.integers(0, 3, 7)
@@ -57,7 +57,7 @@ def test_training_skips_the_gradient_of_the_data(rng):
     assert TwoLayerNet(2, 4, 3).params[0].dtype == np.float32
 
 
-def test_predict_leaves_no_trace(rng):
+def test_predict_does_not_change_the_model(rng):
     net, x, _ = trained(rng)
     before = [to_cpu(g).copy() for g in net.grads]
     first = net.predict(x)
@@ -73,7 +73,7 @@ def test_predict_leaves_no_trace(rng):
     assert not hasattr(fresh.layers[0], "x")
 
 
-def test_predict_tells_layers_that_ask():
+def test_predict_passes_train_flg():
     layer = Doubling()
     net = Sequential([Sequential([layer])])
     assert float(net.predict(np.ones((1, 1)))[0, 0]) == 1
@@ -92,7 +92,7 @@ def test_a_sequential_is_a_layer(rng):
     numpy.testing.assert_array_equal(to_cpu(nested.backward()), to_cpu(flat.backward()))
 
 
-def test_evaluate_in_batches_is_evaluate_at_once(rng):
+def test_evaluate_in_batches_matches_a_single_batch(rng):
     net, x, t = trained(rng)
     loss, accuracy = net.evaluate(x, t)
     assert loss == pytest.approx(float(net.forward(x, t)))
@@ -108,7 +108,7 @@ def test_evaluate_of_a_regression_has_no_accuracy(rng):
 
 
 @pytest.mark.parametrize("t", [[0, 1], [], 0])
-def test_evaluate_refuses_rows_that_do_not_match(t):
+def test_evaluate_rejects_unequal_numbers_of_rows(t):
     with pytest.raises(ValueError, match=r"TwoLayerNet.evaluate: x and t must have the same number of rows"):
         TwoLayerNet(2, 3, 3).evaluate(numpy.zeros((3, 2)), t)
 
@@ -118,7 +118,7 @@ def test_evaluate_needs_a_loss():
         Sequential([Sigmoid()]).evaluate([[1.0]], [0])
 
 
-def test_copies_are_independent_and_whole(rng):
+def test_copies_are_independent_and_complete(rng):
     net, x, t = trained(rng)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert all(p is q for p, q in zip(other.params, other.layers[0].params + other.layers[2].params, strict=True))
@@ -130,8 +130,8 @@ def test_copies_are_independent_and_whole(rng):
         assert (to_cpu(other.params[0]) != before).any()
 
 
-def test_a_deep_copy_shares_weights_as_its_model_does(rng):
-    """The weight itself, a view of it, and its transpose inside of an inner model."""
+def test_deepcopy_preserves_shared_weights(rng):
+    """The weight itself, a view of it, and its transpose inside a nested model."""
     W = np.asarray(before := rng.standard_normal((3, 3)))
     inner = Sequential([nnx.MatMul(W.T), Sigmoid(), nnx.MatMul(W)])
     net = Sequential([nnx.MatMul(W), Sigmoid(), inner, nnx.MatMul(W[:])], SoftmaxWithLoss())
@@ -149,7 +149,7 @@ def test_a_deep_copy_shares_weights_as_its_model_does(rng):
     numpy.testing.assert_array_equal(to_cpu(W), before)
 
 
-def test_a_deep_copy_shares_a_weight_with_a_layer_that_was_copied_first(rng):
+def test_deepcopy_preserves_sharing_with_a_layer_copied_first(rng):
     W = np.asarray(rng.standard_normal((3, 3)))
     decoder = nnx.MatMul(W.T)
     layer, twin = copy.deepcopy([decoder, Sequential([nnx.MatMul(W), decoder])])
@@ -158,7 +158,7 @@ def test_a_deep_copy_shares_a_weight_with_a_layer_that_was_copied_first(rng):
     numpy.testing.assert_array_equal(to_cpu(layer.params[0]), numpy.arange(9.0).reshape(3, 3).T)
 
 
-def test_a_readers_model_is_copied_in_its_own_way():
+def test_deepcopy_uses_getstate_of_a_user_defined_model():
     class Locked(Sequential):
         __slots__ = ("history",)
 
@@ -177,7 +177,7 @@ def test_a_readers_model_is_copied_in_its_own_way():
 
 
 class Block:
-    """A reader's layer that is made of others, in an attribute, a list and a dict, and does not take train_flg."""
+    """A user-defined layer with nested layers in an attribute, a list and a dict, without train_flg."""
 
     def __init__(self):
         self.affine = nnx.Affine(np.ones((4, 4)), np.zeros(4))
@@ -191,7 +191,7 @@ class Block:
         return self.affine.backward(self.norms[0].backward(self.last["dropout"].backward(dout)))
 
 
-def test_predict_leaves_no_trace_in_layers_within_layers(rng):
+def test_predict_does_not_change_nested_layers(rng):
     block = Block()
     net, x = Sequential([block], nnx.MeanSquaredError()), np.asarray(rng.standard_normal((6, 4)))
     net.forward(x, x)
@@ -200,12 +200,12 @@ def test_predict_leaves_no_trace_in_layers_within_layers(rng):
     assert (to_cpu(net.predict(x + 100)) == once).all()
     assert net.evaluate(x, x) == net.evaluate(x, x)
     assert pickle.dumps(net) == before
-    net.backward()  # of the forward before
+    net.backward()  # of the previous forward
     assert block.affine.x is x
 
 
 class Positional:
-    """A reader's layer that hands train_flg on, holds what it likes, and has attributes of its own kind."""
+    """A user-defined layer that passes train_flg on, and has arbitrary and custom attributes."""
 
     def __init__(self, dropout):
         self.inner = nnx.Affine(np.ones((4, 4)), np.zeros(4))
@@ -243,7 +243,7 @@ class Slotted:
         return x if train_flg else 3 * x
 
 
-def test_readers_layers_may_be_of_any_kind_where_they_predict(rng):
+def test_predict_with_user_defined_layers_of_any_kind(rng):
     layer = Positional(nnx.Dropout(0.5, rng=0))
     net, x = Sequential([layer, Slotted()]), np.asarray(rng.standard_normal((6, 4)))
     before = len(layer.params)
@@ -253,14 +253,14 @@ def test_readers_layers_may_be_of_any_kind_where_they_predict(rng):
     numpy.testing.assert_array_equal(to_cpu(net.predict(x)), y)
 
 
-def test_a_model_does_not_keep_arrays_that_it_no_longer_has():
+def test_model_does_not_keep_replaced_arrays():
     net = Sequential([nnx.MatMul(np.ones((300, 300)))])
     net.layers[0] = nnx.MatMul(np.ones((2, 2)))
     net.params, net.grads = net.layers[0].params, net.layers[0].grads
     assert len(pickle.dumps(net)) < 10_000
 
 
-def test_layers_that_are_classes_are_refused():
+def test_layer_classes_are_rejected():
     with pytest.raises(TypeError, match=r"Sequential: layers\[1\] must be a layer, got the class ReLU; make one"):
         Sequential([Sigmoid(), nnx.ReLU])
     with pytest.raises(TypeError, match="Sequential: loss_layer must be a layer, got the class SoftmaxWithLoss"):
@@ -285,14 +285,14 @@ def test_a_printed_model_shows_layers_shapes_and_parameters():
     assert repr(Sequential([Doubling()])).endswith(") 0 parameters, no weights")
 
 
-def test_evaluate_adds_up_in_float64(rng):
+def test_evaluate_accumulates_in_float64(rng):
     x, t = rng.standard_normal((2000, 2)), rng.integers(0, 3, 2000)
     net = Sequential([Affine(np.zeros((2, 3), "float16"), np.asarray([0, 0, 100], dtype="float16"))], SoftmaxWithLoss())
-    expected = 100 * (t != 2).mean()  # times the 2000 rows this is beyond float16
+    expected = 100 * (t != 2).mean()  # times 2000 rows this overflows float16
     assert net.evaluate(x, t, batch_size=200)[0] == pytest.approx(expected, rel=1e-3)
 
 
-def test_evaluate_leaves_the_loss_layer_as_it_is(rng):
+def test_evaluate_does_not_change_the_loss_layer(rng):
     net, x, t = trained(rng)
     y = net.loss_layer.y
     net.evaluate(x[:1], t[:1])
@@ -300,12 +300,12 @@ def test_evaluate_leaves_the_loss_layer_as_it_is(rng):
 
 
 @pytest.mark.parametrize("batch_size", [0, -5])
-def test_evaluate_refuses_a_batch_size(batch_size):
+def test_evaluate_rejects_invalid_batch_sizes(batch_size):
     with pytest.raises(ValueError, match=r"TwoLayerNet.evaluate: batch_size must be at least 1, got"):
         TwoLayerNet(2, 3, 3).evaluate([[1.0, 2.0]], [0], batch_size)
 
 
-def test_a_layer_that_stands_twice_is_refused():
+def test_duplicate_layers_are_rejected():
     layer = Sigmoid()
     with pytest.raises(ValueError, match="Sequential: a layer occurs twice"):
         Sequential([layer, layer])

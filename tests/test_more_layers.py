@@ -15,7 +15,7 @@ def ones_and_zeros(n, dtype="float64"):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9])
-def test_dropout_drops_its_share(ratio):
+def test_dropout_drops_the_given_ratio(ratio):
     layer = Dropout(ratio, rng=0)
     y = to_cpu(layer.forward(numpy.ones((200, 500), "float32")))
     assert set(numpy.unique(y)) <= {0, 1}
@@ -25,7 +25,7 @@ def test_dropout_drops_its_share(ratio):
     assert layer.mask.dtype == np.float32
 
 
-def test_dropout_predicts_with_the_sources_scale():
+def test_dropout_scales_in_prediction_as_in_the_book():
     layer = Dropout(0.25, rng=0)
     assert float(Sequential([layer]).predict([[2.0]])[0, 0]) == 1.5
     assert layer.calls == 0
@@ -33,8 +33,8 @@ def test_dropout_predicts_with_the_sources_scale():
     assert float(layer.backward([[1.0]])[0, 0]) == 0.75
 
 
-def test_dropout_masks_are_the_same_bits_everywhere():
-    """The first mask of seed 12345, as NumPy made it: a change of the hash would change every saved run."""
+def test_dropout_masks_are_identical_on_all_platforms():
+    """The first mask for seed 12345 on NumPy: changing the hash would change the results of resumed runs."""
     kept = to_cpu(dropout(np.ones(32, "float32"), 0.5, 12345, 1))
     assert "".join(str(int(k)) for k in kept) == "00100110011100010101001000110100"
 
@@ -55,7 +55,7 @@ def test_dropout_drops_infinity_too():
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, math.nan])
-def test_dropout_refuses_a_ratio(ratio):
+def test_dropout_rejects_invalid_ratios(ratio):
     with pytest.raises(ValueError, match=r"Dropout: dropout_ratio must be in \[0, 1\)"):
         Dropout(ratio)
 
@@ -74,7 +74,7 @@ def test_embedding_sums_the_gradients_of_a_repeated_index(rng):
 @pytest.mark.parametrize(
     "idx", [[0, 5], [-1], numpy.array([255], "uint8"), numpy.array([1, 256], ">i8"), [0.5], "a", [[0], [1, 2]]]
 )
-def test_embedding_refuses_indices(idx):
+def test_embedding_rejects_invalid_indices(idx):
     with pytest.raises((ValueError, TypeError), match="Embedding: "):
         Embedding(np.zeros((5, 2))).forward(idx)
 
@@ -105,13 +105,13 @@ def test_batch_norm_keeps_running_statistics_for_predicting(rng):
     numpy.testing.assert_array_equal(to_cpu(layer.running_mean), before)
 
 
-def test_batch_norm_backward_of_a_predicting_forward_is_a_scale(rng):
+def test_batch_norm_backward_after_prediction_is_a_scale(rng):
     layer = BatchNorm(np.full(2, 3.0), np.zeros(2))
     layer.forward(rng.standard_normal((4, 2)), train_flg=False)
     numpy.testing.assert_allclose(to_cpu(layer.backward(numpy.ones((4, 2)))), 3, rtol=1e-4)
 
 
-def test_batch_norm_refuses_an_empty_batch():
+def test_batch_norm_rejects_an_empty_batch():
     layer = BatchNorm(*ones_and_zeros(2))
     with pytest.raises(ValueError, match="BatchNorm: the batch is empty"):
         layer.forward(numpy.zeros((0, 2)))
@@ -121,28 +121,28 @@ def test_batch_norm_refuses_an_empty_batch():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(1, 2), (1, 1, 2)])
-def test_one_row_teaches_batch_norm_its_mean_and_no_variance(shape, dtype):
+def test_batch_norm_updates_only_the_mean_from_one_row(shape, dtype):
     layer = BatchNorm(*ones_and_zeros(2, dtype), momentum=0.5)
     x = numpy.array([5.0, -6.0], dtype).reshape(shape)
-    with pytest.warns(RuntimeWarning, match="BatchNorm: a batch of one row has no variance, so running_var does not"):
+    with pytest.warns(RuntimeWarning, match="BatchNorm: a batch of one row has no variance, so running_var is not"):
         y = layer.forward(x)
     assert not to_cpu(y).any()
     assert not to_cpu(layer.backward(x)).any()
-    y = layer.forward(x)  # the user is told once
+    y = layer.forward(x)  # warns once
     assert y.shape == shape
     assert to_cpu(layer.running_var).tolist() == [1, 1]
     assert to_cpu(layer.running_mean).tolist() == [3.75, -4.5]
     numpy.testing.assert_allclose(to_cpu(layer.forward(x, train_flg=False)).ravel(), [1.25, -1.5], rtol=2e-3)
-    with pytest.warns(RuntimeWarning, match="one row"):  # of another layer
+    with pytest.warns(RuntimeWarning, match="one row"):  # for another layer
         BatchNorm(*ones_and_zeros(2, dtype)).forward(x)
 
 
-def test_predicting_one_row_is_no_batch_of_one_row(rng):
+def test_predicting_one_row_gives_no_warning(rng):
     layer = BatchNorm(*ones_and_zeros(2))
     Sequential([layer]).predict([[1.0, 2.0]])
     layer.forward([[1.0, 2.0]], train_flg=False)
     layer.forward(rng.standard_normal((1, 2, 2)))  # two rows
-    with pytest.raises(RuntimeWarning, match="one row"):  # warnings are errors here, and this is the first
+    with pytest.raises(RuntimeWarning, match="one row"):  # warnings are errors here, and this is the first one
         layer.forward([[1.0, 2.0]])
     before = to_cpu(layer.running_mean).tolist()
     with pytest.raises(RuntimeWarning, match="one row"):
@@ -151,7 +151,7 @@ def test_predicting_one_row_is_no_batch_of_one_row(rng):
 
 
 @pytest.mark.parametrize("layer", [LayerNorm, BatchNorm])
-def test_normalization_refuses(layer):
+def test_normalization_rejects_invalid_inputs(layer):
     with pytest.raises(ValueError, match=f"{layer.__name__}: gamma and beta must have one axis"):
         layer(np.ones(3), np.zeros(2))
     with pytest.raises(TypeError, match=f"{layer.__name__}: gamma must be a"):
@@ -188,7 +188,7 @@ def test_sigmoid_with_loss_in_the_tails():
 
 
 @pytest.mark.skipif(not nnx.GPU, reason="on NumPy a label out of range is an error")
-def test_a_binary_label_that_is_neither_gives_nan_on_the_gpu():
+def test_invalid_binary_labels_give_nan_on_the_gpu():
     layer = SigmoidWithLoss()
     assert math.isnan(float(layer.forward(np.zeros(3), np.asarray([0, 1, 2]))))
     numpy.testing.assert_array_equal(numpy.isnan(to_cpu(layer.backward())), [False, False, True])
@@ -203,24 +203,24 @@ def test_a_binary_label_that_is_neither_gives_nan_on_the_gpu():
         ([0.0, 1.0], "labels must be integers"),
     ],
 )
-def test_sigmoid_with_loss_refuses(t, words):
+def test_sigmoid_with_loss_rejects_invalid_labels(t, words):
     with pytest.raises(ValueError, match=f"SigmoidWithLoss: {words}"):
         SigmoidWithLoss().forward(numpy.zeros(2), t)
 
 
-def test_dropout_of_a_numpy_number_keeps_the_dtype():
+def test_dropout_with_a_numpy_scalar_ratio_keeps_the_dtype():
     x, layer = np.ones((2, 3), "float32"), Dropout(numpy.float64(0.5))
     assert layer.forward(x, train_flg=False).dtype == np.float32
     assert layer.backward(x).dtype == np.float32
 
 
-def test_sigmoid_with_loss_counts_what_is_on_the_side_of_its_label():
+def test_sigmoid_with_loss_accuracy():
     loss = SigmoidWithLoss()
     loss.forward(np.asarray([-2.0, -0.1, 0.1, 2.0]), np.asarray([0, 1, 1, 1]))
     assert float(loss.accuracy()) == 0.75
 
 
-def test_normalization_adds_many_rows_of_float16_without_saturating():
+def test_normalization_of_many_float16_rows_does_not_saturate():
     layer = LayerNorm(*ones_and_zeros(2, "float16"))
     layer.forward(numpy.zeros((5000, 2)))
     layer.backward(numpy.ones((5000, 2)))
@@ -228,7 +228,7 @@ def test_normalization_adds_many_rows_of_float16_without_saturating():
 
 
 @pytest.mark.parametrize("layer", [BatchNorm, LayerNorm])
-def test_normalization_of_float16_whose_variance_float16_cannot_hold(rng, layer):
+def test_normalization_when_the_variance_overflows_float16(rng, layer):
     x = (2000 * rng.standard_normal((20, 4))).astype("float16")
     results = []
     for dtype in ("float16", "float32"):

@@ -1,4 +1,4 @@
-"""The native kernels against the portable ones: dtypes, layouts, sizes, extreme values; errors in ulp; memory."""
+"""Native kernels compared with portable ones: dtypes, layouts, sizes, extreme values; errors in ulp; memory."""
 
 import math
 import os
@@ -25,7 +25,7 @@ REAL = ["float32", "float64"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_is_the_portable_kernel(name, dtype, layout, weighted):
+def test_kernel_matches_portable(name, dtype, layout, weighted):
     if weighted and "_loss" not in name and "squared" not in name:
         return
     for shape in CASES[name][0]:
@@ -37,15 +37,15 @@ def test_is_the_portable_kernel(name, dtype, layout, weighted):
         assert_same(outcome(native, *case, **options), outcome(portable, *case, **options), factor * TOLERANCE[dtype])
 
 
-def test_names_are_those_of_the_reference():
+def test_names_match_portable():
     assert set(native.__all__) <= set(portable.__all__)
-    assert set(portable.__all__) - set(native.__all__) == {"gather"}
+    assert set(portable.__all__) - set(native.__all__) == {"accumulation_dtype", "gather"}
 
 
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("name", NAMES)
-def test_plain_arrays_stay_in_c(monkeypatch, name, dtype):
-    """A loop that always passed its arguments on would be right, and slow."""
+def test_plain_arrays_do_not_fall_back_to_portable(monkeypatch, name, dtype):
+    """Falling back to portable would be correct but slow."""
     monkeypatch.setattr(portable, name, lambda *_: pytest.fail(f"{name} was passed on to portable"))
     outcome(native, name, (5, 7), dtype, "C")
 
@@ -93,13 +93,13 @@ def test_any_number_of_elements_and_alignment(name, n, dtype):
     shifted = numpy.frombuffer(b"0" * 4 + values[:n].tobytes(), "uint8")[4:].view(dtype)  # off by half a double
     for x in (values[:n], values[1:], shifted):
         if name == "softmax" and n == 0:
-            continue  # no largest score
+            continue  # no maximum
         assert_same([getattr(native, name)(x, *more)], [getattr(portable, name)(x, *more)], 8 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @numpy.errstate(all="ignore")
-def test_float32_is_right_to_3_ulp(name):
+def test_float32_error_is_at_most_3_ulp(name):
     """Or 4 ulp of max(1, |x|) for GELU, which crosses zero; results below the smallest normal number may be 0."""
     x = numpy.concatenate([numpy.linspace(-90, 90, 200_001), 10 ** numpy.linspace(-38, 38, 20_001)]).astype("float32")
     x = numpy.concatenate([x, -x])
@@ -112,7 +112,7 @@ def test_float32_is_right_to_3_ulp(name):
 
 @pytest.mark.parametrize("name", GRADIENTS)
 @numpy.errstate(all="ignore")
-def test_float32_gradients_are_right_to_4_ulp(name):
+def test_float32_gradient_error_is_at_most_4_ulp(name):
     rng = numpy.random.default_rng(0)
     d, y = rng.normal(size=100_000).astype("float32"), rng.uniform(size=100_000).astype("float32")
     if name in ("gelu_grad", "relu_grad"):
@@ -124,7 +124,7 @@ def test_float32_gradients_are_right_to_4_ulp(name):
 
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("name", [*ELEMENTWISE, *GRADIENTS, "softmax", "softmax_grad"])
-def test_extreme_values_have_their_limits(name, dtype):
+def test_extreme_values_give_the_limits(name, dtype):
     info, inf = numpy.finfo(dtype), numpy.inf
     values = [0.0, -0.0, 1, -1, inf, -inf, numpy.nan, info.max, -info.max, info.tiny, -info.tiny]
     values += [info.smallest_subnormal, -info.smallest_subnormal, 88.8, -88.8, -103.9, 709.7, -745.1, 60000, -60000]
@@ -167,7 +167,7 @@ def test_losses_of_extreme_scores(scores, dtype):
 
 
 @pytest.mark.parametrize("dtype", REAL)
-def test_a_row_of_weight_0_is_not_looked_at(dtype):
+def test_rows_of_weight_0_are_ignored(dtype):
     x, t = numpy.array([[numpy.nan, 1], [1, 2]], dtype), numpy.array([7, 0])
     weight = numpy.array([0, 1], dtype)
     loss, y = native.softmax_loss(x, t, weight)
@@ -184,11 +184,11 @@ def test_no_floating_point_flag_is_raised(name):
         scaled = [a * numpy.float32(scale) if getattr(a, "dtype", None) == "float32" else a for a in given]
         with numpy.errstate(all="raise"):
             getattr(native, name)(*scaled)
-            assert numpy.add(numpy.float32(1), numpy.float32(1)) == 2  # nor left behind for NumPy to find
+            assert numpy.add(numpy.float32(1), numpy.float32(1)) == 2  # no flag remains set for NumPy to report
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_repeat_is_equal_to_the_last_bit(name):
+def test_results_are_reproducible_bit_for_bit(name):
     for shape in CASES[name][0]:
         if name.endswith("_loss") and 0 in shape:
             continue
@@ -196,9 +196,9 @@ def test_a_repeat_is_equal_to_the_last_bit(name):
         assert [a.tobytes() for a in first] == [a.tobytes() for a in second]
 
 
-def test_variances_of_columns_far_from_0_do_not_cancel():
+def test_column_variances_far_from_0_do_not_cancel():
     x = (1e4 + numpy.random.default_rng(0).normal(size=(1001, 5))).astype("float32")
-    x[0] = -1e4  # a first row unlike the others
+    x[0] = -1e4  # a first row different from the others
     ones, zeros = numpy.ones(5, "float32"), numpy.zeros(5, "float32")
     _, mean, rstd = native.batch_norm(x, ones, zeros, zeros.copy(), ones.copy(), 0.9, 1e-5)
     exact = x.astype("float64")
@@ -206,10 +206,10 @@ def test_variances_of_columns_far_from_0_do_not_cancel():
     numpy.testing.assert_allclose(rstd, 1 / numpy.sqrt(exact.var(axis=0) + 1e-5), rtol=1e-4)
 
 
-# ---- arguments that the loops cannot take ------------------------------------------------------------
+# ---- arguments not supported by the loops -------------------------------------------------------------
 
 
-def test_wrong_arguments_are_portables_errors():
+def test_invalid_arguments_give_the_errors_of_portable():
     ones = numpy.ones((4, 6), "float32")
     for call in (
         lambda: native.affine_grad(ones, ones, numpy.ones((2, 3), "float32"), None),
@@ -223,18 +223,18 @@ def test_wrong_arguments_are_portables_errors():
             call()
     with pytest.raises(TypeError):
         native.sigmoid()
-    assert native.affine(ones, ones.T, [0.0] * 4).tolist() == [[6] * 4] * 4  # a list, which NumPy takes
+    assert native.affine(ones, ones.T, [0.0] * 4).tolist() == [[6] * 4] * 4  # NumPy accepts lists
     assert (ones == 1).all()
 
 
-def test_an_array_that_stands_twice_is_treated_one_after_the_other():
+def test_duplicate_arrays_are_updated_sequentially():
     p = numpy.zeros(9000, "float32")
     native.sgd([p, p], [numpy.full(9000, 1, "float32"), numpy.full(9000, 2, "float32")], 1.0, 1.0)
     assert (p == -3).all()
 
 
 @pytest.mark.parametrize("dtype", REAL)
-def test_can_update_finds_what_the_loops_must_not_write(dtype):
+def test_can_update_rejects_arrays_the_loops_must_not_write(dtype):
     p = numpy.ones(3, dtype)
     assert native.can_update([p], [p.copy()])
     read_only = p.copy()
@@ -244,14 +244,14 @@ def test_can_update_finds_what_the_loops_must_not_write(dtype):
 
 
 @pytest.mark.parametrize("dtype", REAL)
-def test_arrays_that_overlap_are_read_before_they_are_written(dtype):
+def test_overlapping_arrays(dtype):
     a, b = numpy.arange(99, dtype=dtype), numpy.arange(99, dtype=dtype)
     native.sgd([a[1:]], [a[:-1]], 0.5, 1.0)
     portable.sgd([b[1:]], [b[:-1]], 0.5, 1.0)
     numpy.testing.assert_array_equal(a, b)
 
 
-def test_a_label_of_64_bits_is_not_cut_to_32():
+def test_64_bit_labels_are_not_truncated():
     for label in (1 << 32, (1 << 32) + 1):
         loss, y = native.sigmoid_loss(numpy.zeros(1, "float32"), numpy.array([label]), None)
         assert numpy.isnan(loss)
@@ -269,7 +269,7 @@ def test_small_variances_do_not_overflow():
 # ---- memory ------------------------------------------------------------------------------------------
 
 
-def test_large_results_use_the_memory_of_freed_ones():
+def test_large_results_reuse_freed_memory():
     def address():
         return native.relu(numpy.ones((512, 512), "float32")).ctypes.data
 
@@ -277,12 +277,12 @@ def test_large_results_use_the_memory_of_freed_ones():
     kept = [native.relu(numpy.full((512, 512), i, "float32")) for i in range(5)]
     assert [float(a[-1, -1]) for a in kept] == [0, 1, 2, 3, 4]
     assert kept[0].flags.owndata
-    kept[0].resize((600, 600), refcheck=False)  # NumPy asks the allocator for more
+    kept[0].resize((600, 600), refcheck=False)  # NumPy reallocates
     assert kept[0].shape == (600, 600)
     assert float(kept[0][0, 0]) == 0
 
 
-def test_freed_memory_is_bounded_and_given_back():
+def test_cached_memory_is_bounded_and_released():
     program = """
 import numpy, resource
 from nnx.kernels import native

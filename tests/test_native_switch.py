@@ -1,4 +1,4 @@
-"""Which kernels are bound for each NNX_NATIVE, with and without the extension, and what show_config says of them."""
+"""The kernels selected by NNX_NATIVE, with and without the extension, and the output of show_config."""
 
 import importlib
 import re
@@ -40,7 +40,7 @@ def test_binding(extension, value, binding):
     assert (result.stdout.strip(), result.stderr) == (binding, "")
 
 
-def test_on_without_the_extension_is_an_import_error():
+def test_enabled_without_the_extension_is_an_import_error():
     result = run(ABSENT + "import nnx", NNX_GPU="0", NNX_NATIVE="1")
     assert result.returncode == 1
     assert re.fullmatch(
@@ -53,7 +53,7 @@ def test_on_without_the_extension_is_an_import_error():
 
 @pytest.mark.parametrize("value", ["banana", "2", "-1", "AVX2"])
 @pytest.mark.parametrize("gpu", ["0", "1"])
-def test_other_values_are_refused(value, gpu):
+def test_other_values_are_rejected(value, gpu):
     error = run("import nnx", NNX_GPU=gpu, NNX_NATIVE=value).stderr.splitlines()[-1]
     assert error == (
         f"ValueError: NNX_NATIVE must be on (1, true, yes, on), off (0, false, no, off) or unset, got {value!r}"
@@ -69,13 +69,13 @@ def test_the_choice_cannot_be_changed_later():
 
 @pytest.mark.skipif(not nnx.GPU, reason="needs CuPy (NNX_GPU=1)")
 @pytest.mark.parametrize("value", ["0", "1"])
-def test_the_gpu_ignores_it(value):
+def test_nnx_native_is_ignored_on_the_gpu(value):
     result = run(ABSENT + BINDING, NNX_NATIVE=value)
     assert (result.stdout.split()[1:], result.stderr) == (["cuda", "NoneType", "nnx.kernels.cuda"], "")
 
 
 @pytest.mark.skipif(kernels.KERNELS != "native", reason="nnx.kernels.native is not used")
-def test_the_extension_has_what_it_names():
+def test_extension_defines_all_its_names():
     native = importlib.import_module("nnx.kernels.native")
     assert native.__all__
     for name in native.__all__:
@@ -111,7 +111,7 @@ def test_show_config_has_a_row_of_kernels(capsys):
         ),
     ],
 )
-def test_show_config_says_why_the_native_kernels_are_not_used(name, error, row, monkeypatch, capsys):
+def test_show_config_gives_the_reason_for_portable_kernels(name, error, row, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "KERNELS", name)
     monkeypatch.setattr(kernels, "native_error", error)
     assert rows(capsys)["kernels"] == row

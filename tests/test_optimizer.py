@@ -15,7 +15,7 @@ def arrays(rng, *shapes, dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_sgd_takes_the_step_in_place(rng, dtype):
+def test_sgd_updates_in_place(rng, dtype):
     shapes = [(3, 4), (4,), (300, 300), (0, 2), (1,)]  # below and above the size of a block
     params, grads = arrays(rng, *shapes, dtype=dtype), arrays(rng, *shapes, dtype=dtype)
     before = [to_cpu(p).copy() for p in params]
@@ -28,7 +28,7 @@ def test_sgd_takes_the_step_in_place(rng, dtype):
         numpy.testing.assert_allclose(to_cpu(p), b - step, rtol=1e-5, atol=4 * numpy.finfo(dtype).eps)
 
 
-def test_sgd_takes_parameters_of_any_layout(rng):
+def test_sgd_accepts_parameters_of_any_layout(rng):
     (base, wide), grads = arrays(rng, (300, 400), (300, 800)), arrays(rng, (400, 300), (300, 400))
     params = [base.T, wide[:, ::2]]
     before = [to_cpu(p).copy() for p in params]
@@ -55,7 +55,7 @@ def test_lr_may_change_between_steps():
         ([(2, 3), (1, 3)], r"grads\[1\] must have the shape of params\[1\] \(3,\), got \(1, 3\)"),
     ],
 )
-def test_sgd_refuses_lists_that_do_not_match(grads, words):
+def test_sgd_rejects_lists_that_do_not_match(grads, words):
     params = [np.ones((2, 3)), np.ones(3)]
     with pytest.raises(ValueError, match=f"SGD: {words}"):
         SGD().update(params, [np.ones(shape) for shape in grads])
@@ -71,7 +71,7 @@ def test_clip_grads_scales_to_the_common_norm():
     assert grads[0].dtype == np.float32
 
 
-def test_clip_grads_at_the_ends_of_the_range():
+def test_clip_grads_of_extreme_values():
     grads = [np.full(4, 2e38, "float32")]
     clip_grads(grads, 1.0)
     assert float(grads[0][0]) == pytest.approx(0.5)
@@ -84,7 +84,7 @@ def test_clip_grads_at_the_ends_of_the_range():
             assert float(bad[1][0]) == 5
 
 
-def test_the_norm_of_float64_gradients_does_not_overflow():
+def test_norm_of_float64_gradients_does_not_overflow():
     grads = [np.asarray([3e200, 4e200]), np.zeros((0, 3)), np.asarray([0.0], "float32")]
     clip_grads(grads, 1.0)
     numpy.testing.assert_allclose(to_cpu(grads[0]), [0.6, 0.8], rtol=1e-12)
@@ -93,13 +93,13 @@ def test_the_norm_of_float64_gradients_does_not_overflow():
     numpy.testing.assert_allclose(to_cpu(grads[0]), 3, rtol=1e-12)
 
 
-def test_clip_grads_takes_what_can_be_read_once():
+def test_clip_grads_accepts_an_iterator():
     grads = [np.asarray([3.0, 4.0])]
     clip_grads((g for g in grads), 1.0)
     assert float(grads[0][0]) == pytest.approx(0.6)
 
 
-def test_clip_grads_changes_nothing_where_it_fails():
+def test_clip_grads_changes_nothing_on_error():
     others = [np.ones(3, int), [1.0, 2.0], None, 2.0, np.ones(3, complex)]
     if not nnx.GPU:
         others += [masked([0, 1, 0]), read_only()]
@@ -113,12 +113,12 @@ def test_clip_grads_changes_nothing_where_it_fails():
 
 
 @pytest.mark.parametrize("max_norm", [0, -1, math.nan])
-def test_clip_grads_refuses_a_norm(max_norm):
+def test_clip_grads_rejects_invalid_norms(max_norm):
     with pytest.raises(ValueError, match="clip_grads: max_norm must be positive"):
         clip_grads([np.ones(2)], max_norm)
 
 
-OPTIMIZERS = {  # with settings that converge on both problems
+OPTIMIZERS = {  # settings that converge on both problems
     "SGD": (nnx.SGD, {"lr": 0.002}),
     "Momentum": (nnx.Momentum, {"lr": 0.0005}),
     "Nesterov": (nnx.Nesterov, {"lr": 0.0005}),
@@ -171,7 +171,7 @@ def steps_by_hand(name, p, gradients, eps=1e-7, weight_decay=None):
             a = 0.9 * a - lr * g
             p = p + a
         elif name == "Nesterov":
-            p = p + 0.81 * a - 1.9 * lr * g  # the source's form, with the velocity from before the step
+            p = p + 0.81 * a - 1.9 * lr * g  # the book's form, with the previous velocity
             a = 0.9 * a - lr * g
         elif name == "AdaGrad":
             a = a + g**2
@@ -221,8 +221,8 @@ def test_steps_by_hand(name, shape, settings, rng):
         (lambda: nnx.Adam(0.1, 0.9, 0.0), None),
     ],
 )
-def test_averages_forget_large_gradients(optimizer, state, dtype):
-    """Without memory every step has the size of the rate, whatever came before."""
+def test_averages_do_not_retain_large_gradients_without_decay(optimizer, state, dtype):
+    """With decay 0 every step has the size of the learning rate, independent of previous gradients."""
     optimizer, p = optimizer(), np.zeros(1, dtype)
     for gradient in (1e4, 1.0, 1e-4):
         before = float(p[0])
@@ -258,7 +258,7 @@ def test_layout_makes_no_difference(name, rng):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SGD"])
-def test_state_belongs_to_its_parameters(name):
+def test_state_is_bound_to_its_parameters(name):
     optimizer = OPTIMIZERS[name][0]()
     p, q = [np.ones(2), np.ones(3)], [np.ones(2), np.ones(3)]
     optimizer.update(p, [np.ones(2), np.ones(3)])
@@ -282,8 +282,8 @@ def test_state_belongs_to_its_parameters(name):
         ("RMSprop", {"alpha": 0.99, "eps": 1e-7}),
     ],
 )
-def test_pytorch_takes_the_same_steps(name, settings, rng):
-    """Adam is left out: PyTorch adds eps after the correction, the source (and the paper's last form) before it."""
+def test_steps_match_pytorch(name, settings, rng):
+    """Adam is omitted: PyTorch adds eps after the bias correction, the book (and the paper's last form) before it."""
     torch = pytest.importorskip("torch")
     peer = {"Momentum": "SGD", "Nesterov": "SGD", "AdaGrad": "Adagrad"}.get(name, name)
     start = rng.standard_normal(50)
@@ -308,7 +308,7 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_numpy_number_as_rate_changes_no_digit(name, rng):
+def test_numpy_scalar_learning_rate_gives_identical_results(name, rng):
     (p, g) = arrays(rng, (50,), (50,))
     q, optimizers = p.copy(), [getattr(nnx, name)(lr=lr) for lr in (0.1, numpy.float64(0.1))]
     for _ in range(20):
@@ -319,7 +319,7 @@ def test_a_numpy_number_as_rate_changes_no_digit(name, rng):
 
 @pytest.mark.parametrize("dtype", ["int64", "bool", "complex64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_gradients_of_other_kinds_are_refused_before_anything_changes(name, dtype):
+def test_invalid_gradient_dtypes_are_rejected_without_changes(name, dtype):
     params = [np.ones(3), np.ones(3)]
     with pytest.raises(TypeError, match=rf"{name}: grads\[1\] must be a \w+ array of a floating dtype, got .*{dtype}"):
         getattr(nnx, name)().update(params, [np.ones(3), np.ones(3, dtype)])
@@ -330,8 +330,8 @@ def test_gradients_of_other_kinds_are_refused_before_anything_changes(name, dtyp
     ("weights", "gradients"), [("float32", "float16"), ("float32", "float64"), ("float64", "float32")]
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_gradients_of_another_dtype_step_as_in_that_of_the_parameter(name, weights, gradients, rng):
-    """Small ones: the square of 1e-5 is 0 in float16."""
+def test_gradients_are_cast_to_the_dtype_of_the_parameter(name, weights, gradients, rng):
+    """Small gradients: the square of 1e-5 is 0 in float16."""
     p, g = np.ones(4, weights), np.asarray(1e-5 * rng.standard_normal(4), gradients)
     q, optimizers = p.copy(), [getattr(nnx, name)(), getattr(nnx, name)()]
     for _ in range(20):
@@ -340,7 +340,7 @@ def test_gradients_of_another_dtype_step_as_in_that_of_the_parameter(name, weigh
     numpy.testing.assert_array_equal(to_cpu(p), to_cpu(q))
 
 
-# ---- failing ----------------------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------------------
 
 
 def masked(mask):
@@ -353,7 +353,7 @@ def read_only():
     return p
 
 
-WRONG = {  # what to put in the place of params[1] or grads[1], or the lists to pass
+WRONG = {  # replacement for params[1] or grads[1], or the lists to pass
     "an integer gradient": ("grads", lambda: np.ones(3, int), TypeError, r"grads\[1\] must be .* floating dtype"),
     "no gradient": ("grads", lambda: None, TypeError, r"grads\[1\] must be .* got NoneType"),
     "a number": ("grads", lambda: 1.0, TypeError, r"grads\[1\] must be .* got float"),
@@ -368,14 +368,14 @@ if not nnx.GPU:
         "a masked parameter": ("params", lambda: masked([0, 1, 0]), TypeError, r"params\[1\] must be a numpy array"),
         "a parameter with a mask": ("params", lambda: masked(False), TypeError, r"params\[1\] must be a numpy array"),
         "a matrix": ("params", lambda: np.ones((1, 3)).view(numpy.matrix), TypeError, r"params\[1\] must be .*matrix"),
-        "a read-only parameter": ("params", read_only, ValueError, r"params\[1\] is read-only .*copy\(\)"),
+        "a read-only parameter": ("params", read_only, ValueError, r"params\[1\] is read-only; .*copy\(\)"),
         "bytes of another order": ("params", lambda: np.ones(3, ">f8"), TypeError, r"params\[1\] must be"),
     }
 SETTINGS = ["lr", "momentum", "decay_rate", "beta1", "beta2", "eps", "weight_decay"]
 
 
 def everything(optimizer):
-    """Return what an optimizer holds, its arrays as lists of numbers, and the arrays themselves."""
+    """Return the state of an optimizer, with arrays as lists of numbers, and the arrays themselves."""
     held = {n: [to_cpu(a).tolist() for a in v] if isinstance(v, list) else v for n, v in vars(optimizer).items()}
     return held, [a for v in vars(optimizer).values() if isinstance(v, list) for a in v]
 
@@ -394,7 +394,7 @@ def assert_fails_and_changes_nothing(optimizer, params, grads, error, words):
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_update_of_wrong_arrays_changes_nothing(name, wrong, steps):
+def test_update_of_invalid_arrays_changes_nothing(name, wrong, steps):
     which, make, error, words = WRONG[wrong]
     optimizer = OPTIMIZERS[name][0]()
     lists = {"params": [np.ones(2), np.ones(3)], "grads": [np.ones(2), np.ones(3)]}
@@ -407,7 +407,7 @@ def test_an_update_of_wrong_arrays_changes_nothing(name, wrong, steps):
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("value", [None, "0.1", [0.1], 1j, np.ones(1)], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_update_with_a_setting_that_is_no_number_changes_nothing(name, value, steps):
+def test_update_with_a_non_numeric_setting_changes_nothing(name, value, steps):
     for setting in SETTINGS:
         optimizer, params, grads = OPTIMIZERS[name][0](), [np.ones(2), np.ones(3)], [np.ones(2), np.ones(3)]
         if hasattr(optimizer, setting):
@@ -421,7 +421,7 @@ def test_an_update_with_a_setting_that_is_no_number_changes_nothing(name, value,
 @pytest.mark.parametrize("beta", [1, 1.5, -0.1, math.nan])
 @pytest.mark.parametrize("setting", ["beta1", "beta2"])
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_an_update_with_a_beta_that_has_no_average_changes_nothing(name, setting, beta, steps):
+def test_update_with_an_invalid_beta_changes_nothing(name, setting, beta, steps):
     optimizer, p = OPTIMIZERS[name][0](), [np.ones(2)]
     for _ in range(steps):
         optimizer.update(p, [np.ones(2)])
@@ -430,7 +430,7 @@ def test_an_update_with_a_beta_that_has_no_average_changes_nothing(name, setting
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SGD"])
-def test_after_a_failing_first_update_other_parameters_may_come(name):
+def test_failed_first_update_does_not_bind_the_parameters(name):
     optimizer = OPTIMIZERS[name][0](lr=None)
     with pytest.raises(TypeError, match="lr must be a number"):
         optimizer.update([np.ones(2)], [np.ones(2)])
@@ -442,7 +442,7 @@ def test_after_a_failing_first_update_other_parameters_may_come(name):
 
 @pytest.mark.skipif(nnx.GPU, reason="NumPy's subclasses")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_gradient_of_a_subclass_steps_as_the_array_that_it_is(name):
+def test_gradients_of_ndarray_subclasses(name):
     steps = []
     for kind in (numpy.asarray, numpy.ma.array, lambda g: g.view(numpy.matrix)):
         p, g = np.ones((1, 3)), kind(np.array([[3.0, 0.0, 4.0]]))
@@ -454,14 +454,14 @@ def test_a_gradient_of_a_subclass_steps_as_the_array_that_it_is(name):
     assert steps[0] == steps[1] == steps[2]
 
 
-def test_sgd_takes_a_rate_of_any_number_type():
-    for n in (4, 40_000):  # where NumPy has another way
+def test_sgd_accepts_a_learning_rate_of_any_number_type():
+    for n in (4, 40_000):  # NumPy uses another code path
         p = np.zeros(n, "float32")
         nnx.SGD(numpy.uint8(1)).update([p], [np.ones(n, "float32")])
         assert (to_cpu(p) == -1).all()
 
 
-def test_clip_grads_leaves_zeros():
+def test_clip_grads_of_zeros():
     grads = [np.zeros(3, "float32")]
     clip_grads(grads, 1.0)
     assert (to_cpu(grads[0]) == 0).all()

@@ -1,4 +1,4 @@
-"""Pictures are drawn where asked, without a display, and say what is missing."""
+"""Plots: drawing without a display, and error messages."""
 
 import sys
 import tracemalloc
@@ -12,7 +12,7 @@ from nnx.plotting import plot_data, plot_decision_regions, plot_loss
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402 - the backend comes first
+from matplotlib import pyplot  # noqa: E402 - the backend must be set first
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _small_figures():
 
 
 class Grid:
-    """A model that remembers the points it is asked for."""
+    """A model that records the points passed to predict."""
 
     def __init__(self, scores=lambda points: points[:, 0]):
         self.scores = scores
@@ -77,7 +77,7 @@ def test_plot_data_draws_every_class(kind):
     assert sorted(len(c.get_offsets()) for c in ax.collections) == [100, 100, 100]
 
 
-def test_plot_decision_regions_asks_the_model_for_the_plane(tmp_path):
+def test_plot_decision_regions_predicts_a_grid(tmp_path):
     x, t = spiral.load_data()
     _, ax = pyplot.subplots()
     result = plot_decision_regions(TwoLayerNet(2, 3, 3), x, t, step=0.1, ax=ax, path=tmp_path / "regions.png")
@@ -97,29 +97,29 @@ def test_trainer_plot_returns_the_axes():
     assert list(trainer.plot((0, 3)).lines[0].get_ydata()) == [2, 1]
 
 
-def test_plot_data_refuses_points_that_do_not_fit():
+def test_plot_data_rejects_mismatched_points():
     with pytest.raises(ValueError, match=r"plot_data: x must be \(N, 2\)"):
         plot_data(numpy.zeros((3, 3)), [0, 1, 2])
 
 
-def test_missing_matplotlib_is_named(monkeypatch):
+def test_missing_matplotlib_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_loss([1.0])
 
 
-def test_plot_loss_takes_the_losses_of_a_loop_of_your_own():
+def test_plot_loss_of_a_custom_loop():
     assert list(plot_loss([np.ones(()), 2.0]).lines[0].get_ydata()) == [1, 2]
 
 
-def test_a_class_looks_alike_where_another_is_missing():
+def test_appearance_of_a_class_does_not_depend_on_other_classes():
     x, t = spiral.load_data()
     colours = [c.get_facecolor()[0].tolist() for c in plot_data(x, t).collections]
     part = t[:, 1] == 0
     assert [c.get_facecolor()[0].tolist() for c in plot_data(x[part], t[part]).collections] == colours[::2]
 
 
-def test_plot_loss_takes_a_generator():
+def test_plot_loss_accepts_a_generator():
     assert list(plot_loss(loss for loss in [3, 2, 1]).lines[0].get_ydata()) == [3, 2, 1]
 
 
@@ -169,7 +169,7 @@ def test_points_and_labels_of_pandas():
     ],
 )
 @pytest.mark.parametrize("name", ["plot_data", "plot_decision_regions"])
-def test_labels_that_are_none_are_refused(name, t, words):
+def test_invalid_labels_are_rejected(name, t, words):
     with pytest.raises(ValueError, match=f"^{name}: .*{words}"):
         plot_data(POINTS, t) if name == "plot_data" else plot_decision_regions(Grid(), POINTS, t)
     assert not pyplot.get_fignums()
@@ -184,7 +184,7 @@ def test_labels_that_are_none_are_refused(name, t, words):
         (numpy.zeros((0, 2)), r"x must be \(N, 2\), with at least one point, got shape \(0, 2\)"),
     ],
 )
-def test_points_that_are_none_are_refused(x, words):
+def test_invalid_points_are_rejected(x, words):
     t = [0, 1, 1, 2][: len(x)]
     with pytest.raises(ValueError, match=f"plot_data: {words}"):
         plot_data(x, t)
@@ -207,7 +207,7 @@ def test_many_classes_all_look_different():
 
 @pytest.mark.parametrize("axes", [1, 2])
 @pytest.mark.parametrize("scale", [1, -1])
-def test_one_score_makes_two_regions(axes, scale):
+def test_single_score_gives_two_regions(axes, scale):
     def scores(points):
         score = np.asarray(scale * (points[:, 0] - 0.5))
         return score if axes == 1 else score[:, None]
@@ -219,7 +219,7 @@ def test_one_score_makes_two_regions(axes, scale):
     assert right.max() == ax.get_xlim()[1]
 
 
-def test_one_score_of_zero_is_class_1_as_in_the_loss():
+def test_single_score_of_zero_is_class_1_as_in_the_loss():
     assert regions(plot_decision_regions(Grid(lambda p: 0 * p[:, :1]), POINTS, [0, 0, 1, 1])) == [ORANGE]
     layer = nnx.SigmoidWithLoss()
     layer.forward(np.zeros((1, 1), "float32"), np.ones((1, 1), int))
@@ -247,7 +247,7 @@ def test_the_largest_of_two_or_more_scores():
         (lambda p: 1.0, r"predict must return .* got shape \(\)"),
     ],
 )
-def test_results_of_predict_that_are_none_are_refused(scores, words):
+def test_invalid_results_of_predict_are_rejected(scores, words):
     with pytest.raises(ValueError, match=words):
         plot_decision_regions(Grid(scores), POINTS, [0, 0, 1, 1])
     assert not pyplot.get_fignums()
@@ -262,7 +262,7 @@ def test_predict_must_be_callable():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-9, 1, 100, 1000, 1e9, 1e300])
-def test_the_grid_follows_from_the_pixels_at_any_range(scale):
+def test_grid_size_depends_on_the_pixels_for_any_range(scale):
     grid = Grid(lambda p: p[:, 0] - scale)
     tracemalloc.start()
     ax = plot_decision_regions(grid, POINTS * scale, [0, 0, 1, 1])
@@ -285,7 +285,7 @@ def test_the_grid_of_a_large_figure_is_bounded():
 
 @pytest.mark.parametrize("value", [0, 5, -1e-7, 1e20])
 @pytest.mark.parametrize("axis", [0, 1, None])
-def test_points_that_are_equal_in_a_coordinate(value, axis):
+def test_points_with_equal_coordinates(value, axis):
     x = POINTS.copy()
     x[:, slice(None) if axis is None else axis] = value
     grid = Grid(lambda p: p[:, axis or 0] - value)
@@ -295,18 +295,18 @@ def test_points_that_are_equal_in_a_coordinate(value, axis):
         assert low < high
 
 
-def test_integer_points_are_not_counted_in_integers():
+def test_integer_points_are_converted_to_floating():
     grid = Grid()
     plot_decision_regions(grid, numpy.array([[0, 0], [200, 100]], "uint8"), [0, 1], step=10)
     assert grid.points.min(axis=0) == pytest.approx([-10, -5])
     assert grid.points.max(axis=0) == pytest.approx([210, 105])
 
 
-def test_a_step_that_makes_too_many_points_is_refused():
+def test_step_with_too_many_points_is_rejected():
     grid = Grid()
     for scale, step in ((1000, 0.01), (1, 1e-4), (1, 1e-320)):
         with pytest.raises(
-            ValueError, match=r"step=.* makes a grid of .*more than 4000000; pass a larger one, or None"
+            ValueError, match=r"step=.* makes a grid of .*more than 4000000; pass a larger step, or None"
         ):
             plot_decision_regions(grid, POINTS * scale, [0, 0, 1, 1], step=step)
     assert not grid.batches
@@ -314,12 +314,12 @@ def test_a_step_that_makes_too_many_points_is_refused():
 
 
 @pytest.mark.parametrize("step", [0, -0.1, numpy.nan, numpy.inf, "0.1"])
-def test_a_step_that_is_none_is_refused(step):
+def test_invalid_step_is_rejected(step):
     with pytest.raises(ValueError, match="step must be a positive number or None"):
         plot_decision_regions(Grid(), POINTS, [0, 0, 1, 1], step=step)
 
 
-def test_a_step_wider_than_the_plane():
+def test_step_wider_than_the_range():
     assert regions(plot_decision_regions(Grid(), POINTS, [0, 0, 1, 1], step=100)) == [BLUE, ORANGE]
 
 
@@ -339,11 +339,11 @@ def draw_all(**options):
 
 
 def test_figures_that_were_saved_are_closed(tmp_path):
-    for i in range(7):  # 28 figures, of which Matplotlib warns from 21 on
+    for i in range(7):  # 28 figures; Matplotlib warns from 21 on
         axes = draw_all(path=tmp_path / f"{i}.png")
         assert all(isinstance(ax, matplotlib.axes.Axes) for ax in axes)
     assert not pyplot.get_fignums()
-    axes[0].figure.savefig(tmp_path / "again.png")  # still may be used
+    axes[0].figure.savefig(tmp_path / "again.png")  # still usable
 
 
 def test_figures_of_the_caller_and_figures_to_be_shown_stay_open(tmp_path):
@@ -360,7 +360,7 @@ def test_a_subfigure_is_saved_with_its_figure(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
-def test_errors_leave_no_figure_open(tmp_path):
+def test_figures_are_closed_after_errors(tmp_path):
     def fail(points):
         raise RuntimeError("no prediction")
 
@@ -373,7 +373,7 @@ def test_errors_leave_no_figure_open(tmp_path):
     assert not pyplot.get_fignums()
 
 
-def test_trainer_plot_opens_a_window_where_neither_ax_nor_path_is_given(monkeypatch, tmp_path):
+def test_trainer_plot_opens_a_window_without_ax_and_path(monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr(pyplot, "get_backend", lambda: "TkAgg")
     monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.get_fignums()))

@@ -1,4 +1,4 @@
-"""Any shape, stride, dtype and value: the right result, the documented error, or a number that is none.
+"""Arbitrary shapes, strides, dtypes and values give the right result, the documented error, or a non-finite number.
 
 The references are NumPy's formulas in float64. Extreme values are those that overflow float16 and
 float32, denormals, infinities and NaN.
@@ -29,7 +29,7 @@ ANY = ORDINARY | st.sampled_from([0.0, -0.0, TINY, -TINY, HUGE, -HUGE, math.inf,
 
 @st.composite
 def inputs(draw, values=ORDINARY, axes=(2, 3), columns=None, rows=(1, 5)):
-    """Draw an array of the active module, contiguous or not."""
+    """Draw an array of the array module, contiguous or not."""
     n = draw(st.integers(*axes))
     shape = [draw(st.integers(*rows)) for _ in range(n - 1)] + [columns or draw(st.integers(1, 6))]
     dtype = draw(DTYPES)
@@ -45,7 +45,7 @@ def inputs(draw, values=ORDINARY, axes=(2, 3), columns=None, rows=(1, 5)):
 
 
 def reference(x):
-    """Return the numbers that `x` really holds, in float64."""
+    """Return the values of `x` in float64."""
     return to_cpu(x).astype("float64")
 
 
@@ -83,7 +83,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @quick
 @given(x=inputs(values=ANY))
-def test_activations_of_anything(name, x):
+def test_activations_of_arbitrary_inputs(name, x):
     with numpy.errstate(all="ignore"):
         expected = FUNCTIONS[name](reference(x))
     layer = getattr(nnx, name)()
@@ -118,7 +118,7 @@ def test_affine_of_any_layout(x, data):
 
 @quick
 @given(x=inputs(values=ANY), data=st.data())
-def test_softmax_with_loss_of_anything(x, data):
+def test_softmax_with_loss_of_arbitrary_inputs(x, data):
     rows, classes = x.shape[:-1], x.shape[-1]
     t = data.draw(arrays.arrays("int64", rows, elements=st.integers(0, classes - 1)))
     kind = data.draw(st.sampled_from(["int64", "int32", "uint8", "one-hot", "bool"]))
@@ -147,7 +147,7 @@ def test_softmax_with_loss_of_anything(x, data):
 
 @quick
 @given(data=st.data(), classes=st.integers(1, 5), n=st.integers(1, 5))
-def test_labels_are_right_or_refused(data, classes, n):
+def test_labels_are_valid_or_rejected(data, classes, n):
     dtype = data.draw(st.sampled_from(["int8", "int32", "int64", "uint8", "bool", "float64"]))
     shape = data.draw(st.sampled_from([(n,), (n, 1), (n, classes), (n + 1,), ()]))
     t = data.draw(arrays.arrays(dtype, shape, elements=arrays.from_dtype(numpy.dtype(dtype), allow_nan=False)))
@@ -190,7 +190,7 @@ def test_elementwise_losses(name, x, data):
     name=st.sampled_from(["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]),
     value=st.sampled_from([0.0, 1e-20, 1e18, HUGE, math.inf, math.nan]),
 )
-def test_optimizers_keep_dtype_and_show_what_is_no_number(data, name, value):
+def test_optimizers_keep_dtype_and_propagate_nonfinite_values(data, name, value):
     dtype = data.draw(st.sampled_from(["float32", "float64"]))
     params = [np.zeros((2, 3), dtype), np.zeros(4, dtype)]
     grads = [np.ones((2, 3), dtype), np.full(4, value, dtype)]
@@ -206,7 +206,7 @@ def test_optimizers_keep_dtype_and_show_what_is_no_number(data, name, value):
 
 @quick
 @given(idx=arrays.arrays("int64", arrays.array_shapes(max_dims=2), elements=st.integers(-2, 6)))
-def test_embedding_of_any_index(idx):
+def test_embedding_of_arbitrary_indices(idx):
     W = np.asarray(numpy.arange(10.0).reshape(5, 2))
     layer = nnx.Embedding(W)
     if idx.min() < 0 or idx.max() >= 5:

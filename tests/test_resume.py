@@ -1,4 +1,4 @@
-"""A training that stops anywhere goes on from its last checkpoint to the very same numbers."""
+"""Training interrupted at any step resumes from its last checkpoint and is reproduced bit for bit."""
 
 import resource
 from pathlib import Path
@@ -16,26 +16,26 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(trainer, folder, steps, *others, **options):
-    """Train `steps` steps, with a checkpoint after each, and leave."""
+    """Train `steps` steps, with a checkpoint after each, then exit."""
     with pytest.raises(Stop):
         fit(trainer, Checkpoint(folder, every_steps=1), *others, At(steps, stop), **options)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [1, 4, 5, 6, 14])
-def test_a_resumed_training_is_one_that_never_stopped(optimizer, steps, tmp_path):
+def test_resumed_training_matches_uninterrupted_training(optimizer, steps, tmp_path):
     start(new_trainer(optimizer), tmp_path, steps, *callbacks())
     check_resumed(tmp_path, optimizer)
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_every_generator_goes_on(generator, tmp_path):
+def test_resume_with_every_generator(generator, tmp_path):
     start(new_trainer(generator=generator), tmp_path, 8, *callbacks())
     check_resumed(tmp_path, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
-def test_every_dtype_goes_on(dtype, tmp_path):
+def test_resume_with_every_dtype(dtype, tmp_path):
     expected, first, second = (new_trainer("Momentum", dtype=dtype) for _ in range(3))
     fit(expected)
     start(first, tmp_path, 8)
@@ -53,12 +53,12 @@ def test_a_resumed_training_can_be_stopped_and_resumed_again(tmp_path):
     check_resumed(tmp_path)
 
 
-def test_a_dropped_last_batch_stays_dropped(tmp_path):
+def test_resume_with_drop_last(tmp_path):
     start(new_trainer(), tmp_path, 7, *callbacks(), drop_last=True)
     check_resumed(tmp_path, drop_last=True)
 
 
-def test_patience_goes_on_where_it_was(tmp_path):
+def test_early_stopping_patience_is_restored(tmp_path):
     def others():
         return [
             Checkpoint(tmp_path, every_steps=1, keep=99),
@@ -78,7 +78,7 @@ def test_patience_goes_on_where_it_was(tmp_path):
         assert everything(other) == everything(trainer)
 
 
-def test_best_weights_seen_before_the_stop_are_put_back(tmp_path):
+def test_best_weights_from_before_the_interruption_are_restored(tmp_path):
     def others():
         return [LearningRateScheduler(lambda step: 0.5 if step < 5 else 30.0), BestWeights()]
 
@@ -88,7 +88,7 @@ def test_best_weights_seen_before_the_stop_are_put_back(tmp_path):
     assert best[1].epoch == 1
 
 
-def test_nothing_is_left_to_do_in_a_training_that_was_done(tmp_path):
+def test_resuming_finished_training_does_nothing(tmp_path):
     fit(new_trainer(), Checkpoint(tmp_path), *callbacks())
     check_resumed(tmp_path)
     trainer = new_trainer()
@@ -98,7 +98,7 @@ def test_nothing_is_left_to_do_in_a_training_that_was_done(tmp_path):
     assert trainer.current_epoch == 6  # the second call of fit is a new one
 
 
-def test_an_early_stop_stays_one(tmp_path):
+def test_resuming_after_early_stopping_does_nothing(tmp_path):
     trainer = new_trainer()
     fit(trainer, Checkpoint(tmp_path, every_epochs=10), At(7, trainer.stop), epochs=20)
     assert trainer.current_epoch == 2
@@ -108,7 +108,7 @@ def test_an_early_stop_stays_one(tmp_path):
     assert other.current_epoch == 2
 
 
-def test_a_stop_asked_for_in_the_middle_comes_after_the_epoch(tmp_path):
+def test_stop_within_an_epoch_takes_effect_at_its_end(tmp_path):
     trainer = new_trainer()
     start(trainer, tmp_path, 8, At(7, trainer.stop), epochs=20)
     other = new_trainer()
@@ -117,7 +117,7 @@ def test_a_stop_asked_for_in_the_middle_comes_after_the_epoch(tmp_path):
     assert (other.current_epoch, other.iteration) == (2, 0)
 
 
-def test_a_trainer_saved_by_hand_in_the_middle_goes_on(tmp_path):
+def test_resume_from_a_manual_save_within_an_epoch(tmp_path):
     trainer, path = new_trainer(), tmp_path / "mine.safetensors"
     everyday = callbacks()
     with pytest.raises(Stop):
@@ -130,7 +130,7 @@ def test_a_trainer_saved_by_hand_in_the_middle_goes_on(tmp_path):
     check_resumed(path)
 
 
-def test_a_trainer_saved_between_two_fits_begins_another(tmp_path):
+def test_trainer_saved_between_two_fits_starts_a_new_one(tmp_path):
     trainer, path = new_trainer(), tmp_path / "between.safetensors"
     fit(trainer)
     checkpoint.save(path, trainer.model, trainer.optimizer, trainer)
@@ -142,19 +142,19 @@ def test_a_trainer_saved_between_two_fits_begins_another(tmp_path):
     assert other.current_epoch == 6
 
 
-def test_an_epoch_in_its_middle_is_finished_as_it_began(tmp_path):
+def test_partial_epoch_requires_the_same_batches(tmp_path):
     start(new_trainer(), tmp_path, 7)
     trainer = new_trainer()
     trainer.resume(tmp_path)
     with pytest.raises(ValueError, match="has 70 rows in 5 batches of 16, got 70 rows in 7 batches of 10; finish it"):
         fit(trainer, batch_size=10)
-    with pytest.raises(ValueError, match="later than"):  # nor does this end what was resumed
+    with pytest.raises(ValueError, match="later than"):  # the resumed state is kept
         Checkpoint(tmp_path).on_begin(new_trainer())
     fit(trainer, *callbacks())
     assert trainer.current_epoch == 3
 
 
-def test_what_was_resumed_is_for_one_fit_and_one_that_cannot_begin_is_none(tmp_path):
+def test_resumed_state_is_used_by_one_successful_fit(tmp_path):
     start(new_trainer(), tmp_path / "run", 7)
     trainer, other = new_trainer(), new_trainer()
     for t in (trainer, other):
@@ -173,7 +173,7 @@ def test_what_was_resumed_is_for_one_fit_and_one_that_cannot_begin_is_none(tmp_p
     assert trainer.current_epoch == 2
 
 
-def test_the_bar_begins_where_the_training_does(tmp_path, capsys, monkeypatch):
+def test_progress_bar_starts_at_the_resumed_step(tmp_path, capsys, monkeypatch):
     start(new_trainer(), tmp_path, 7)
     trainer = new_trainer()
     trainer.resume(tmp_path)
@@ -182,7 +182,7 @@ def test_the_bar_begins_where_the_training_does(tmp_path, capsys, monkeypatch):
     assert "10/10" in capsys.readouterr().err
 
 
-def test_files_are_numbered_and_the_newest_kept(tmp_path):
+def test_files_are_numbered_and_the_newest_are_kept(tmp_path):
     trainer = new_trainer()
     fit(trainer, Checkpoint(tmp_path, every_epochs=2, every_steps=3, keep=4), epochs=5)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -194,7 +194,7 @@ def test_files_are_numbered_and_the_newest_kept(tmp_path):
     ]
 
 
-def test_the_best_epoch_is_kept_beside_them(tmp_path):
+def test_best_checkpoint_is_kept(tmp_path):
     trainer = new_trainer("SGD")
     rates = LearningRateScheduler(lambda step: 0.5 if step < 15 else 30.0)
     callback = Checkpoint(tmp_path, every_epochs=4)
@@ -210,7 +210,7 @@ def test_the_best_epoch_is_kept_beside_them(tmp_path):
     assert not (tmp_path / "none" / "best.safetensors").exists()
 
 
-def test_a_folder_holds_one_training(tmp_path):
+def test_one_folder_per_training(tmp_path):
     fit(new_trainer(), Checkpoint(tmp_path))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"epoch-0003-step-000000\.safetensors is later than epoch 0, step 0, where"):
@@ -218,7 +218,7 @@ def test_a_folder_holds_one_training(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_fewer_epochs_than_are_done_are_an_error_and_not_a_fit_of_nothing(tmp_path):
+def test_max_epoch_below_the_finished_epochs_is_an_error(tmp_path):
     start(new_trainer(), tmp_path, 7, *callbacks())
     trainer = new_trainer()
     trainer.resume(tmp_path)
@@ -231,7 +231,7 @@ def test_fewer_epochs_than_are_done_are_an_error_and_not_a_fit_of_nothing(tmp_pa
     check_resumed(tmp_path)
 
 
-def test_a_folder_stays_where_it_was_when_a_callback_goes_elsewhere(tmp_path, monkeypatch):
+def test_relative_folder_is_resolved_at_construction(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     fit(new_trainer(), At(2, lambda: monkeypatch.chdir("elsewhere")), Checkpoint("folder"), epochs=1)
@@ -239,19 +239,19 @@ def test_a_folder_stays_where_it_was_when_a_callback_goes_elsewhere(tmp_path, mo
 
 
 @pytest.mark.parametrize("setting", ["every_epochs", "every_steps", "keep"])
-def test_settings_of_a_checkpoint_are_looked_at(setting):
+def test_checkpoint_settings_are_validated(setting):
     with pytest.raises(ValueError, match=f"Checkpoint: {setting} must be at least 1, got 0"):
         Checkpoint("folder", **{setting: 0})
 
 
-def test_a_damaged_newest_file_gives_way_to_the_one_before(tmp_path):
+def test_resume_skips_a_damaged_newest_file(tmp_path):
     start(new_trainer(), tmp_path, 8, *callbacks())
     *_, before, newest = sorted(tmp_path.glob("epoch*"))
     newest.write_bytes(newest.read_bytes()[:-1])
     trainer = new_trainer()
     with pytest.warns(RuntimeWarning, match=rf"{newest.name}.*; set aside as {newest.name}\.damaged") as warned:
         assert trainer.resume(tmp_path) == before
-    assert warned[0].filename == __file__  # the line that a user knows
+    assert warned[0].filename == __file__  # the line in user code
     start(trainer, tmp_path, 3, *callbacks())
     check_resumed(tmp_path)
     with pytest.raises(FileNotFoundError, match="no intact checkpoint found"):
@@ -273,7 +273,7 @@ def test_a_file_of_another_training_changes_nothing(tmp_path):
     assert everything(trainer) == before
 
 
-def test_a_full_disk_is_a_warning_and_the_training_goes_on(tmp_path):
+def test_full_disk_issues_a_warning_and_training_continues(tmp_path):
     expected = new_trainer()
     fit(expected, *callbacks())
     trainer = new_trainer()
@@ -300,7 +300,7 @@ def test_a_full_disk_is_a_warning_and_the_training_goes_on(tmp_path):
     check_resumed(tmp_path)
 
 
-def test_the_best_epoch_is_one_that_could_be_saved(tmp_path, monkeypatch):
+def test_failed_save_does_not_change_best_loss(tmp_path, monkeypatch):
     save = checkpoint.save
 
     def full(path, model, optimizer, trainer):

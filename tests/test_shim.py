@@ -1,4 +1,4 @@
-"""Which array module, chosen how, and what is said when it cannot be had."""
+"""Selection of the array module, and errors when it is not available."""
 
 import importlib
 import os
@@ -18,12 +18,12 @@ shim = importlib.import_module("nnx.np")  # the submodule; the package's own `np
 
 
 def run(code, **environment):
-    """Run `code` in a new Python, in this environment but for `environment` (None: unset)."""
+    """Run `code` in a new Python process with `environment` added (None: unset)."""
     variables = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
     return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
 
 
-def test_the_import_forms_give_the_library_itself():
+def test_import_forms_give_the_library_itself():
     import nnx.np as np_as
 
     namespace = {}
@@ -38,15 +38,15 @@ def test_the_import_forms_give_the_library_itself():
     assert zeros is library.zeros
 
 
-def test_a_name_that_the_library_lacks_is_named():
+def test_missing_attribute_error():
     with pytest.raises(ImportError, match="scatter_add"):
         exec("from nnx.np import scatter_add", {})
     with pytest.raises(AttributeError, match=rf"neither nnx.np nor {nnx.np.__name__} has 'scatter_add'"):
-        shim.scatter_add  # noqa: B018 - the look-up is what is tested
+        shim.scatter_add  # noqa: B018 - tests the attribute look-up
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "false", "no", "off", "OFF", " 0 "])
-def test_off_is_numpy_and_imports_nothing_more(value):
+def test_disabled_is_numpy_without_further_imports(value):
     code = (
         "import sys, numpy, nnx; assert nnx.np is numpy and nnx.GPU is False; "
         "print([m for m in ('cupy', 'matplotlib', 'tqdm', 'safetensors', 'sklearn', 'scipy') if m in sys.modules])"
@@ -56,7 +56,7 @@ def test_off_is_numpy_and_imports_nothing_more(value):
 
 
 @pytest.mark.parametrize("value", ["banana", "2", "-1", "cuda"])
-def test_other_values_are_refused(value):
+def test_other_values_are_rejected(value):
     error = run("import nnx", NNX_GPU=value).stderr.splitlines()[-1]
     message = "ValueError: NNX_GPU must be on (1, true, yes, on), off (0, false, no, off) or unset"
     assert error.startswith(f"{message}, got {value!r}")
@@ -64,7 +64,7 @@ def test_other_values_are_refused(value):
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
-def test_on_asks_for_cupy(value):
+def test_enabled_requires_cupy(value):
     blocked = "import sys; sys.modules['cupy'] = None; import nnx"  # the import system then has no cupy
     result = run(blocked, NNX_GPU=value)
     assert result.returncode == 1
@@ -72,14 +72,14 @@ def test_on_asks_for_cupy(value):
     assert "ModuleNotFoundError" in result.stderr  # the original is kept
 
 
-def test_an_old_cupy_is_named(monkeypatch):
+def test_old_cupy_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(__version__="13.6.0"))
     with pytest.raises(ImportError, match=r"nnx needs CuPy 14 or newer and found 13\.6\.0: pip install cupy-cuda13x"):
         shim._import_cupy()
 
 
 class Runtime:
-    """What the pre-flight asks of CuPy's runtime, with answers to choose."""
+    """A mock of CuPy's runtime with configurable results for the checks at import."""
 
     class CUDARuntimeError(RuntimeError):
         pass
@@ -121,7 +121,7 @@ def missing():
         (Runtime(), {"nvrtc": types.SimpleNamespace(getVersion=int), "cublas": 1}, "cuRAND .*cannot be loaded"),
     ],
 )
-def test_the_missing_piece_is_named(runtime, cuda, words, monkeypatch):
+def test_missing_cuda_component_error(runtime, cuda, words, monkeypatch):
     class Cuda(types.SimpleNamespace):
         def __getattr__(self, name):  # as CuPy 14 does for a library that it cannot load
             raise ImportError(name)
@@ -134,7 +134,7 @@ def test_the_missing_piece_is_named(runtime, cuda, words, monkeypatch):
 
 
 def test_the_choice_cannot_be_changed_later():
-    config.GPU = config.GPU  # a script of the source that says what is so may go on saying it
+    config.GPU = config.GPU  # assigning the current value is allowed, as scripts of the book do
     with pytest.raises(AttributeError, match=f"start Python with NNX_GPU={int(not nnx.GPU)}"):
         config.GPU = not nnx.GPU
     assert config.GPU is nnx.GPU
@@ -148,7 +148,7 @@ def test_module_run_prints_the_configuration():
     assert ("device" in rows) == nnx.GPU
 
 
-def test_every_public_name_exists_and_is_in_the_readme():
+def test_every_public_name_is_in_the_readme():
     readme = (Path(nnx.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     modules = [value for name in nnx.__all__ if isinstance(value := getattr(nnx, name), types.ModuleType)]
     for module in (nnx, *(m for m in modules if m.__name__.startswith("nnx."))):

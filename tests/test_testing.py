@@ -1,4 +1,4 @@
-"""The checkers must refuse layers that are wrong, by 0.1 % or by habit, and say where."""
+"""The checkers must detect wrong gradients (by 0.1 %) and broken rules, and report where."""
 
 import numpy
 import pytest
@@ -10,7 +10,7 @@ from nnx.testing import check_gradients, check_layer
 
 
 class Wrong(Affine):
-    """An Affine with one fault; each method is right but for the fault that it is asked for."""
+    """An Affine with one selectable fault; otherwise correct."""
 
     def __init__(self, dtype, fault):
         super().__init__(np.array(W, dtype), np.array(B, dtype))
@@ -72,29 +72,29 @@ class Wrong(Affine):
         ("copy", r"a copy shares params\[0\]"),
     ],
 )
-def test_check_layer_refuses(fault, words):
+def test_check_layer_detects_faults(fault, words):
     with pytest.raises((AssertionError, ValueError), match=words) as error:
         check_layer(lambda dtype: Wrong(dtype, fault), X)
     assert "read-only" in str(error.value) or isinstance(error.value, AssertionError)
 
 
-def test_check_layer_accepts_the_right_one():
+def test_check_layer_accepts_a_correct_layer():
     check_layer(lambda dtype: Wrong(dtype, None), X)
 
 
 @pytest.mark.parametrize("fault", ["x", "W", "b", "one element"])
-def test_check_gradients_refuses_a_thousandth(fault):
+def test_check_gradients_detects_an_error_of_a_thousandth(fault):
     with pytest.raises(AssertionError, match="Wrong: gradient of"):
         check_gradients(Wrong("float64", fault), X)
 
 
-def test_check_gradients_wants_float64():
+def test_check_gradients_requires_float64():
     with pytest.raises(AssertionError, match=r"needs float64, params\[0\] is float32"):
         check_gradients(CASES["Affine"][0][0]("float32"), X)
 
 
 class Product:
-    """A reader's layer with two inputs: y = a * b."""
+    """A user-defined layer with two inputs: y = a * b."""
 
     params, grads = [], []
 
@@ -107,7 +107,7 @@ class Product:
 
 
 class Lookup:
-    """A reader's layer with an integer input and no gradient for it."""
+    """A user-defined layer with an integer input, which has no gradient."""
 
     def __init__(self, dtype):
         self.params, self.grads = [nnx.asarray(W, dtype)], [np.zeros(W.shape, dtype)]
@@ -126,7 +126,7 @@ class HalfProduct(Product):
         return dout * self.b, dout * self.a * 1.001
 
 
-def test_check_layer_takes_any_iterable_of_dtypes():
+def test_check_layer_accepts_any_iterable_of_dtypes():
     tried = []
     check_layer(lambda dtype: tried.append(dtype) or Lookup(dtype), numpy.array([0, 2]), dtypes=iter(["float32"]))
     assert "float32" in tried
@@ -135,7 +135,7 @@ def test_check_layer_takes_any_iterable_of_dtypes():
             check_layer(Lookup, numpy.array([0, 2]), dtypes=dtypes)
 
 
-def test_check_layer_knows_several_inputs_and_integers(rng):
+def test_check_layer_with_several_inputs_and_integer_inputs(rng):
     check_layer(lambda dtype: Product(), X, rng.standard_normal(X.shape))
     check_layer(Lookup, numpy.array([0, 2, 2, 1]))
     with pytest.raises(AssertionError, match="gradient of input 1"):

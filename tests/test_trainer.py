@@ -1,4 +1,4 @@
-"""fit: what it trains, reports, refuses and leaves alone."""
+"""Trainer.fit: training, reports, errors and side effects."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ def new_trainer(lr=1.0, dtype="float32", rng=0):
 
 
 class Recorder:
-    """A callback that notes what it is told."""
+    """A callback that records its calls."""
 
     def __init__(self):
         self.events = []
@@ -52,7 +52,7 @@ class Recorder:
         self.events.append("end")
 
 
-def test_fit_is_the_books_loop_step_by_step():
+def test_fit_matches_the_books_loop():
     x, t = spiral()
     trainer = new_trainer(dtype="float64")
     reference = book.TwoLayerNet(*(to_cpu(p).copy() for p in trainer.model.params))
@@ -72,7 +72,7 @@ def test_fit_is_the_books_loop_step_by_step():
     assert accuracy >= 0.95
 
 
-def test_fit_reports_the_sources_line_in_a_pipe(capsys):
+def test_fit_prints_the_books_line_to_a_pipe(capsys):
     x, t = spiral()
     new_trainer().fit(x, t, 2, 30, None, 5)
     out, err = capsys.readouterr()
@@ -86,7 +86,7 @@ def test_fit_reports_the_sources_line_in_a_pipe(capsys):
     assert err == ""
 
 
-def test_fit_shows_a_bar_on_a_terminal(capsys, monkeypatch):
+def test_fit_shows_a_progress_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     x, t = spiral()
     new_trainer().fit(x, t, 2, 30)
@@ -97,13 +97,13 @@ def test_fit_shows_a_bar_on_a_terminal(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("verbose", "lines"), [(True, 1), (False, 0)])
-def test_verbose_decides(verbose, lines, capsys):
+def test_verbose(verbose, lines, capsys):
     x, t = spiral()
     new_trainer().fit(x, t, 1, 30, verbose=verbose)
     assert len(capsys.readouterr().out.splitlines()) == lines
 
 
-def test_callbacks_are_told_everything_in_order():
+def test_callbacks_are_called_in_order():
     recorder = Recorder()
     trainer = new_trainer()
     trainer.fit(*spiral(), 2, 150, eval_interval=2, verbose=False, callbacks=[recorder])
@@ -118,10 +118,10 @@ def test_stop_ends_after_the_epoch():
     trainer.fit(*spiral(), 5, 30, verbose=False, callbacks=[At(12, trainer.stop)])
     assert trainer.current_epoch == 2
     trainer.fit(*spiral(), 2, 30, verbose=False)
-    assert trainer.current_epoch == 4  # an end of before is no end of this fit
+    assert trainer.current_epoch == 4  # an earlier stop does not affect this fit
 
 
-def test_fit_goes_on_where_it_left():
+def test_second_fit_continues_training():
     once, twice = new_trainer(), new_trainer()
     once.fit(*spiral(), 4, 30, eval_interval=10, verbose=False)
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_fit_goes_on_where_it_left():
         numpy.testing.assert_array_equal(to_cpu(p), to_cpu(q))
 
 
-def test_the_last_batch_has_what_is_left_unless_dropped():
+def test_last_batch_has_the_remaining_rows_unless_dropped():
     x, t = spiral()
     for drop_last, rows in [(False, [128, 128, 44]), (True, [128, 128])]:
         seen = []
@@ -157,7 +157,7 @@ def test_mean_losses_are_weighted_by_rows():
 
 
 @pytest.mark.parametrize("bytes_at_a_time", [1, 1 << 12, 1 << 40])
-def test_how_much_is_gathered_at_a_time_changes_nothing(bytes_at_a_time, monkeypatch):
+def test_chunk_size_does_not_change_the_results(bytes_at_a_time, monkeypatch):
     expected = new_trainer()
     expected.fit(*spiral(), 2, 70, verbose=False)
     monkeypatch.setattr("nnx.trainer.chunk_bytes", lambda x: bytes_at_a_time)
@@ -176,7 +176,7 @@ def test_data_that_does_not_fit_the_device_stays_on_the_host(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["device", "lists", "indices"])
-def test_fit_takes_data_of_any_kind(kind):
+def test_fit_accepts_data_of_any_type(kind):
     x, t = spiral()
     expected = new_trainer()
     expected.fit(x, t, 1, 30, verbose=False)
@@ -186,7 +186,7 @@ def test_fit_takes_data_of_any_kind(kind):
     numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
 
 
-def test_fit_leaves_data_and_the_global_generator_alone():
+def test_fit_does_not_change_data_or_the_global_generator():
     x, t = spiral()
     before = x.copy(), t.copy()
     numpy.random.seed(3)
@@ -224,7 +224,7 @@ def test_validation_after_every_epoch():
     assert trainer.val_list[-1] == trainer.model.evaluate(x, t)
 
 
-def test_validation_that_does_not_fit_is_found_before_training():
+def test_invalid_validation_data_is_detected_before_training():
     trainer = new_trainer()
     with pytest.raises(ValueError, match="Affine: x must have shape"):
         trainer.fit(*spiral(), validation=(numpy.zeros((3, 5)), [0, 1, 2]))
@@ -232,7 +232,7 @@ def test_validation_that_does_not_fit_is_found_before_training():
 
 
 class Losses:
-    """A model with given validation losses; its only weight counts the steps."""
+    """A model with given validation losses, whose only weight counts the steps."""
 
     def __init__(self, *losses):
         self.params, self.grads, self.losses = [np.zeros(1)], [-np.ones(1)], iter((0, *losses))
@@ -259,17 +259,17 @@ def test_early_stopping_waits_for_its_patience():
     assert fit_losses(losses, EarlyStopping(1)).current_epoch == 3
     assert fit_losses(losses, EarlyStopping(2)).current_epoch == 6
     assert fit_losses(losses, EarlyStopping(9)).current_epoch == 10
-    assert fit_losses([5, 9, 8, 7, 6, 5, 4], EarlyStopping(3)).current_epoch == 4  # lower than before is not lowest
+    assert fit_losses([5, 9, 8, 7, 6, 5, 4], EarlyStopping(3)).current_epoch == 4  # lower than the last, not the lowest
 
 
-def test_best_weights_are_put_back():
+def test_best_weights_are_restored():
     best = BestWeights()
     trainer = fit_losses([5, 4, 2, 6, 3, 2, 9, 9, 9, 9], best)
     assert (best.best_loss, best.epoch) == (2, 3)
     assert float(trainer.model.params[0][0]) == 3
 
 
-def test_best_weights_come_with_their_running_statistics():
+def test_best_weights_include_running_statistics():
     x, t = spiral()
     norm = nnx.BatchNorm(np.ones(10, "float32"), np.zeros(10, "float32"))
     first, _, last = TwoLayerNet(2, 10, 3, rng=1).layers
@@ -282,14 +282,14 @@ def test_best_weights_come_with_their_running_statistics():
 
 
 @pytest.mark.parametrize("callback", [EarlyStopping(), BestWeights()])
-def test_callbacks_that_follow_the_validation_need_one(callback):
+def test_callbacks_that_need_validation_data(callback):
     with pytest.raises(ValueError, match=f"{type(callback).__name__}: there is no validation loss to follow"):
         new_trainer().fit(*spiral(), callbacks=[callback], verbose=False)
     with pytest.raises(ValueError, match="patience must be at least 1"):
         EarlyStopping(0)
 
 
-def test_callbacks_that_began_are_ended_when_one_cannot_begin():
+def test_started_callbacks_end_if_another_fails_to_start():
     class Failing(Recorder):
         def on_begin(self, trainer):
             raise RuntimeError("no")
@@ -310,7 +310,7 @@ def test_learning_rate_follows_its_schedule_over_several_fits():
     assert seen == [1, 1, 1, 0.5, 0.5, 0.5]
 
 
-def test_a_regression_learns_a_line(rng):
+def test_regression_fits_a_line(rng):
     x = rng.uniform(-1, 1, (200, 1))
     model = Sequential([Affine(np.zeros((1, 1)), np.zeros(1))], MeanSquaredError())
     Trainer(model, SGD(0.5), rng=0).fit(x, 3 * x - 1, 50, 20, verbose=False)
@@ -319,7 +319,7 @@ def test_a_regression_learns_a_line(rng):
 
 
 class OwnNet:
-    """A reader's net, with layers and loss of its own: y = x @ W, half the squared error."""
+    """A user-defined net with its own layers and loss: y = x @ W, half the squared error."""
 
     def __init__(self):
         self.params, self.grads = [np.zeros((2, 1))], [np.zeros((2, 1))]
@@ -332,7 +332,7 @@ class OwnNet:
         self.grads[0][...] = dout * self.x.T @ self.error / len(self.x)
 
 
-def test_a_readers_own_net_trains(rng):
+def test_user_defined_net_trains(rng):
     x = rng.standard_normal((100, 2))
     net = OwnNet()
     Trainer(net, SGD(0.5), rng=0).fit(x, x @ [[1.0], [2.0]], 20, 10, verbose=False)
@@ -340,7 +340,7 @@ def test_a_readers_own_net_trains(rng):
 
 
 class OwnLayer:
-    """A reader's layer that takes arrays of the active module, and moves none."""
+    """A user-defined layer that requires arrays of the array module."""
 
     def __init__(self):
         self.params, self.grads = [np.zeros((2, 3), "float32")], [np.zeros((2, 3), "float32")]
@@ -354,7 +354,7 @@ class OwnLayer:
 
 
 class OwnLoss:
-    """A reader's loss, which moves nothing either: mean(x * t)."""
+    """A user-defined loss that also requires arrays of the array module: mean(x * t)."""
 
     params, grads = (), ()
 
@@ -367,7 +367,7 @@ class OwnLoss:
 
 
 @pytest.mark.parametrize("loss", [SoftmaxWithLoss, OwnLoss])
-def test_a_readers_own_layers_train_from_host_data(loss):
+def test_user_defined_layers_train_on_host_data(loss):
     x, t = spiral()
     model = Sequential([OwnLayer()], loss())
     Trainer(model, SGD(0.1), rng=0).fit(x, t, 2, 30, validation=(x.tolist(), t.tolist()), verbose=False)
@@ -375,7 +375,7 @@ def test_a_readers_own_layers_train_from_host_data(loss):
 
 
 @pytest.mark.parametrize("rng", [None, 0])
-def test_a_copy_of_a_trainer_goes_on_alike(rng):
+def test_copy_of_a_trainer_continues_identically(rng):
     trainer = new_trainer(rng=rng)
     for other in (copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))):
         other.fit(*spiral(), 1, 30, verbose=False)
@@ -383,7 +383,7 @@ def test_a_copy_of_a_trainer_goes_on_alike(rng):
     assert trainer.current_epoch == 0
 
 
-def test_a_trainer_can_be_copied_from_a_callback_whose_neighbours_cannot():
+def test_trainer_can_be_copied_in_a_callback():
     copies = []
     trainer = new_trainer()
     once = At(3, lambda: copies.extend([copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))]))
@@ -394,12 +394,12 @@ def test_a_trainer_can_be_copied_from_a_callback_whose_neighbours_cannot():
 
 
 def tied():
-    """A net whose last layer is the first one transposed, and its twin with the gradient by hand."""
+    """A net whose last layer is the first one transposed, and the same net with the gradient by hand."""
     W = np.asarray(numpy.random.default_rng(0).standard_normal((3, 3)) * 0.5)
     return Sequential([nnx.MatMul(W), Sigmoid(), nnx.MatMul(W.T)], SoftmaxWithLoss()), W
 
 
-def test_shared_weights_get_the_sum_of_their_gradients(rng):
+def test_gradients_of_shared_weights_are_summed(rng):
     model, W = tied()
     x, t = rng.standard_normal((4, 3)), [0, 1, 2, 0]
     model.forward(x, t)
@@ -414,7 +414,7 @@ def test_shared_weights_get_the_sum_of_their_gradients(rng):
     assert model.params[1].base is W or nnx.GPU
 
 
-def test_equal_numbers_are_not_shared():
+def test_equal_values_are_not_shared_weights():
     params = [np.zeros((3, 3)), np.zeros((3, 3))]
     grads = [np.ones((3, 3)), np.ones((3, 3))]
     kept, same = remove_duplicate(params, grads)
@@ -469,7 +469,7 @@ HUGE[17, 1] = 1e39  # infinite in float32
     ],
 )
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_bad_input_changes_nothing(x, t, options, error, words, where):
+def test_invalid_input_changes_nothing(x, t, options, error, words, where):
     if where == "device" and isinstance(x, numpy.ndarray):
         x, t = np.asarray(x), np.asarray(t)
     trainer = new_trainer()
@@ -483,7 +483,7 @@ def test_bad_input_changes_nothing(x, t, options, error, words, where):
     assert trainer.loss_list == []
 
 
-def test_a_loss_that_is_no_number_is_found_at_the_evaluation():
+def test_nonfinite_loss_is_detected_at_the_evaluation():
     trainer = Trainer(OwnNet(), SGD(1e3), rng=0)
     x = numpy.ones((40, 2))
     with numpy.errstate(all="ignore"), pytest.raises(FloatingPointError, match=r"epoch \d+, iterations \d+ to \d+;"):
@@ -491,7 +491,7 @@ def test_a_loss_that_is_no_number_is_found_at_the_evaluation():
     assert all(math.isfinite(loss) for loss in trainer.loss_list[:-1])
 
 
-def test_without_evaluations_a_diverged_model_is_found_at_the_end_of_the_epoch():
+def test_diverged_model_is_detected_at_the_end_of_the_epoch_without_evaluations():
     trainer = Trainer(OwnNet(), SGD(math.inf), rng=0)
     x = numpy.ones((8, 2))
     with numpy.errstate(all="ignore"), pytest.raises(FloatingPointError, match="in epoch 1, iterations 1 to 2;"):
@@ -501,7 +501,7 @@ def test_without_evaluations_a_diverged_model_is_found_at_the_end_of_the_epoch()
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, also where the suite runs in the background and ignores the signal."""
+    """Python's default handler, also if the suite runs in the background and ignores the signal."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, previous)
@@ -514,7 +514,7 @@ def test_ctrl_c_finishes_the_step(ctrl_c):
     with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 3 of 10 iterations; continue") as raised:
         trainer.fit(*spiral(), 5, 30, eval_interval=None, verbose=False, callbacks=[interrupt, recorder])
     assert raised.value.__suppress_context__  # one traceback
-    assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # not torn out of the third step
+    assert recorder.events == ["begin", (0, 1), (0, 2), (0, 3), "end"]  # the third step is completed
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -527,7 +527,7 @@ def test_ctrl_c_after_the_last_step_is_not_lost(ctrl_c):
         new_trainer().fit(*spiral(), 1, 30, verbose=False, callbacks=[Late()])
 
 
-def test_a_second_ctrl_c_does_not_wait(ctrl_c):
+def test_second_ctrl_c_is_delivered_at_once(ctrl_c):
     trainer = new_trainer()
 
     def twice():
@@ -535,12 +535,12 @@ def test_a_second_ctrl_c_does_not_wait(ctrl_c):
         ctrl_c()
         raise AssertionError("the second one did not interrupt")
 
-    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 1 of"):  # and no third is sent
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1 after 1 of"):  # no third one is needed
         trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[At(1, twice)])
 
 
 def test_a_step_that_fails_is_not_counted():
-    """So a file that a callback saves then does not leave its batch out."""
+    """Otherwise a file saved by a callback would skip its batch."""
 
     class Failing(TwoLayerNet):
         left = 2
@@ -558,8 +558,8 @@ def test_a_step_that_fails_is_not_counted():
     assert len(trainer.state_dict()["order"]) == 300 - 2 * 30
 
 
-def test_callbacks_of_one_training_begin_anew_in_the_next():
-    """Else they would end it at the rate, the loss and the weights of the first one."""
+def test_callbacks_are_reset_for_another_model():
+    """Otherwise they would use the learning rate, loss and weights of the first training."""
     callbacks = [BestWeights(), EarlyStopping(30), LearningRateScheduler(nnx.optimizer.cosine_decay(1.0, 20))]
     results = []
     for _ in range(2):
@@ -568,7 +568,7 @@ def test_callbacks_of_one_training_begin_anew_in_the_next():
         results.append((trainer.loss_list, trainer.optimizer.lr, [to_cpu(p).tolist() for p in trainer.model.params]))
     assert results[0] == results[1]
     trainer.fit(*spiral(), 1, 30, validation=spiral(), verbose=False, callbacks=callbacks)
-    assert callbacks[2].steps == 40  # of one training they go on
+    assert callbacks[2].steps == 40  # with the same model they continue
 
 
 @dataclasses.dataclass
@@ -654,7 +654,7 @@ def test_schedules_can_be_pickled(schedule):
 
 
 class OwnLoop:
-    """A reader's model without evaluate, whose forward forgets to return the loss."""
+    """A user-defined model without evaluate, whose forward does not return the loss."""
 
     def __init__(self):
         self.net = TwoLayerNet(2, 10, 3, rng=0)
@@ -680,7 +680,7 @@ class OwnLoop:
         (OwnLoop(), {"validation": spiral()}, TypeError, r"validation needs a model with evaluate\(x, t\)"),
     ],
 )
-def test_fit_says_what_is_wrong_before_anything_changes(model, options, error, words):
+def test_invalid_arguments_are_detected_before_any_change(model, options, error, words):
     trainer = Trainer(model or TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
     before = [to_cpu(p).copy() for p in trainer.model.params]
     with pytest.raises(error, match=rf"Trainer.fit: {words}"):
@@ -691,7 +691,7 @@ def test_fit_says_what_is_wrong_before_anything_changes(model, options, error, w
 
 @pytest.mark.skipif(nnx.GPU, reason="indices on the GPU are not looked at")
 @pytest.mark.parametrize("bad", [-1, 5])
-def test_an_index_out_of_range_in_a_late_row_is_seen_before_anything_changes(bad):
+def test_index_out_of_range_in_a_late_row_is_detected_before_any_change(bad):
     W = np.ones((5, 2))
     model = Sequential([nnx.Embedding(W), nnx.MatMul(np.ones((2, 3)))], SoftmaxWithLoss())
     with pytest.raises(ValueError, match=rf"Embedding: idx must be in \[0, 5\), got {bad}"):
@@ -700,14 +700,14 @@ def test_an_index_out_of_range_in_a_late_row_is_seen_before_anything_changes(bad
 
 
 class Unwritten(nnx.MatMul):
-    """A reader's layer that puts another array in the place of its gradient."""
+    """A user-defined layer that replaces its gradient array."""
 
     def backward(self, dout):
         self.grads[0] = self.x.T.dot(dout)
 
 
 class Collecting:
-    """A reader's model whose lists are made at each look, of a layer that makes its gradients anew."""
+    """A user-defined model that creates its lists on each access, with a layer that creates new gradients."""
 
     class Layer(nnx.MatMul):
         def backward(self, dout):
@@ -726,13 +726,13 @@ class Collecting:
         self.layers[0].backward(self.loss.backward())
 
 
-def test_a_model_that_collects_new_gradients_trains():
+def test_model_that_creates_gradient_lists_trains():
     trainer = Trainer(Collecting(), SGD(1.0), rng=0)
     trainer.fit(*spiral(), 20, 30, verbose=False)
     assert trainer.loss_list[-1] < trainer.loss_list[0]
 
 
-def test_fewer_arrays_freeze_layers_and_more_are_a_subclass_s_own():
+def test_subclass_may_freeze_layers_and_add_parameters():
     class Scaled(Sequential):
         def __init__(self):
             super().__init__(TwoLayerNet(2, 10, 3, rng=0).layers, SoftmaxWithLoss())
@@ -744,14 +744,14 @@ def test_fewer_arrays_freeze_layers_and_more_are_a_subclass_s_own():
     first = to_cpu(frozen.params[0]).copy()
     frozen.params, frozen.grads = frozen.params[2:], frozen.grads[2:]
     apart = Sequential([Unwritten(np.ones((2, 3))), nnx.MatMul(np.ones((3, 3)))], SoftmaxWithLoss())
-    apart.params, apart.grads = apart.params[1:], apart.grads[1:]  # a frozen layer may do as it likes
+    apart.params, apart.grads = apart.params[1:], apart.grads[1:]  # a frozen layer may replace its gradients
     for model in (frozen, scaled, apart):
         Trainer(model, SGD(1.0), rng=0).fit(*spiral(), 2, 30, verbose=False)
     numpy.testing.assert_array_equal(to_cpu(frozen.layers[0].params[0]), first)
 
 
 class Rebinding(SGD):
-    """A reader's optimizer that does not work in place."""
+    """A user-defined optimizer that does not update in place."""
 
     def update(self, params, grads):
         for i, g in enumerate(grads):
@@ -770,15 +770,15 @@ class Rebinding(SGD):
     ],
 )
 @pytest.mark.parametrize("interval", [20, None])
-def test_an_array_in_the_place_of_another_is_an_error_after_the_first_step(model, optimizer, name, interval):
-    """It would not be trained, and nobody would see it."""
+def test_replaced_array_is_an_error_after_the_first_step(model, optimizer, name, interval):
+    """Otherwise it would silently not be trained."""
     trainer = Trainer(model(), optimizer, rng=0)
     with pytest.raises(ValueError, match=rf"Trainer.fit: {name} is another array after the first step"):
         trainer.fit(*spiral(), 1, 30, eval_interval=interval, verbose=False)
     assert trainer.iteration == 1
 
 
-def test_a_model_may_have_a_loss_and_targets_of_its_own():
+def test_model_with_its_own_loss_and_targets():
     class Own(Sequential):
         def __init__(self):
             super().__init__(TwoLayerNet(2, 10, 3, rng=0).layers)
@@ -800,9 +800,9 @@ def test_a_model_may_have_a_loss_and_targets_of_its_own():
     assert trainer.val_list[0][0] == 0.5
 
 
-def test_callbacks_keep_what_they_know_of_the_same_model():
+def test_callbacks_keep_state_for_the_same_model():
     trainer, rate = new_trainer(), LearningRateScheduler(lambda step: 0.1)
-    rate.steps = 100  # a reader's, after a file that has only the model
+    rate.steps = 100  # set by the user after loading a file with only the model
     with pytest.raises(MemoryError):
         trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[rate, At(3, fail)])
     trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[rate])
@@ -822,7 +822,7 @@ def test_fit_runs_in_a_thread():
 
 
 def fragile(dtype="float32"):
-    """Return a model whose layers remember what a forward in training has seen."""
+    """Return a model whose layers have state that forward changes in training."""
     rng = numpy.random.default_rng(0)
     W = [np.asarray(0.1 * rng.standard_normal(shape), dtype) for shape in ((2, 6), (6, 3))]
     norm = nnx.BatchNorm(np.ones(6, dtype), np.zeros(6, dtype))
@@ -849,7 +849,7 @@ def with_masked(arrays):
 
 
 nothing = [lambda model: None]
-FAILING = {  # how to spoil the model; the optimizer; the error; an argument of fit
+FAILING = {  # how to break the model; the optimizer; the error; an argument of fit
     "no rate": (*nothing, lambda: nnx.Adam(lr=None), TypeError, "Adam: lr must be a number, got None"),
     "a decay of text": (*nothing, lambda: SGD(weight_decay="0"), TypeError, "SGD: weight_decay must be a number"),
     "a beta of 1": (*nothing, lambda: nnx.AdamW(beta1=1), ValueError, "AdamW: beta1 must be in"),
@@ -895,7 +895,7 @@ if not nnx.GPU:
         (fragile(), print, "optimizer must be an object with update"),
     ],
 )
-def test_the_constructor_names_what_is_no_model_and_no_optimizer(model, optimizer, message):
+def test_constructor_rejects_invalid_models_and_optimizers(model, optimizer, message):
     with pytest.raises(TypeError, match=f"^Trainer: {message}"):
         Trainer(model, optimizer)
 
@@ -912,7 +912,7 @@ def test_the_constructor_names_what_is_no_model_and_no_optimizer(model, optimize
         ([print], "a callback needs one of on_begin, .* has none"),
     ],
 )
-def test_fit_names_what_is_no_callback(callbacks, message):
+def test_fit_rejects_invalid_callbacks(callbacks, message):
     trainer = Trainer(fragile(), SGD())
     with pytest.raises(TypeError, match=f"^Trainer.fit: {message}"):
         trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=callbacks)
@@ -920,7 +920,7 @@ def test_fit_names_what_is_no_callback(callbacks, message):
 
 
 @pytest.mark.parametrize("failing", FAILING)
-def test_what_makes_the_first_update_fail_is_found_before_anything_changes(failing):
+def test_failing_first_update_is_detected_before_any_change(failing):
     spoil, optimizer, error, words, *max_grad = FAILING[failing]
     model = fragile()
     before = remembered(model)
@@ -936,10 +936,10 @@ def test_what_makes_the_first_update_fail_is_found_before_anything_changes(faili
     trainer.model, trainer.optimizer = model, SGD(0.1)
     for each in (trainer, fresh):
         each.fit(*spiral(), 1, 30, verbose=False)
-    assert remembered(trainer.model) == remembered(fresh.model)  # nor was a permutation drawn
+    assert remembered(trainer.model) == remembered(fresh.model)  # and no permutation was drawn
 
 
-def test_an_optimizer_needs_update_alone_and_a_model_no_gradients_before_its_first_backward():
+def test_optimizer_with_only_update_and_model_without_initial_gradients():
     class Own:
         def update(self, params, grads):
             for p, g in zip(params, grads, strict=True):
@@ -960,8 +960,8 @@ def test_an_optimizer_needs_update_alone_and_a_model_no_gradients_before_its_fir
         assert to_cpu(model.params[0]).any()
 
 
-def test_a_last_batch_of_one_row_teaches_no_variance(rng):
-    """65 rows in batches of 64: the variance of one row, 0, would count as much as that of the others."""
+def test_last_batch_of_one_row_does_not_update_the_variance(rng):
+    """65 rows in batches of 64: the variance of one row, 0, would have the same weight as the others."""
     x, t = rng.standard_normal((65, 2)).astype("float32"), rng.integers(0, 3, 65)
     x[:, 1] *= 3
     model = fragile()

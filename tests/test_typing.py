@@ -1,4 +1,4 @@
-"""A type checker finds wrong layers, models, optimizers and callbacks, and accepts those that inherit from nothing."""
+"""Type checkers reject invalid layers, models, optimizers and callbacks, and accept those without a base class."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ FOLDER = Path(__file__).with_name("typing")
 
 @pytest.fixture(scope="module")
 def errors():
-    """Return the lines in which mypy --strict finds an error, by file, and what it says."""
+    """Return the lines with errors of mypy --strict, by file, and its output."""
     api = pytest.importorskip("mypy.api", reason="without mypy, which is in the extra `dev`")
     printed, _, _ = api.run(["--strict", "--follow-imports=silent", *map(str, sorted(FOLDER.glob("*.py")))])
     found = re.findall(r"^.*?(\w+\.py):(\d+): (error: .*)$", printed, re.MULTILINE)

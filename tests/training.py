@@ -1,4 +1,4 @@
-"""A training in which everything has to be remembered; as a program, one that is to be ended.
+"""A training run with all kinds of state; as a program, one to be interrupted.
 
 python tests/training.py OPTIMIZER FOLDER [HOW]
 """
@@ -63,7 +63,7 @@ def new_trainer(optimizer="Adam", generator="PCG64", dtype="float32", seed=1):
 
 
 def callbacks():
-    """Return those that remember something."""
+    """Return the callbacks with state."""
     return [LearningRateScheduler(cosine_decay(0.02, 15)), EarlyStopping(50), BestWeights()]
 
 
@@ -75,7 +75,7 @@ def fit(trainer, *callbacks, epochs=3, batch_size=16, **options):
 
 
 def everything(trainer):
-    """Return what must be equal, bit for bit."""
+    """Return all state that must be equal bit for bit."""
     statistics, dropout = trainer.model.layers[1].layers[0], trainer.model.layers[3]
     return {
         "params": _bytes(trainer.model.params),
@@ -94,7 +94,7 @@ def _bytes(arrays):
 
 
 class Stop(Exception):
-    """Ends a fit in a way of which Trainer knows nothing, as a kill does."""
+    """Ends a fit without notifying Trainer, like a kill."""
 
 
 def stop():
@@ -102,7 +102,7 @@ def stop():
 
 
 def check_resumed(folder, optimizer="Adam", generator="PCG64", others=callbacks, **options):
-    """Go on in a new trainer with other weights, and compare with one that was never stopped."""
+    """Resume in a new trainer with other weights, and compare with an uninterrupted one."""
     expected = new_trainer(optimizer, generator)
     fit(expected, *others(), **options)
     expected = everything(expected)
@@ -122,7 +122,7 @@ def with_header(words, data=b""):
 
 
 class At:
-    """Calls a function at the end of one step, after the callbacks before it have saved."""
+    """Calls a function at the end of one step, after the preceding callbacks have saved."""
 
     def __init__(self, step, function):
         self.step, self.function = step, function
@@ -141,7 +141,7 @@ def main(optimizer, folder, how="run"):
 
         def kill(path):
             calls.append(path)
-            if len(calls) == 41:  # two for each save: in the 21st, between its writing and its renaming
+            if len(calls) == 41:  # two per save: in the 21st, between write and rename
                 os.kill(os.getpid(), signal.SIGKILL)
             flush(path)
 

@@ -18,8 +18,7 @@ struct Workspace {  // one per stream; the counters are 0 between launches
     double partials[3 * 32 * 1024], total[2];
 };
 
-// Accumulators for column sums: of two terms, or the count, mean and sum of squared deviations (m2), combined by
-// Chan's formulas.
+// Accumulators of column sums: two terms, or count, mean and squared deviations (m2), combined by Chan's formulas.
 struct Pair { A first, second; };
 struct Moments { A n, mean, m2; };
 __device__ Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
@@ -187,7 +186,8 @@ KERNEL(sigmoid_loss_grad)(const T* y, const void* t, const A* weight, const doub
     }
 }
 
-KERNEL(squared_error)(const T* x, const T* t, const A* weight, T* loss, Workspace* workspace, Index size, Index groups) {
+KERNEL(squared_error)(const T* x, const T* t, const A* weight, T* loss, Workspace* workspace, Index size,
+                      Index groups) {
     double losses = 0;
     FOR_ELEMENTS(i) {
         const A w = weight_of(weight, groups, i, size), d = A(x[i]) - A(t[i]);
@@ -328,7 +328,7 @@ KERNEL(batch_norm_grad)(const T* dout, const T* x, const T* gamma, const A* mean
     }
 }
 
-// row idx[n] of out (V, H) = the sum of the rows m of dout (N, H) with idx[m] = idx[n], in the block of the first such n
+// row idx[n] of out (V, H) = the sum of the rows m of dout (N, H) with idx[m] = idx[n], by the block of the first
 KERNEL(embedding_grad)(const Index* idx, const T* dout, T* out, Index rows, Index vocabulary, Index columns) {
     __shared__ bool hits[BLOCK];
     for (Index n = blockIdx.x; n < rows; n += gridDim.x) {
@@ -437,7 +437,9 @@ KERNEL(all_finite)(const Index* table, Workspace* workspace, bool* finite, Index
 // A warp reads several short rows at once; a long row has a whole block, and is cached after the first of several
 // passes. Threads without a row run the loop with n = 0, because `reduce` synchronizes all threads of the block.
 
-#define FOR_ROW_GROUPS(FIRST) for (Index FIRST = blockIdx.x * Index(BLOCK / ROW_THREADS); FIRST < rows; FIRST += gridDim.x * Index(BLOCK / ROW_THREADS))
+#define FOR_ROW_GROUPS(FIRST)                                                           \
+    for (Index FIRST = blockIdx.x * Index(BLOCK / ROW_THREADS); FIRST < rows;           \
+         FIRST += gridDim.x * Index(BLOCK / ROW_THREADS))
 #define ROW                                                                   \
     const Index row = first + threadIdx.x / ROW_THREADS, start = row * columns;      \
     const Index n = row < rows ? columns : 0, lane = threadIdx.x % ROW_THREADS

@@ -233,7 +233,7 @@ class SigmoidWithLoss(_ClassLoss):
         return sigmoid_loss_grad(self.y, self.t, loss_grad(self, dout), self.weight)
 
     def accuracy(self) -> Scalar:
-        """Return the fraction of elements of the last forward whose prediction, 1 if x >= 0 else 0, equals the label."""
+        """Return the fraction of elements of the last forward whose prediction (1 if x >= 0) equals the label."""
         return self._hit_rate((self.x >= 0) == self.t)
 
 

@@ -1,4 +1,4 @@
-"""What a type checker must accept: nnx's own objects, and classes of a reader's own that inherit from nothing."""
+"""Code that a type checker must accept: nnx's objects, and user-defined classes without a base class."""
 
 from typing import Any
 

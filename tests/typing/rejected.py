@@ -1,4 +1,4 @@
-"""What a type checker must reject: every line that is marked, and no other."""
+"""Code that a type checker must reject: exactly the marked lines."""
 
 import numpy
 
