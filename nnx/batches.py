@@ -80,8 +80,9 @@ def batches(
 ) -> Iterator[tuple[Array, Array, int]]:
     """Yield the rows of `x` and `t` in `order`, `batch_size` at a time, with their number.
 
-    As many whole batches as fit in `bytes_at_once` are gathered together and yielded as slices.
-    Floating data are cast to `dtype`.
+    As many whole batches as fit in `bytes_at_once` are gathered together and yielded as slices, the last one as a
+    copy: a model keeps its last input, and a slice would keep all of the gathered rows in memory. Floating data are
+    cast to `dtype`.
     """
     if _is_mapped_in_columns(x) or _is_mapped_in_columns(t):
         bytes_at_once = max(bytes_at_once, _COLUMN_CHUNK_BYTES)
@@ -92,7 +93,10 @@ def batches(
         part = rows[start : start + chunk]
         xs, ts = _gather_rows(x, part, dtype), _gather_rows(t, part, dtype)
         for i in range(0, len(xs), batch_size):
-            yield (batch := xs[i : i + batch_size]), ts[i : i + batch_size], len(batch)
+            batch, targets = xs[i : i + batch_size], ts[i : i + batch_size]
+            if 0 < i >= len(xs) - batch_size:
+                batch, targets = batch.copy(), targets.copy()
+            yield batch, targets, len(batch)
 
 
 def _gather_rows(data: Array, rows: Array, dtype: Any) -> Array:

@@ -249,7 +249,7 @@ class Checkpoint(Callback):
         for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps), ("keep", keep)):
             if (value is not None or name == "keep") and operator.index(value) < 1:  # type: ignore[arg-type]
                 raise ValueError(f"Checkpoint: {name} must be at least 1, got {value}")
-        self.folder = Path(folder).absolute()  # independent of the working directory
+        self.folder = Path(folder).expanduser().absolute()  # independent of the working directory
         self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
         self.best_loss = math.inf
         self.path: Path | None = None
@@ -291,7 +291,13 @@ class Checkpoint(Callback):
         if self._save(trainer, path):
             self.path = path
             for old in checkpoint.list_checkpoints(self.folder)[: -self.keep]:
-                old.unlink(missing_ok=True)
+                self._remove(old)
+
+    def _remove(self, old: Path) -> None:
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:
+            storage.warn(f"Checkpoint: {old.name} could not be removed: {error}; training continues")
 
     def _save_best(self, trainer: Any) -> None:
         before, loss = self.best_loss, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
@@ -335,7 +341,8 @@ class CallbackList:
                 raise TypeError(f"Trainer.fit: a callback must be an object, got the class {kind}; pass {kind}(...)")
             if not any(hasattr(callback, event) for event in _EVENTS):
                 raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
-            attribute_names(callback, "state_names")
+            for name in attribute_names(callback, "state_names"):
+                checkpoint.check_savable(f"{type(callback).__name__}.{name}", getattr(callback, name, None))
         self._hooks = {event: [*self._find_hooks(event)] for event in _EVENTS}
 
     def _find_hooks(self, event: str) -> Iterator[Callable[[Any], Any]]:

@@ -68,7 +68,7 @@ def save(
     TypeError
         If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is refused.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     arrays, extra_state = named_state(model)
     tensors = rename_arrays(path, arrays, keys, transpose)
     state = _pack({name: getattr(*item) for name, item in extra_state.items()}, "state", tensors, model)
@@ -120,7 +120,7 @@ def load(
     TypeError
         For `keys` or `transpose`, as in `save`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     with storage.open_checked(path) as file:
         metadata_of = {
             kind: _load_metadata(path, kind, file.metadata) for kind in _NEEDED if f"nnx.{kind}" in file.metadata
@@ -193,21 +193,45 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: str | Path) -> Path:
     """Return the path of the latest intact checkpoint in `folder`.
 
-    Damaged files are renamed to end in `.damaged`, with a warning.
+    Damaged files are renamed to end in `.damaged`, with a warning; files that cannot be read are skipped.
 
     Raises
     ------
     FileNotFoundError
         If there is no intact checkpoint.
     """
-    for path in reversed(list_checkpoints(Path(folder))):
+    for path in reversed(list_checkpoints(Path(folder).expanduser())):
         try:
             with storage.open_checked(path):
                 return path
         except ValueError as error:
-            path.replace(f"{path}.damaged")
-            storage.warn(f"{error}; set aside as {path.name}.damaged")
+            _set_aside(path, error)
+        except OSError:  # not readable, or another process has removed it
+            continue
     raise FileNotFoundError(f"{folder}: no intact checkpoint found")
+
+
+def _set_aside(path: Path, error: ValueError) -> None:
+    try:
+        path.replace(f"{path}.damaged")
+    except OSError as refused:
+        storage.warn(f"{error}; skipped, and not renamed: {refused}")
+    else:
+        storage.warn(f"{error}; set aside as {path.name}.damaged")
+
+
+def check_savable(name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` can be saved: None, numbers, strings, arrays, and lists and dicts of these."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} cannot be saved: the keys of a dict must be strings, got {key!r}")
+            check_savable(f"{name}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            check_savable(f"{name}.{i}", inner)
+    elif not _is_plain(value):
+        raise TypeError(f"{name} cannot be saved: expected a number, a string, an array or a list, got {value!r}")
 
 
 def _is_plain(value: Any) -> bool:
@@ -304,13 +328,13 @@ def _describe(value: Any) -> str:
 def _pack(value: Any, name: str, tensors: dict[str, Any], model: Any) -> Any:
     """Return `value` as JSON-serializable data; its arrays are added to `tensors` with names prefixed by `name`."""
     if isinstance(value, dict):
+        check_savable(name, value)
         return {key: _pack(v, f"{name}.{key}", tensors, model) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_pack(v, f"{name}.{i}", tensors, model) for i, v in enumerate(value)]
     if isinstance(value, numpy.generic):
         return value.item()
-    if not _is_plain(value):
-        raise TypeError(f"{name} cannot be saved: expected a number, a string, an array or a list, got {value!r}")
+    check_savable(name, value)
     if not isinstance(value, Array | numpy.ndarray):
         return value
     for i, p in enumerate(model.params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -42,17 +43,17 @@ class DeferredSignals:
 def defer_signals(*signals: int) -> Iterator[DeferredSignals]:
     """Defer `signals` until the loop checks the yielded DeferredSignals; a repeated signal is delivered at once.
 
-    Has no effect outside the main thread, which alone receives signals, nor on ignored signals and handlers not
-    installed from Python. A signal still pending at exit, also after an error, is raised again once the previous
-    handlers are restored.
+    Has no effect outside the main thread, which alone receives signals, in forked children, nor on ignored signals
+    and handlers not installed from Python. A signal still pending at exit, also after an error, is raised again once
+    the previous handlers are restored.
     """
-    stop = DeferredSignals()
+    stop, process = DeferredSignals(), os.getpid()
     if threading.current_thread() is threading.main_thread():
         handlers = {signum: signal.getsignal(signum) for signum in signals}
         stop.previous = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}
 
     def postpone(signum: int, frame: Any) -> None:
-        if not stop.pending:
+        if os.getpid() == process and not stop.pending:
             stop.pending = signum
             return
         if stop.pending == signum:  # delivered below

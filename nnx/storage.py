@@ -14,7 +14,7 @@ import stat
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,12 +57,17 @@ def atomic_save(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mappi
     Raises
     ------
     OSError
-        If the file cannot be written, for example to a full disk; it names `path`. The old file is unchanged,
-        the temporary one removed.
+        If the file cannot be written, for example to a full disk, or `path` is a folder, a device or a pipe; it
+        names `path`. The old file is unchanged, the temporary one removed. Once the file has its name, a refused
+        chmod or fsync of its folder is only a RuntimeWarning.
     """
     import tempfile  # noqa: PLC0415 - as in _digest
 
-    library, target = import_safetensors(), path.resolve()  # a symbolic link is kept, its target replaced
+    library = import_safetensors()
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(f"{path}: not saved: not a regular file")
+    target = path.resolve()  # a symbolic link is kept, its target replaced
     arrays = {name: numpy.asarray(a, order="C") for name, a in arrays.items()}
     for name, a in arrays.items():
         if a.dtype.name not in _DTYPES.values():
@@ -74,12 +79,13 @@ def atomic_save(path: Path, arrays: Mapping[str, numpy.ndarray], metadata: Mappi
             file.touch()  # for the default permissions of a new file; the library would make it private
             mode = stat.S_IMODE((target if target.exists() else file).stat().st_mode)
             library.save_file(arrays, file, {**metadata, _DIGEST: digest})
-            file.chmod(mode)
-            _fsync(file)
+            _attempt(f"{path}: saved, but its permissions could not be set", lambda: file.chmod(mode))
+            _fsync(file, os.O_RDWR)  # Windows flushes only what may be written
             file.replace(target)
-        _fsync(target.parent)
     except Exception as error:  # the library's errors hold the system's message, but are no OSError
         raise OSError(f"{path}: not saved: {error}") from error
+    if sys.platform != "win32":  # which cannot fsync a folder
+        _attempt(f"{path}: saved, but its folder could not be flushed", lambda: _fsync(target.parent, os.O_RDONLY))
 
 
 @contextlib.contextmanager
@@ -229,11 +235,17 @@ def _little_endian_bytes(array: numpy.ndarray) -> numpy.ndarray:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(numpy.uint8)
 
 
-def _fsync(path: Path) -> None:
+def _attempt(failure: str, action: Callable[[], Any]) -> None:
+    """Call `action`; an OSError is a warning that begins with `failure`."""
+    try:
+        action()
+    except OSError as error:
+        warn(f"{failure}: {error}")
+
+
+def _fsync(path: Path, flags: int) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
-    if path.is_dir() and sys.platform == "win32":  # Windows cannot fsync a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

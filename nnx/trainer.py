@@ -280,7 +280,7 @@ class Trainer:
         OSError, ValueError
             As `checkpoint.load`, before anything is changed; FileNotFoundError for a folder without checkpoints.
         """
-        file = Path(path)
+        file = Path(path).expanduser()
         if file.is_dir():
             file = self.comm.main_process_first(lambda: checkpoint.latest_checkpoint(file))
         checkpoint.load(file, self.model, self.optimizer, self)
@@ -291,8 +291,8 @@ class Trainer:
         """Whether `fit` ends after the callbacks of this epoch."""
         return self._stop or self.current_epoch >= self.max_epoch
 
-    def __getstate__(self) -> dict[str, Any]:  # callbacks need not be picklable
-        return {**vars(self), "_callbacks": None, "_running": False}
+    def __getstate__(self) -> dict[str, Any]:  # data and callbacks are not part of it
+        return {**vars(self), "_callbacks": None, "_running": False, "validation": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that another trainer needs to continue: numbers, arrays and lists."""

@@ -1,8 +1,10 @@
 """Contents of checkpoint files, loading, and failed saves."""
 
 import json
+import os
 import stat
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -533,3 +535,56 @@ def test_safetensors_is_only_required_for_saving(tmp_path, monkeypatch):
         checkpoint.save(path, model)
     with pytest.raises(ImportError, match="pip install"):  # at once, not after an epoch
         fit(new_trainer(), Checkpoint(tmp_path / "folder"))
+
+
+def test_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    checkpoint.save("~/net.safetensors", square_net(1))
+    checkpoint.load("~/net.safetensors", square_net(2))
+    assert (tmp_path / "net.safetensors").is_file()
+    assert nnx.callbacks.Checkpoint("~/run").folder == tmp_path / "run"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes and links of Unix")
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop of links"])
+def test_only_a_regular_file_is_replaced(kind, tmp_path):
+    path = tmp_path / "net.safetensors"
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "loop of links": lambda: path.symlink_to(path)}[kind]()
+    with pytest.raises(OSError, match=r"net\.safetensors"):
+        checkpoint.save(path, square_net(1))
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+    assert not path.is_file()
+
+
+@pytest.mark.parametrize("refused", ["fsync of the folder", "chmod"])
+def test_what_is_refused_after_the_file_is_whole_is_a_warning(refused, tmp_path, monkeypatch):
+    """As on network file systems."""
+    fsync, path = os.fsync, tmp_path / "net.safetensors"
+
+    def refuse(*arguments):
+        if refused == "chmod" or stat.S_ISDIR(os.fstat(arguments[0]).st_mode):
+            raise PermissionError("refused")
+        fsync(*arguments)
+
+    monkeypatch.setattr(*((os, "fsync") if refused != "chmod" else (Path, "chmod")), refuse)
+    with pytest.warns(RuntimeWarning, match=r"net\.safetensors: saved, but .*: refused"):
+        checkpoint.save(path, square_net(3))
+    loaded = square_net(1)
+    checkpoint.load(path, loaded)
+    assert_equal(loaded, square_net(3))
+
+
+def test_files_are_flushed_by_descriptors_open_for_writing(tmp_path, monkeypatch):
+    """Windows refuses to flush others."""
+    fsync, flags = os.fsync, []
+
+    def noted(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.write(descriptor, b"")
+            flags.append(descriptor)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint.save(tmp_path / "net.safetensors", square_net(1))
+    assert len(flags) == 1

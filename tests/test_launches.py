@@ -139,18 +139,19 @@ class Counts:
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_the_trainer_adds_one_launch_a_step_and_three_an_epoch(where):
+def test_the_trainer_adds_one_launch_a_step_and_five_an_epoch(where):
     x, t = data(rows=100)
     if where == "host":
         x, t = nnx.to_cpu(x), nnx.to_cpu(t)
     counts = Counts()
     trainer = nnx.Trainer(nnx.TwoLayerNet(D, H, C, rng=0), nnx.SGD(0.1), rng=0)
-    trainer.fit(x, t, max_epoch=4, batch_size=N, eval_interval=None, verbose=False, callbacks=[counts])
-    assert len(counts.steps) == 4 * 4  # the fourth batch of an epoch has 10 rows
+    trainer.fit(x, t, max_epoch=6, batch_size=N, eval_interval=None, verbose=False, callbacks=[counts])
+    assert len(counts.steps) == 6 * 4  # the fourth batch of an epoch has 10 rows
     for epoch, iteration, counters in counts.steps:
-        if epoch < 2:
+        if epoch < 4:  # until then CuPy's pool may grow
             continue
-        once = 3 if iteration == 1 else 0  # the check of the parameters, and by one permutation the rows of x and of t
+        # The check of the parameters, the gathers of x and t; the copies of the last batch, which the model keeps.
+        once = {1: 3, 4: 2}.get(iteration, 0)
         assert counters["launches"] <= 14 + 1 + once
         quiet = {name: counters[name] for name in QUIET}
         # At an epoch's end the losses of two sizes of batch are read, and whether the parameters are finite.

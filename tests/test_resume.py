@@ -1,6 +1,9 @@
 """Training interrupted at any step resumes from its last checkpoint and is reproduced bit for bit."""
 
+import os
+import pickle
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -317,3 +320,80 @@ def test_failed_save_does_not_change_best_loss(tmp_path, monkeypatch):
     other = new_trainer()
     other.resume(tmp_path / "best.safetensors")
     assert other.val_list == [(5, None), (3, None), (4, None)]
+
+
+def test_unreadable_checkpoints_are_skipped(tmp_path, monkeypatch):
+    trainer = new_trainer()
+    fit(trainer, Checkpoint(tmp_path), epochs=3)
+    first, second, third = checkpoint.list_checkpoints(tmp_path)
+    third.write_bytes(b"damaged")
+    open_checked = nnx.storage.open_checked
+
+    def unreadable(path):
+        if path == second:
+            raise PermissionError("refused")
+        return open_checked(path)
+
+    def no_rename(self, target):
+        raise PermissionError("refused")
+
+    monkeypatch.setattr(nnx.storage, "open_checked", unreadable)
+    monkeypatch.setattr(type(third), "replace", no_rename)
+    with pytest.warns(RuntimeWarning, match="skipped, and not renamed: refused"):
+        assert checkpoint.latest_checkpoint(tmp_path) == first
+
+
+def test_old_files_that_cannot_be_removed_are_a_warning(tmp_path, monkeypatch):
+    def refuse(self, missing_ok=False):
+        raise PermissionError("refused")
+
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    with pytest.warns(RuntimeWarning, match="could not be removed: refused; training continues"):
+        fit(new_trainer(), Checkpoint(tmp_path, keep=1, best=False), epochs=2)
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {"seen": [{3: 4}]}, {1, 2}, object()])
+def test_callback_state_that_cannot_be_saved_is_refused_when_fit_begins(value):
+    class Remembers(nnx.callbacks.Callback):
+        state_names = ("seen",)
+
+    callback, trainer = Remembers(), new_trainer()
+    callback.seen = value
+    with pytest.raises(TypeError, match=r"Remembers\.seen.* cannot be saved"):
+        fit(trainer, callback)
+    assert trainer.current_epoch == 0
+
+
+def test_a_pickled_trainer_holds_no_validation_data():
+    trainer = new_trainer()
+    fit(trainer)
+    assert trainer.validation is not None
+    assert pickle.loads(pickle.dumps(trainer)).validation is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_receives_signals_as_before():
+    statuses = []
+
+    def child():
+        ready, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            os.write(write, b"1")
+            while True:
+                signal.pause()
+        os.read(ready, 1)  # before that the child discards signals
+        os.kill(pid, signal.SIGTERM)
+        statuses.append(os.waitpid(pid, 0)[1])
+
+    fit(new_trainer(), At(2, child), Interrupts())
+    assert os.WTERMSIG(statuses[0]) == signal.SIGTERM
+
+
+class Interrupts:
+    """Makes fit defer SIGTERM."""
+
+    def on_interrupt(self, trainer):
+        raise AssertionError("the parent received no signal")

@@ -175,6 +175,15 @@ def test_data_that_does_not_fit_the_device_stays_on_the_host(monkeypatch):
     numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
 
 
+def test_after_fit_the_model_keeps_one_batch_in_memory():
+    trainer = new_trainer()
+    trainer.fit(*spiral(), 1, 30, verbose=False)
+    x, t = trainer.model.layers[0].x, trainer.model.loss_layer.t
+    assert (len(x), len(t)) == (30, 30)
+    assert x.base is None
+    assert t.base is None
+
+
 @pytest.mark.parametrize("kind", ["device", "lists", "indices"])
 def test_fit_accepts_data_of_any_type(kind):
     x, t = spiral()

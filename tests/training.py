@@ -139,11 +139,11 @@ def main(optimizer, folder, how="run"):
     if how == "write":
         flush, calls = storage._fsync, []
 
-        def kill(path):
+        def kill(path, flags):
             calls.append(path)
             if len(calls) == 41:  # two per save: in the 21st, between write and rename
                 os.kill(os.getpid(), signal.SIGKILL)
-            flush(path)
+            flush(path, flags)
 
         storage._fsync = kill
     elif how in ("term", "int"):
