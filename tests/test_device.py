@@ -93,18 +93,18 @@ def test_missing_gradient_is_an_error():
 
 @pytest.mark.skipif(not nnx.GPU, reason="the memory of a GPU")
 def test_free_bytes_include_the_memory_pool(monkeypatch):
-    device = nnx.device
-    np.get_default_memory_pool().free_all_blocks()
-    kept = np.get_default_memory_pool().free_bytes()  # excluding arrays in use
-    monkeypatch.setattr(device._cupy.cuda.runtime, "memGetInfo", lambda: ((1 << 20) - kept, 1 << 30))
+    device, pool = nnx.device, np.cuda.MemoryPool()
+    monkeypatch.setattr(device._cupy, "get_default_memory_pool", lambda: pool)
+    monkeypatch.setattr(device._cupy.cuda.runtime, "memGetInfo", lambda: (1 << 20, 1 << 30))
     host = numpy.zeros(3 << 18, "float32")  # 3 MiB
-    assert not device.fits_on_device(host)
-    there = np.zeros(8 << 20, "uint8")
-    assert device.fits_on_device(there)
-    assert device.chunk_bytes(there) < 2 << 20
-    del there  # returned to the pool
-    assert device.fits_on_device(host)
-    assert device.chunk_bytes(np.zeros(1)) > 2 << 20
+    with np.cuda.using_allocator(pool.malloc):
+        assert not device.fits_on_device(host)
+        there = np.zeros(8 << 20, "uint8")
+        assert device.fits_on_device(there)
+        assert device.chunk_bytes(there) < 2 << 20
+        del there  # returned to the pool
+        assert device.fits_on_device(host)
+        assert device.chunk_bytes(np.zeros(1)) > 2 << 20
     monkeypatch.setattr(device._cupy.cuda.runtime, "memGetInfo", lambda: (1 << 36, 1 << 36))
     assert device.chunk_bytes(host) == 1 << 28
 

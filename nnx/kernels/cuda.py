@@ -150,11 +150,14 @@ def _is_plain(out: Array, dtype: Any) -> bool:
 # ---- elements ---------------------------------------------------------------------------------------
 
 
+_NAMES = ("__name__", "__qualname__", "__doc__")  # not __module__, which tells this set of kernels from portable
+
+
 def _elementwise(formula: Callable[..., Array]) -> Callable[..., Array]:
     """Return a function that computes `formula`, of arrays of one shape and dtype, in one launch."""
     name = formula.__name__
 
-    @functools.wraps(formula)
+    @functools.wraps(formula, _NAMES)
     def launch(x: Array, *others: Array) -> Array:
         for other in others:
             _check_shape(name, other, x.shape)
@@ -469,7 +472,7 @@ def _launch_table(name: str, dtype: str, blocks: int, arguments: tuple[Any, ...]
 def _multi_tensor(formula: Callable[..., None], lists: int) -> Callable[..., None]:
     """Return an optimizer's `formula`, whose first `lists` arguments are lists, with one launch per dtype."""
 
-    @functools.wraps(formula)
+    @functools.wraps(formula, _NAMES)
     def update(*arguments: Any) -> None:
         arrays, settings = arguments[:lists], [float(value) for value in arguments[lists:]]
         tables, rest = _multi_tensor_tables(*arrays)
