@@ -174,16 +174,16 @@ class EarlyStopping(Callback):
 
 
 class BestWeights(Callback):
-    """Keeps a copy of the weights with the lowest validation loss, and puts it back at the end.
+    """Keeps a copy of the weights with the lowest validation loss, and restores it at the end.
 
-    The run_callbacks statistics of BatchNorm, which that loss depends on, go with them.
+    The running statistics of BatchNorm are kept and restored with them.
 
     Attributes
     ----------
     best_loss : float
-        Their validation loss.
+        The lowest validation loss.
     epoch : int
-        The epoch after which they were seen, from 1.
+        The epoch of that loss, counted from 1.
     """
 
     needs_validation = True
