@@ -50,6 +50,7 @@ class _Fit:
     x: Any
     t: Any
     batch_size: int
+    chunk_bytes: int  # gathered at a time
     max_grad: float | None
     callbacks: CallbackList
     signals: DeferredSignals
@@ -167,27 +168,27 @@ class Trainer:
         checked = self._check_validation(validation)
         max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         hooks = CallbackList(callbacks)
+        hooks.check_validation(validation)
         self._check_update()
         settings = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
         self._setup_ranks((x, t), checked, **settings, eval_interval=eval_interval, drop_last=drop_last)
         self._begin(hooks, max_epoch, (len(x), batch_size, max_iter))
         self.eval_interval, self.validation = eval_interval, validation
-        hooks.check_validation(validation)
         if verbose is not False and self.comm.rank == 0:
             hooks = CallbackList(
                 [ProgressBar() if verbose is None and _is_terminal() else PrintLog(), *hooks.callbacks]
             )
         x, t = (asarray(x), asarray(t)) if fits_on_device(x, t) else (to_cpu(x), to_cpu(t))
         saves = self.comm.size > 1 or hooks.handles("on_interrupt")
-        with defer_signals(*(_SIGNALS if saves else _SIGNALS[:1])) as signals, hooks.running(self):
-            tied, addresses = TiedParameters(self.model.params), array_addresses(self.model)
-            run = _Fit(x, t, batch_size, max_grad, hooks, signals, tied, addresses)
-            self._callback_states = None  # only now: if on_begin raises, fit may be called again
-            self._running = True
-            try:
+        self._running = True
+        try:
+            with defer_signals(*(_SIGNALS if saves else _SIGNALS[:1])) as signals, hooks.running(self):
+                tied, addresses = TiedParameters(self.model.params), array_addresses(self.model)
+                run = _Fit(x, t, batch_size, chunk_bytes(x), max_grad, hooks, signals, tied, addresses)
+                self._callback_states = None  # only now: if on_begin raises, fit may be called again
                 self._run(run)
-            finally:
-                self._running = False
+        finally:
+            self._running = False
 
     def _run(self, run: _Fit) -> None:
         """Run the epochs of a fit."""
@@ -210,7 +211,7 @@ class Trainer:
             rows, batch_size, max_iter = self._plan
             self._permutation = as_generator(self.rng).permutation(rows)[: max_iter * batch_size]
             self.comm.broadcast([self._permutation])
-        data = (run.x, run.t, self._permutation, run.batch_size, chunk_bytes(run.x))
+        data = (run.x, run.t, self._permutation, run.batch_size, run.chunk_bytes)
         dtype = parameter_dtype(self.model)
         parts = sharded_batches(*data, self.comm, dtype) if self.comm.size > 1 else batches(*data, dtype)
         for iteration, (x, t, rows) in enumerate(parts, self.iteration + 1):

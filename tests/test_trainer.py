@@ -628,16 +628,17 @@ def test_early_stopping_waits_anew_in_every_fit_of_a_model():
     assert trainer.current_epoch == 3 + 2
 
 
-def test_fit_is_refused_in_a_callback_of_its_own():
+@pytest.mark.parametrize("event", ["on_begin", "on_step", "on_end"])
+def test_fit_is_refused_in_a_callback_of_its_own(event):
     class Nested:
-        def on_step(self, trainer):
-            trainer.fit(*spiral(), 1, 30, verbose=False)
+        pass
 
+    setattr(Nested, event, lambda self, trainer: trainer.fit(*spiral(), 1, 30, verbose=False))
     trainer = new_trainer()
     with pytest.raises(RuntimeError, match="called from one of its own callbacks"):
         trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[Nested()])
     trainer.fit(*spiral(), 1, 30, verbose=False)
-    assert trainer.current_epoch == 1
+    assert trainer.current_epoch == 1 + (event == "on_end")  # whose fit was done
 
 
 @pytest.mark.parametrize("stderr", ["none", "closed", "no isatty"])

@@ -88,18 +88,9 @@ _sums_of_columns = functools.partial(_columns, depth=16, most=_BLOCKS)
 def _rows(name: str, dtype: str, shape: tuple[int, ...], device: int) -> tuple[Any, ...]:
     """Return the same for rows, with 4 threads for a short row and up to 1024 for a long one."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    threads_per_row = next(
-        (threads_per_row for threads_per_row in (4, 32, _BLOCK) if columns <= 8 * threads_per_row), 1024
-    )
-    return _plan(
-        name,
-        dtype,
-        threads_per_row,
-        device,
-        min(_BLOCKS, -(-rows * threads_per_row // max(threads_per_row, _BLOCK))),
-        rows,
-        columns,
-    )
+    threads_per_row = next((n for n in (4, 32, _BLOCK) if columns <= 8 * n), 1024)
+    blocks = min(_BLOCKS, -(-rows * threads_per_row // max(threads_per_row, _BLOCK)))
+    return _plan(name, dtype, threads_per_row, device, blocks, rows, columns)
 
 
 def _plan(name: str, dtype: str, threads_per_row: int, device: int, blocks: int, *sizes: int) -> tuple[Any, ...]:
