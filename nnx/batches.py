@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import numbers
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import numpy
 
 from nnx.checks import check_same_length
-from nnx.device import asarray, quiet, to_cpu
+from nnx.device import asarray, chunk_bytes, fits_on_device, quiet, to_cpu
 from nnx.kernels import gather
-from nnx.models import Sequential
 from nnx.np import Array, np
-from nnx.tree import memory_keys
 
 __all__ = [
+    "ArrayData",
+    "BatchData",
     "WeightedMean",
-    "array_addresses",
-    "batches",
     "check_data",
-    "check_not_rebound",
     "check_settings",
     "checksum",
     "parameter_dtype",
-    "sharded_batches",
 ]
 
 _PIECE_BYTES = 1 << 22  # data checked, cast and copied at a time
@@ -75,28 +72,95 @@ def _float64(loss: Any) -> Any:
     return np.array(loss, np.float64)[()]
 
 
-def batches(
-    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, dtype: Any = None
-) -> Iterator[tuple[Array, Array, int]]:
-    """Yield the rows of `x` and `t` in `order`, `batch_size` at a time, with their number.
+class ArrayData:
+    """The arrays x and t of a fit, in batches of rows that each epoch shuffles anew.
 
-    As many whole batches as fit in `bytes_at_once` are gathered together and yielded as slices, the last one as a
-    copy: a model keeps its last input, and a slice would keep all of the gathered rows in memory. Floating data are
-    cast to `dtype`.
+    Attributes
+    ----------
+    rows, batch_size, max_iter : int
+        The number of rows, of rows per batch, and of batches per epoch.
     """
-    if _is_mapped_in_columns(x) or _is_mapped_in_columns(t):
-        bytes_at_once = max(bytes_at_once, _COLUMN_CHUNK_BYTES)
-    batch_bytes = (x.nbytes + t.nbytes) // len(x) * batch_size
-    chunk = max(1, bytes_at_once // max(1, batch_bytes)) * batch_size
-    rows = order if isinstance(x, numpy.ndarray) else asarray(order)
-    for start in range(0, len(order), chunk):
-        part = rows[start : start + chunk]
-        xs, ts = _gather_rows(x, part, dtype), _gather_rows(t, part, dtype)
-        for i in range(0, len(xs), batch_size):
-            batch, targets = xs[i : i + batch_size], ts[i : i + batch_size]
-            if 0 < i >= len(xs) - batch_size:
-                batch, targets = batch.copy(), targets.copy()
-            yield batch, targets, len(batch)
+
+    def __init__(self, x: Array, t: Array, batch_size: int, drop_last: bool) -> None:
+        self.x, self.t, self.rows, self.batch_size = x, t, len(x), batch_size
+        self.max_iter = len(x) // batch_size if drop_last else -(-len(x) // batch_size)
+
+    def place(self) -> None:
+        """Move the arrays to the device if they fit, and determine how many rows to gather at a time."""
+        move = asarray if fits_on_device(self.x, self.t) else to_cpu
+        self.x, self.t = move(self.x), move(self.t)
+        self.bytes_at_once = chunk_bytes(self.x)
+        if _is_mapped_in_columns(self.x) or _is_mapped_in_columns(self.t):
+            self.bytes_at_once = max(self.bytes_at_once, _COLUMN_CHUNK_BYTES)
+
+    def permutation(self, rng: Any) -> numpy.ndarray:
+        """Return the rows of an epoch, in random order."""
+        return rng.permutation(self.rows)[: self.max_iter * self.batch_size]
+
+    def batches(
+        self, order: numpy.ndarray, iteration: int, comm: Any, dtype: Any
+    ) -> Iterator[tuple[Array, Array, int]]:
+        """Yield this process's shard of each batch of the rows `order`, and the number of rows of the whole batch.
+
+        As many shards as fit in `bytes_at_once` are gathered together and yielded as slices, the last one as a copy:
+        a model keeps its last input, and a slice would keep all of the gathered rows in memory. Floating data are
+        cast to `dtype`. A shard is empty if the batch has fewer rows than there are processes.
+        """
+        x, t, batch_size = self.x, self.t, self.batch_size
+        full = len(order) // batch_size * batch_size
+        shard, last = comm.shard(batch_size), comm.shard(len(order) - full)
+        rows = numpy.concatenate([order[:full].reshape(-1, batch_size)[:, shard].reshape(-1), order[full:][last]])
+        rows = rows if isinstance(x, numpy.ndarray) else asarray(rows)
+        size = max(1, shard.stop - shard.start)
+        chunk = max(1, self.bytes_at_once // max(1, (x.nbytes + t.nbytes) // len(x) * size)) * size
+        totals = itertools.chain(itertools.repeat(batch_size, full // batch_size), [len(order) - full])
+        for start in range(0, len(rows), chunk):
+            part = rows[start : start + chunk]
+            xs, ts = _gather_rows(x, part, dtype), _gather_rows(t, part, dtype)
+            before = (len(xs) - 1) // size * size  # the rows before the last batch, in whole batches
+            if before:
+                whole = (a[:before].reshape(-1, size, *a.shape[1:]) for a in (xs, ts))
+                yield from zip(*whole, totals, strict=False)  # at C speed
+                xs, ts = xs[before:].copy(), ts[before:].copy()
+            yield xs, ts, next(totals)
+        for total in totals:  # the batches without a row for this process
+            if total:
+                yield x[:0], t[:0], total
+
+
+class BatchData:
+    """The user's batches (x, t), an iterable that each epoch goes through once."""
+
+    rows = batch_size = 0
+
+    def __init__(self, batches: Any, max_epoch: int) -> None:
+        if not isinstance(batches, Iterable) or isinstance(batches, numpy.ndarray | Array):
+            raise TypeError(
+                f"Trainer.fit: without t, x must be an iterable of batches (x, t), got {type(batches).__name__}"
+            )
+        if isinstance(batches, Iterator) and max_epoch > 1:
+            raise TypeError(
+                f"Trainer.fit: {type(batches).__name__} yields its batches once, and max_epoch is {max_epoch}; pass "
+                "an object whose __iter__ starts again, such as a list"
+            )
+        self.iterable, self.max_iter = batches, len(batches) if isinstance(batches, Sized) else 0
+
+    def place(self) -> None:
+        """Do nothing: each batch is moved to the device when it comes."""
+
+    def permutation(self, rng: Any) -> numpy.ndarray:
+        """Return no rows: the user's batches come in their own order."""
+        return numpy.zeros(0, numpy.int64)
+
+    def batches(
+        self, order: numpy.ndarray, iteration: int, comm: Any, dtype: Any
+    ) -> Iterator[tuple[Array, Array, int]]:
+        """Yield this process's shard of each batch after the first `iteration`, and the rows of the whole batch."""
+        for data in itertools.islice(self.iterable, iteration, None):
+            x, t = check_same_length("Trainer.fit: a batch", *_pair("Trainer.fit: a batch", data))
+            part = comm.shard(len(x))
+            xs, ts = asarray(x[part]), asarray(t[part])
+            yield _cast(xs, _step_dtype(xs, dtype)), _cast(ts, _step_dtype(ts, dtype)), len(x)
 
 
 def _gather_rows(data: Array, rows: Array, dtype: Any) -> Array:
@@ -115,19 +179,6 @@ def _cast(data: Array, dtype: Any) -> Array:
     return data.astype(dtype, copy=False)
 
 
-def sharded_batches(
-    x: Array, t: Array, order: numpy.ndarray, batch_size: int, bytes_at_once: int, comm: Any, dtype: Any = None
-) -> Iterator[tuple[Array, Array, int]]:
-    """Yield this rank's slice of each batch, which may be empty, and the number of rows of the whole batch."""
-    whole = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    shards = [rows[comm.shard(len(rows))] for rows in whole]
-    shard_size = len(shards[0]) if shards and len(shards[0]) else 1
-    gathered = batches(x, t, numpy.concatenate([order[:0], *shards]), shard_size, bytes_at_once, dtype)
-    for rows, part in zip(whole, shards, strict=True):  # only the last shard may be shorter, as in `batches`
-        xs, ts, _ = next(gathered) if len(part) else (x[:0], t[:0], 0)
-        yield xs, ts, len(rows)
-
-
 def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[Array, Array]:
     """Validate `data` and return x and t, on the host or the device, prepared for gathering rows.
 
@@ -135,11 +186,7 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
     copied to C order, because gathering from columns takes about ten times as long. Memory-mapped files are
     neither cast nor copied; `batches` casts their rows. With `copy=False` nothing is cast or copied.
     """
-    if not (isinstance(data, tuple | list) and len(data) == 2):
-        raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
-    if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
-        raise ValueError(f"{name}: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor")
-    x, t = check_same_length(name, *data)
+    x, t = check_same_length(name, *_pair(name, data))
     dtype = parameter_dtype(model)
     x, t = (_check_finite(f"{name}: {n}", a, dtype, copy) for n, a in (("x", x), ("t", t)))
     targets = getattr(getattr(model, "loss_layer", None), "prepare_targets", None)
@@ -156,6 +203,12 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
         else:
             t = targets(to_cpu(t), (len(x), *shape))
     return x, t
+
+
+def _pair(name: str, data: Any) -> Any:
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
+    return data
 
 
 def parameter_dtype(model: Any) -> Any:
@@ -192,32 +245,6 @@ def _row_pieces(data: Array) -> Iterator[tuple[int, Array]]:
         yield start, data[start : start + rows]
 
 
-def array_addresses(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the memory keys of the arrays of `model`, and those of its layers, both by name."""
-
-    def of(holder: Any, owner: str) -> dict[str, Any]:
-        arrays = {
-            f"{owner}{kind}[{i}]": a for kind in ("params", "grads") for i, a in enumerate(getattr(holder, kind, ()))
-        }
-        return {name: memory_keys(a)[0] for name, a in arrays.items()}
-
-    layers = enumerate(getattr(model, "layers", ()))
-    return of(model, ""), {name: key for i, layer in layers for name, key in of(layer, f"layers[{i}].").items()}
-
-
-def check_not_rebound(model: Any, before: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Raise a ValueError if the first step replaced a parameter or gradient array shared by the model and a layer."""
-    after = array_addresses(model)
-    for one, other in ((0, 1), (1, 0)):
-        for name, key in after[one].items():
-            previous = before[one].get(name)
-            if key != previous and previous in before[other].values() and key not in after[other].values():
-                raise ValueError(
-                    f"Trainer.fit: {name} of {type(model).__name__} is another array after the first step, not the one "
-                    f"being trained; backward and update must write in place: {name}[...] = ..."
-                )
-
-
 def _probe_rows(x: Array) -> Array:
     """Return sample rows for a trial forward pass: the first, or those of the extreme integers (maybe bad indices)."""
     if x.dtype.kind not in "iu" or not x.size or _is_mapped(x):  # min and max would read the whole file
@@ -227,14 +254,17 @@ def _probe_rows(x: Array) -> Array:
     return x[[int(low.argmin()), int(high.argmax())]]
 
 
-def check_settings(rows: int, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: Any) -> None:
-    """Validate the arguments of fit."""
-    for name, value in (("max_epoch", max_epoch), ("batch_size", batch_size), ("eval_interval", eval_interval or 1)):
-        if not hasattr(value, "__index__"):
+def check_settings(
+    rows: int | None, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: int | None
+) -> None:
+    """Validate the arguments of fit; `rows` is None for batches of the user's."""
+    integers = {"max_epoch": max_epoch, "batch_size": batch_size, "eval_interval": eval_interval}
+    for name, value in integers.items():
+        if not hasattr(value, "__index__") and not (value is None and name == "eval_interval"):
             raise TypeError(f"Trainer.fit: {name} must be an integer, got {value!r}")
     if max_epoch < 0:
         raise ValueError(f"Trainer.fit: max_epoch must be at least 0, got {max_epoch}")
-    if not 1 <= batch_size <= rows:
+    if rows is not None and not 1 <= batch_size <= rows:
         raise ValueError(f"Trainer.fit: batch_size must be 1 to {rows}, the number of rows, got {batch_size}")
     if not isinstance(max_grad, numbers.Real | None):
         raise TypeError(f"Trainer.fit: max_grad must be a number, or None, got {max_grad!r}")

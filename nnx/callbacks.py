@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import operator
 import time
 import weakref
@@ -16,9 +17,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nnx import checkpoint, storage
+import numpy
+
+from nnx import checkpoint
 from nnx.np import Array
-from nnx.tree import attribute_names, named_state
+from nnx.tree import (
+    check_kinds,
+    check_savable,
+    check_state,
+    named_arrays,
+    object_state,
+    set_state,
+    state_mismatches,
+    to_device,
+)
 
 __all__ = ["BestWeights", "Callback", "Checkpoint", "EarlyStopping", "LearningRateScheduler", "PrintLog", "ProgressBar"]
 
@@ -88,7 +100,7 @@ class ProgressBar(Callback):
         from tqdm import tqdm  # noqa: PLC0415 - importing nnx imports nothing that only a terminal needs
 
         steps = (trainer.max_epoch - trainer.current_epoch) * trainer.max_iter
-        self.bar = tqdm(total=steps, initial=trainer.iteration, unit="step")
+        self.bar = tqdm(total=steps or None, initial=trainer.iteration, unit="step")
 
     def on_step(self, trainer: Any) -> None:
         """Count a step."""
@@ -120,6 +132,10 @@ class LearningRateScheduler(Callback):
             raise TypeError(f"LearningRateScheduler: schedule must be a function of the steps taken, got {schedule!r}")
         self.schedule = schedule
         self.steps = 0
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless steps is an integer."""
+        check_kinds(state, int, "steps")
 
     def reset(self) -> None:
         """Set the number of steps to 0."""
@@ -154,6 +170,10 @@ class EarlyStopping(Callback):
             raise ValueError(f"EarlyStopping: patience must be at least 1, got {patience}")
         self.patience = patience
         self.reset()
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless the state holds numbers."""
+        check_kinds(state, numbers.Real, *self.state_names)
 
     def reset(self) -> None:
         """Discard the lowest loss."""
@@ -192,21 +212,36 @@ class BestWeights(Callback):
     def __init__(self) -> None:
         self.reset()
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless the state holds two numbers and floating arrays."""
+        check_kinds(state, numbers.Real, "best_loss", "epoch")
+        check_kinds(state, list, "weights")
+        if not all(getattr(a, "dtype", numpy.dtype(int)).kind == "f" for a in state["weights"]):
+            raise ValueError("weights must be floating arrays")
+        if not state["weights"] and state["best_loss"] < math.inf:
+            raise ValueError("the weights of best_loss are missing")
+
     def reset(self) -> None:
         """Discard the copy."""
         self.best_loss, self.epoch = math.inf, 0
         self.weights: list[Array] = []
+
+    def on_begin(self, trainer: Any) -> None:
+        """Raise a ValueError if the copy, restored from a checkpoint, does not fit the model."""
+        shapes, copied = ([a.shape for a in arrays] for arrays in (named_arrays(trainer.model).values(), self.weights))
+        if copied and copied != shapes:
+            raise ValueError(f"BestWeights: the saved weights have the shapes {copied}, and the model has {shapes}")
 
     def on_epoch(self, trainer: Any) -> None:
         """Copy the weights if the epoch's validation loss is the lowest."""
         loss = trainer.val_list[-1][0]
         if loss < self.best_loss:
             self.best_loss, self.epoch = loss, trainer.current_epoch
-            self.weights = [a.copy() for a in _model_state(trainer.model)]
+            self.weights = [a.copy() for a in named_arrays(trainer.model).values()]
 
     def on_end(self, trainer: Any) -> None:
         """Restore the best weights."""
-        for a, best in zip(_model_state(trainer.model), self.weights, strict=bool(self.weights)):
+        for a, best in zip(named_arrays(trainer.model).values(), self.weights, strict=bool(self.weights)):
             a[...] = best
 
 
@@ -254,6 +289,10 @@ class Checkpoint(Callback):
         self.best_loss = math.inf
         self.path: Path | None = None
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless the lowest loss is a number."""
+        check_kinds(state, numbers.Real, "best_loss")
+
     def reset(self) -> None:
         """Discard the lowest loss."""
         self.best_loss = math.inf
@@ -264,9 +303,9 @@ class Checkpoint(Callback):
 
         if trainer.comm.rank > 0:  # rank 0 saves
             return
-        storage.import_safetensors()
+        checkpoint.import_safetensors()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob(f"{storage.TEMP_PREFIX}*"):
+        for unfinished in self.folder.glob(f"{checkpoint.TEMP_PREFIX}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         saved = checkpoint.list_checkpoints(self.folder)
         if saved and checkpoint.parse_filename(saved[-1]) > (trainer.current_epoch, trainer.iteration):
@@ -297,7 +336,7 @@ class Checkpoint(Callback):
         try:
             old.unlink(missing_ok=True)
         except OSError as error:
-            storage.warn(f"Checkpoint: {old.name} could not be removed: {error}; training continues")
+            checkpoint.warn(f"Checkpoint: {old.name} could not be removed: {error}; training continues")
 
     def _save_best(self, trainer: Any) -> None:
         before, loss = self.best_loss, trainer.val_list[-1][0] if trainer.validation is not None else math.inf
@@ -312,14 +351,9 @@ class Checkpoint(Callback):
         try:
             checkpoint.save(path, trainer.model, trainer.optimizer, trainer)
         except OSError as error:
-            storage.warn(f"Checkpoint: {error}; training continues")
+            checkpoint.warn(f"Checkpoint: {error}; training continues")
             return False
         return True
-
-
-def _model_state(model: Any) -> list[Array]:
-    """Return the arrays of `model` that training changes: its parameters, each once, and running statistics."""
-    return list(named_state(model)[0].values())
 
 
 class CallbackList:
@@ -341,8 +375,7 @@ class CallbackList:
                 raise TypeError(f"Trainer.fit: a callback must be an object, got the class {kind}; pass {kind}(...)")
             if not any(hasattr(callback, event) for event in _EVENTS):
                 raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
-            for name in attribute_names(callback, "state_names"):
-                checkpoint.check_savable(f"{type(callback).__name__}.{name}", getattr(callback, name, None))
+            check_savable(type(callback).__name__, object_state(callback))
         self._hooks = {event: [*self._find_hooks(event)] for event in _EVENTS}
 
     def _find_hooks(self, event: str) -> Iterator[Callable[[Any], Any]]:
@@ -357,9 +390,9 @@ class CallbackList:
         for hook in self._hooks[event]:
             hook(trainer)
 
-    def handles(self, event: str) -> bool:
-        """Return whether any callback has a method for `event`."""
-        return bool(self._hooks[event])
+    def handles(self, *events: str) -> bool:
+        """Return whether any callback has a method for one of `events`."""
+        return any(self._hooks[event] for event in events)
 
     def check_validation(self, validation: Any) -> None:
         """Raise a ValueError if a callback needs validation data and there are none."""
@@ -368,11 +401,29 @@ class CallbackList:
                 kind = type(callback).__name__
                 raise ValueError(f"{kind}: there is no validation loss to follow; pass fit(validation=(x, t))")
 
-    def follow(self, model: Any, *, resumed: bool) -> None:
-        """Reset callbacks that were used with another model."""
+    def follow(self, model: Any, saved: list[Any] | None) -> None:
+        """Reset callbacks that were used with another model; let each take the next saved state of its class.
+
+        Raises
+        ------
+        ValueError
+            If a state does not fit its class, before any callback is changed.
+        """
+        remaining, plan, mismatches = list(saved or ()), [], []
+        for callback in self.callbacks:
+            kind, current = type(callback).__name__, object_state(callback)
+            state = next((s for s in remaining if s[0] == kind), None)
+            if state is not None and current:
+                remaining.remove(state)
+                mismatches += state_mismatches(kind, current, state[1]) or check_state(kind, callback, state[1])
+                plan.append((callback, state[1]))
+        if mismatches:
+            raise ValueError("\n  ".join(["Trainer.fit: the saved callbacks do not fit:", *mismatches]))
         for callback in self.callbacks:
             if isinstance(callback, Callback):
-                callback._follow(model, resumed=resumed)
+                callback._follow(model, resumed=saved is not None)
+        for callback, values in plan:
+            set_state(callback, to_device(values))
 
     @contextlib.contextmanager
     def running(self, trainer: Any) -> Iterator[None]:
@@ -388,30 +439,7 @@ class CallbackList:
     def state(self) -> list[Any]:
         """Return class name and state of each callback that has `state_names`."""
         return [
-            [type(c).__name__, {n: getattr(c, n) for n in c.state_names}]
-            for c in self.callbacks
-            if getattr(c, "state_names", ())
+            [type(callback).__name__, object_state(callback)]
+            for callback in self.callbacks
+            if getattr(callback, "state_names", ())
         ]
-
-    def load_state(self, saved: Any) -> None:
-        """Restore saved states: each callback takes the next state of its class.
-
-        Raises
-        ------
-        ValueError
-            If a state does not fit its class, before any callback is changed.
-        """
-        remaining = list(saved)
-        plan = []
-        for callback in self.callbacks:
-            kind = type(callback).__name__
-            state = next((s for s in remaining if s[0] == kind), None)
-            names = attribute_names(callback, "state_names")
-            if state is not None and names:
-                remaining.remove(state)
-                current = {name: getattr(callback, name) for name in names}
-                if mismatches := checkpoint.structure_mismatches(kind, current, state[1]):
-                    raise ValueError("\n  ".join(["Trainer.fit: the saved callbacks do not fit:", *mismatches]))
-                plan += [(callback, name, value) for name, value in state[1].items()]
-        for callback, name, value in plan:
-            setattr(callback, name, value)

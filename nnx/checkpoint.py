@@ -2,34 +2,58 @@
 
 The name of an array gives its path in the model: `layers.0.W` is the array that the first layer calls W
 (`param_names`, a class attribute), `params.0` one without a name. An array shared by several layers is saved
-once. Layers and callbacks list further state in `state_names`.
+once. Layers and callbacks list further state in `state_names`; see `nnx.tree`.
+
+The metadata of a file hold the number of its format, the state as JSON, in which {"$tensor": name} stands for an
+array, the settings of the layers, versions, and a digest of all metadata and arrays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import re
+import stat
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from nnx import storage
 from nnx._version import __version__
-from nnx.device import asarray, to_cpu
+from nnx.device import to_cpu
 from nnx.np import Array, np
-from nnx.tree import name_list, named_layers, named_state
+from nnx.tree import (
+    check_savable,
+    check_state,
+    is_savable,
+    layer_states,
+    name_list,
+    named_arrays,
+    named_layers,
+    set_state,
+    state_mismatches,
+    to_device,
+)
 
 __all__ = ["latest_checkpoint", "load", "save"]
 
-_NEEDED: dict[str, dict[str, type]] = {  # required keys of the metadata
-    "model": {"state": dict},
-    "optimizer": {"class": str, "settings": dict},
-    "trainer": {},
-}
+TEMP_PREFIX = ".saving-"  # of the temporary folder next to the target of a save
+_FORMAT = "1"
+_MAX_METADATA = 1 << 24  # characters; parsed JSON takes many times as many bytes
 _NUMBERED = re.compile(r"epoch-(\d{4,})-step-(\d{6,})\.safetensors")
+_DTYPES = {  # of the files; NumPy has no others of them
+    **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
+    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
+    **{f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)},
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+_TENSOR, _PARAM = "$tensor", "$param"  # JSON objects that stand for an array of the file, and of the model
 
 
 def save(
@@ -62,26 +86,34 @@ def save(
     Raises
     ------
     OSError
-        If the file cannot be written, for example to a full disk.
+        If the file cannot be written, for example to a full disk, or `path` is a folder, a device or a pipe. Once the
+        file has its name, a refused chmod or fsync of its folder is only a RuntimeWarning.
+    ImportError
+        If safetensors is not installed, as `nnx-array[checkpoint]` does.
     ValueError
         If `keys` or `transpose` contain unknown names, or two arrays of a layer have the same name.
     TypeError
         If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is refused.
     """
     path = Path(path).expanduser()
-    arrays, extra_state = named_state(model)
-    tensors = rename_arrays(path, arrays, keys, transpose)
-    state = _pack({name: getattr(*item) for name, item in extra_state.items()}, "state", tensors, model)
-    metadata_of: dict[str, Any] = {"model": {"settings": layer_config(model), "state": state}}
-    if optimizer is not None:
-        settings = _pack(optimizer_state(optimizer), "optimizer", tensors, model)
-        metadata_of["optimizer"] = {"class": type(optimizer).__name__, "settings": settings}
-    if trainer is not None:
-        metadata_of["trainer"] = _pack(trainer.state_dict(), "trainer", tensors, model)
-    libraries = {"python": platform.python_version(), "numpy": numpy.__version__, np.__name__: np.__version__}
-    metadata_of["versions"] = {"nnx": __version__, **libraries}
-    metadata = {f"nnx.{kind}": json.dumps(value) for kind, value in metadata_of.items()}
-    storage.atomic_save(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
+    tensors = rename_arrays(path, named_arrays(model), keys, transpose)
+    states = {name: state for name, (_, state) in _states(model, optimizer, trainer).items()}
+    for name, state in states.items():
+        check_savable(name, state)
+    metadata = {
+        "nnx.format": _FORMAT,
+        "nnx.state": json.dumps({name: _pack(state, name, tensors, model) for name, state in states.items()}),
+        "nnx.layers": json.dumps(layer_config(model)),
+        "nnx.versions": json.dumps(
+            {
+                "nnx": __version__,
+                "python": platform.python_version(),
+                "numpy": numpy.__version__,
+                np.__name__: np.__version__,
+            }
+        ),
+    }
+    _atomic_save(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
 
 
 def load(
@@ -119,64 +151,34 @@ def load(
         If the file is damaged or does not match the objects; the message lists all differences. Nothing is changed.
     TypeError
         For `keys` or `transpose`, as in `save`.
+    ImportError
+        If safetensors is not installed, as `nnx-array[checkpoint]` does.
     """
     path = Path(path).expanduser()
-    with storage.open_checked(path) as file:
-        metadata_of = {
-            kind: _load_metadata(path, kind, file.metadata) for kind in _NEEDED if f"nnx.{kind}" in file.metadata
-        }
-        unpack = _Unpacker(path, file, model)
-        arrays, extra_state = named_state(model)
-        targets = rename_arrays(path, arrays, keys, transpose)
-        state = unpack(metadata_of["model"]["state"], asarray) if "model" in metadata_of else {}
-        ignored = {name for name, model_name in (keys or {}).items() if model_name is None}
-        differences = array_mismatches(file, targets, ignored | unpack.names)
-        plan: list[tuple[Any, str, Any]] = []  # object, attribute, its new value
-        if "model" in metadata_of:
-            differences += structure_mismatches("", {name: getattr(*item) for name, item in extra_state.items()}, state)
-            plan += [(*item, state.get(name)) for name, item in extra_state.items()]
-        for kind, receiver in (("optimizer", optimizer), ("trainer", trainer)):
-            if receiver is not None and kind not in metadata_of:
-                differences.append(f"{kind}: requested, but not in the file")
-        if optimizer is not None and "optimizer" in metadata_of:
-            settings = unpack(metadata_of["optimizer"]["settings"], asarray)
-            differences += _compare_optimizer(optimizer, metadata_of["optimizer"]["class"], settings)
-            plan += [(optimizer, name, value) for name, value in settings.items()]
-        if trainer is not None and "trainer" in metadata_of:
-            progress = {  # callbacks may hold arrays on the device; all other state is on the host
-                name: unpack(v, asarray if name == "callbacks" else numpy.asarray)
-                for name, v in metadata_of["trainer"].items()
-            }
-            differences += structure_mismatches("trainer", trainer.state_dict(), progress)
-        if differences:
-            raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
+    file = _read(path)
+    targets = rename_arrays(path, named_arrays(model), keys, transpose)
+    ignored = {name for name, model_name in (keys or {}).items() if model_name is None}
+    receivers = _states(model, optimizer, trainer)
+    if not file.is_checkpoint:
+        receivers = {name: receiver for name, receiver in receivers.items() if _kind(name) != "model"}
+    requested = {"model", *map(_kind, receivers)}
+    saved = _unpack(path, file, model, [name for name in file.states if _kind(name) in requested])
+    differences = array_mismatches(file, targets, ignored)
+    differences += state_mismatches("", {name: state for name, (_, state) in receivers.items()}, saved)
+    if not differences:
+        for name, (holder, _) in receivers.items():
+            differences += check_state(name, holder, saved[name])
+    if differences:
+        raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
+    try:
         values = {name: np.asarray(file.read(name)) for name in targets}
-    restore = trainer.load_state_dict(path, progress) if trainer is not None else None
+        states = {name: state if name == "trainer" else to_device(state) for name, state in saved.items()}
+    except TypeError as error:
+        raise ValueError(f"{path}: an array cannot be restored: {error}") from error
     for name, array in targets.items():
         array[...] = values[name]
-    for receiver, name, value in plan:
-        setattr(receiver, name, value)
-    if restore is not None:
-        restore()
-
-
-def structure_mismatches(where: str, current: Any, saved: Any) -> list[str]:
-    """Describe how `saved` differs from `current` in names and types; values may differ, and None matches any type."""
-    if isinstance(current, dict) and isinstance(saved, dict):
-        path = f"{where}." if where else ""
-        return [
-            *(f"{path}{name}: in the file, but not here" for name in saved if name not in current),
-            *(f"{path}{name}: here, but not in the file" for name in current if name not in saved),
-            *(
-                line
-                for name in current
-                if name in saved
-                for line in structure_mismatches(path + name, current[name], saved[name])
-            ),
-        ]
-    if current is None or saved is None or _describe(current) == _describe(saved):
-        return []
-    return [f"{where}: {_describe(current)} here, {_describe(saved)} in the file"]
+    for name, (holder, _) in receivers.items():
+        set_state(holder, states[name])
 
 
 def parse_filename(path: Path) -> tuple[int, int]:
@@ -202,8 +204,8 @@ def latest_checkpoint(folder: str | Path) -> Path:
     """
     for path in reversed(list_checkpoints(Path(folder).expanduser())):
         try:
-            with storage.open_checked(path):
-                return path
+            _read(path)
+            return path
         except ValueError as error:
             _set_aside(path, error)
         except OSError:  # not readable, or another process has removed it
@@ -215,30 +217,9 @@ def _set_aside(path: Path, error: ValueError) -> None:
     try:
         path.replace(f"{path}.damaged")
     except OSError as refused:
-        storage.warn(f"{error}; skipped, and not renamed: {refused}")
+        warn(f"{error}; skipped, and not renamed: {refused}")
     else:
-        storage.warn(f"{error}; set aside as {path.name}.damaged")
-
-
-def check_savable(name: str, value: Any) -> None:
-    """Raise a TypeError unless `value` can be saved: None, numbers, strings, arrays, and lists and dicts of these."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name} cannot be saved: the keys of a dict must be strings, got {key!r}")
-            check_savable(f"{name}.{key}", inner)
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            check_savable(f"{name}.{i}", inner)
-    elif not _is_plain(value):
-        raise TypeError(f"{name} cannot be saved: expected a number, a string, an array or a list, got {value!r}")
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether `value` can be saved: None, a number, a string, an array, or a list of these."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str | numpy.generic | numpy.ndarray | Array)
+        warn(f"{error}; set aside as {path.name}.damaged")
 
 
 def layer_config(model: Any) -> dict[str, Any]:
@@ -246,35 +227,38 @@ def layer_config(model: Any) -> dict[str, Any]:
     return {
         path.removesuffix("."): {"class": type(layer).__name__}
         | {n: v for n, v in getattr(layer, "__dict__", {}).items() if isinstance(v, bool | int | float | str)}
-        for path, layer in named_layers(model, "", set())
+        for path, layer in named_layers(model)
     }
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
     """Return the state of an optimizer: its public attributes that can be saved."""
-    return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and _is_plain(v)}
+    return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and is_savable(v)}
 
 
-def _compare_optimizer(optimizer: Any, name: str, settings: dict[str, Any]) -> list[str]:
-    if name != type(optimizer).__name__:
-        return [f"optimizer: {type(optimizer).__name__} here, {name} in the file"]
-    lines = structure_mismatches("optimizer", optimizer_state(optimizer), settings)
-    if not lines:  # the types match, so that slots are lists
-        shapes = {n: [getattr(a, "shape", None) for a in v] for n, v in settings.items() if isinstance(v, list)}
-        for slot in getattr(optimizer, "_slots", ()):
-            if shapes.get(slot) != shapes.get("params", []):
-                lines.append(f"optimizer.{slot}: not of the shapes of its parameters")
-    return lines
+def _states(model: Any, optimizer: Any, trainer: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return (object, its state) by name, for everything that has one beside the arrays of the model."""
+    states = {f"model.{path}".removesuffix("."): item for path, item in layer_states(model).items()}
+    if optimizer is not None:  # under the name of its class, so that another class does not fit
+        states[f"optimizer.{type(optimizer).__name__}"] = optimizer, optimizer_state(optimizer)
+    if trainer is not None:
+        states["trainer"] = trainer, trainer.state_dict()
+    return states
 
 
-def array_mismatches(file: storage.Reader, arrays: Mapping[str, Array], ignored: Collection[str]) -> list[str]:
+def _kind(name: str) -> str:
+    """Return what the state `name` is of: "model", "optimizer" or "trainer"."""
+    return name.partition(".")[0]
+
+
+def array_mismatches(file: _Reader, arrays: Mapping[str, Array], ignored: Collection[str]) -> list[str]:
     """Describe how the arrays of `file` differ from those of the model; all names are those in the file."""
     lines = []
     for name in file.arrays:
         if (
             name not in arrays
             and name not in ignored
-            and not (file.has_digest and name.startswith(("optimizer.", "trainer.")))
+            and not (file.is_checkpoint and name.startswith(("model.", "optimizer.", "trainer.")))
         ):
             lines.append(f"{name}: in the file, but not in the model")
     for name, array in arrays.items():
@@ -315,67 +299,183 @@ def _join(names: Collection[str]) -> str:
     return ", ".join(sorted(names)) or "no arrays"
 
 
-def _describe(value: Any) -> str:
-    """Describe the type of `value`; values with equal descriptions are compatible."""
-    if isinstance(value, numpy.generic):
-        value = value.item()  # as in `_pack`
-    if isinstance(value, Array | numpy.ndarray):
-        return f"an array of {value.dtype.name} with {value.ndim} axes"
-    names = {str: "a string", list: "a list", tuple: "a list", dict: "a dict", int: "a number", float: "a number"}
-    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
-
-
 def _pack(value: Any, name: str, tensors: dict[str, Any], model: Any) -> Any:
-    """Return `value` as JSON-serializable data; its arrays are added to `tensors` with names prefixed by `name`."""
+    """Return `value` as JSON-serializable data; its arrays are added to `tensors`, named by their paths in it."""
     if isinstance(value, dict):
-        check_savable(name, value)
         return {key: _pack(v, f"{name}.{key}", tensors, model) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_pack(v, f"{name}.{i}", tensors, model) for i, v in enumerate(value)]
     if isinstance(value, numpy.generic):
         return value.item()
-    check_savable(name, value)
     if not isinstance(value, Array | numpy.ndarray):
         return value
     for i, p in enumerate(model.params):
         if p is value:
-            return {"param": i}
+            return {_PARAM: i}
     tensors[name] = value
-    return {"tensor": name}
+    return {_TENSOR: name}
 
 
-class _Unpacker:
-    """The inverse of `_pack`, for untrusted files."""
+def _unpack(path: Path, file: _Reader, model: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the states `names` of a file, with host arrays; the inverse of `_pack`, for untrusted files."""
+    used: set[str] = set()
 
-    def __init__(self, path: Path, file: storage.Reader, model: Any) -> None:
-        self.path, self.file, self.model = path, file, model
-        self.names: set[str] = set()  # of the arrays read so far
-
-    def __call__(self, value: Any, convert: Callable[[Any], Any] = numpy.asarray) -> Any:
+    def unpack(value: Any) -> Any:
         if isinstance(value, list):
-            return [self(v, convert) for v in value]
+            return [unpack(v) for v in value]
         if not isinstance(value, dict):
             return value
-        name, index = value.get("tensor"), value.get("param")
-        if value.keys() == {"tensor"} and isinstance(name, str) and name in self.file.arrays:
-            self.names.add(name)
-            try:
-                return convert(self.file.read(name))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{self.path}: array {name} cannot be restored ({error})") from error
-        if value.keys() == {"param"} and isinstance(index, int) and 0 <= index < len(self.model.params):
-            return self.model.params[index]
-        if value.keys() in ({"tensor"}, {"param"}):
-            raise ValueError(f"{self.path}: it refers to an array {value} that is in neither the file nor the model")
-        return {key: self(v, convert) for key, v in value.items()}
+        name, index = value.get(_TENSOR), value.get(_PARAM)
+        if value.keys() == {_TENSOR} and isinstance(name, str) and name in file.arrays and name not in used:
+            used.add(name)  # a second reference would make two arrays one
+            return file.read(name)
+        if value.keys() == {_PARAM} and isinstance(index, int) and 0 <= index < len(model.params):
+            return model.params[index]
+        if value.keys() & {_TENSOR, _PARAM}:
+            raise ValueError(f"{path}: it refers to an array {value!r:.80} that is in neither the file nor the model")
+        return {key: unpack(v) for key, v in value.items()}
 
-
-def _load_metadata(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the parsed metadata of `kind`: model, optimizer or trainer."""
     try:
-        parsed = json.loads(metadata[f"nnx.{kind}"])
+        return {name: unpack(file.states[name]) for name in names}
+    except RecursionError as error:
+        raise ValueError(f"{path}: metadata is nested too deeply") from error
+
+
+def import_safetensors() -> Any:
+    """Return the module safetensors, or raise an ImportError that says how to install it."""
+    try:
+        import safetensors.numpy  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ImportError("nnx saves and loads with safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def warn(message: str) -> None:
+    """Issue a RuntimeWarning at the line that called nnx, whatever the call depth."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnx."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+class _Reader:
+    """The contents of a safetensors file from any library.
+
+    Attributes
+    ----------
+    arrays : dict of name to (dtype, shape)
+        NumPy's name of the dtype, or the file's if NumPy has no such dtype.
+    read : function of a name
+        Returns the array. Those of a checkpoint are in memory, so that they are the ones that the digest matched.
+    is_checkpoint : bool
+        Whether `save` has written the file.
+    states : dict of name to state
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
+        metadata = file.metadata() or {}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        self.arrays = {
+            name: (_DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()
+        }
+        self.read: Callable[[str], numpy.ndarray] = file.get_tensor
+        self.is_checkpoint = any(key.startswith("nnx") for key in metadata)
+        self.states: dict[str, Any] = {}
+        if self.is_checkpoint:
+            if (version := metadata.get("nnx.format")) != _FORMAT:
+                raise ValueError(f"{path}: this version of nnx loads format {_FORMAT}, got {version!r:.80}")
+            arrays = {name: file.get_tensor(name) for name in slices}
+            if metadata.pop("nnx.digest", None) != _digest(metadata, arrays):
+                raise ValueError(f"{path}: damaged: the digest does not match the contents")
+            self.read, self.states = arrays.__getitem__, _parse_states(path, metadata.get("nnx.state", ""))
+
+
+def _read(path: Path) -> _Reader:
+    """Open and validate a safetensors file.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the file cannot be opened, is not a complete safetensors file, or does not match its digest; the message
+        names `path`.
+    """
+    safetensors = import_safetensors()
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
+        raise OSError(f"{path}: not a file")
+    with open(path, "rb"):  # whose errors name the file
+        pass
+    try:
+        return _Reader(path, safetensors.safe_open(path, "np"))
+    except (safetensors.SafetensorError, TypeError) as error:  # a TypeError for a dtype that NumPy has not
+        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
+
+
+def _parse_states(path: Path, text: str) -> dict[str, Any]:
+    if len(text) > _MAX_METADATA:
+        raise ValueError(f"{path}: its state of {len(text)} characters exceeds the limit of {_MAX_METADATA}")
+    try:
+        states = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the {kind} metadata is not valid JSON ({error})") from error
-    if not isinstance(parsed, dict) or not all(isinstance(parsed.get(n), t) for n, t in _NEEDED[kind].items()):
-        raise ValueError(f"{path}: the {kind} metadata must be a JSON object with the keys {[*_NEEDED[kind]]}")
-    return parsed
+        raise ValueError(f"{path}: its state is not valid JSON: {error}") from error
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise ValueError(f"{path}: its state must be a JSON object of objects")
+    return states
+
+
+def _atomic_save(path: Path, arrays: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:
+    """Write a temporary file, fsync it and rename it over `path` (atomic)."""
+    import tempfile  # noqa: PLC0415 - as in _digest
+
+    safetensors = import_safetensors()
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(f"{path}: not saved: not a regular file")
+    target = path.resolve()  # a symbolic link is kept, its target replaced
+    arrays = {name: numpy.asarray(a, order="C") for name, a in arrays.items()}
+    for name, a in arrays.items():
+        if a.dtype.name not in _DTYPES.values():
+            raise TypeError(f"{path}: {name} is {a.dtype}, which safetensors files cannot hold")
+    metadata["nnx.digest"] = _digest(metadata, arrays)
+    try:
+        with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=target.parent) as folder:
+            file = Path(folder, path.name)
+            file.touch()  # for the default permissions of a new file; the library would make it private
+            mode = stat.S_IMODE((target if target.exists() else file).stat().st_mode)
+            safetensors.numpy.save_file(arrays, file, metadata)
+            _attempt(f"{path}: saved, but its permissions could not be set", lambda: file.chmod(mode))
+            _fsync(file, os.O_RDWR)  # Windows flushes only what may be written
+            file.replace(target)
+    except Exception as error:  # the library's errors hold the system's message, but are no OSError
+        raise OSError(f"{path}: not saved: {error}") from error
+    if sys.platform != "win32":  # which cannot fsync a folder
+        _attempt(f"{path}: saved, but its folder could not be flushed", lambda: _fsync(target.parent, os.O_RDONLY))
+
+
+def _digest(metadata: Mapping[str, str], arrays: Mapping[str, numpy.ndarray]) -> str:
+    """Return the digest of metadata, names, dtypes, shapes and bytes."""
+    import hashlib  # noqa: PLC0415 - it loads OpenSSL, and `import nnx` loads nothing that only files need
+
+    names = sorted(arrays)
+    header = [sorted(metadata.items()), [[name, arrays[name].dtype.name, arrays[name].shape] for name in names]]
+    digest: Any = hashlib.blake2b(json.dumps(header).encode(), digest_size=32)
+    for name in names:
+        a = arrays[name]
+        digest.update(a.astype(a.dtype.newbyteorder("<"), copy=False).reshape(-1).view(numpy.uint8))
+    return digest.hexdigest()
+
+
+def _attempt(failure: str, action: Callable[[], Any]) -> None:
+    """Call `action`; an OSError is a warning that begins with `failure`."""
+    try:
+        action()
+    except OSError as error:
+        warn(f"{failure}: {error}")
+
+
+def _fsync(path: Path, flags: int) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

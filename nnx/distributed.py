@@ -15,7 +15,8 @@ training loop:
 
 Start with `mpiexec -n 4 python -m mpi4py train.py`. Without `-m mpi4py` the job hangs if a rank exits by sys.exit
 while the others wait in their own calls on `comm.mpi` (all other failures end the job either way), and only the
-launchers of MPICH, Intel, Open MPI, Slurm and PyTorch are detected.
+launchers of MPICH, Intel, Open MPI, Slurm and PyTorch are detected. MPICH itself reports success for a rank that
+ends by `os._exit(0)`, and ends the others.
 
 Only gradients are summed. BatchNorm statistics are computed from each rank's own rows and are not synchronized.
 Dropout masks are drawn on each rank: layers with the same seed draw the same masks on every rank.
@@ -33,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
@@ -49,12 +50,14 @@ from nnx.device import (
     to_cpu,
 )
 from nnx.np import Array, np
+from nnx.signals import SIGNALS
 
 __all__ = ["Comm", "init"]
 
 # Environment variables with the number of ranks: MPICH and Intel, Open MPI, srun, torchrun.
 _LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
 _MAX_PLANS = 4  # models trained alternately whose buffers are kept
+Stops: TypeAlias = tuple[int, bool]  # the pending signal or 0, and whether to stop after the epoch
 _ABORT_TIMEOUT = 5  # seconds that a failed rank leaves the others to save their state
 
 
@@ -115,18 +118,18 @@ def _connect(cuda_aware: bool) -> Comm:
             f"{version:.40}, which does not belong to this launcher; start with the "
             "mpiexec of that MPI (under Slurm srun --mpi=...), or set MPI4PY_LIBMPI to the launcher's library"
         )
-    return Comm(MPI, threads, cuda_aware)
+    return _MPIComm(MPI, threads, cuda_aware)
 
 
 class Comm:
-    """The communicator of the ranks that train together; created by `init`.
+    """One rank, on which communication does nothing; `init` returns its subclass for several ranks.
 
     All methods except `shard` are collective: every rank must call them, in the same order.
 
     Attributes
     ----------
     rank, size : int
-        The index of this process, and the number of ranks.
+        The index of this process, and the number of ranks that train together.
     local_rank, local_size : int
         The same among the ranks on this machine.
     mpi : mpi4py.MPI.Comm or None
@@ -137,10 +140,83 @@ class Comm:
     size = local_size = 1
     mpi: Any = None
 
-    def __init__(self, MPI: Any = None, threads: Any = None, cuda_aware: bool = False) -> None:
+    def shard(self, n: int) -> slice:
+        """Return this rank's slice of `n` rows; the sizes differ by at most one row, the larger slices first."""
+        rows, remainder = divmod(n, self.size)
+        start = self.rank * rows + min(self.rank, remainder)
+        return slice(start, start + rows + (self.rank < remainder))
+
+    def broadcast(self, arrays: Iterable[Array]) -> None:
+        """Copy the arrays of rank 0, on the host or the device, into those of the other ranks.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, if the number, shapes or dtypes of the arrays differ; it names a differing rank.
+        """
+
+    def allreduce_gradients(self, grads: Iterable[Array], share: float) -> None:
+        """Replace the gradients of this rank's rows, in place, by those of the whole batch: the sum of grads * share.
+
+        The result is bitwise identical on all ranks.
+
+        Parameters
+        ----------
+        grads : arrays of the same shapes and dtypes on all ranks
+            The gradients of a loss that is a mean over rows.
+        share : float
+            This rank's fraction of the rows of the batch. A rank without rows passes 0; its `grads` are not read.
+        """
+
+    def allreduce(self, grads: Iterable[Array], share: float, *scalars: Any) -> tuple[list[Array], list[float]]:
+        """Return the results of `allreduce_gradients`, and the sums of `scalars`, with one all-reduce per dtype.
+
+        The returned gradients are views of a buffer that the next call overwrites, which saves a copy; only float16,
+        which is summed in float32, is written into `grads` and returned from there. The scalars are summed in the
+        widest dtype of the gradients; on the GPU the call waits for them.
+        """
+        return list(grads), [float(s) for s in scalars]
+
+    def all_sum(self, *scalars: Any) -> Any:
+        """Return the sum of each scalar over all ranks, in float64: a number, or a list for several scalars."""
+        return float(scalars[0]) if len(scalars) == 1 else [float(s) for s in scalars]
+
+    def barrier(self) -> None:
+        """Wait until all ranks have reached this call."""
+
+    def main_process_first(self, function: Callable[[], Any]) -> Any:
+        """Run `function`, such as a download, on rank 0 first, then on the other ranks; return its result."""
+        return function()
+
+    def assert_equal_on_ranks(self, what: str, **values: Any) -> None:
+        """Raise a ValueError on all ranks unless `values` are equal on all of them; `what` starts the message."""
+
+    def reduce_step(
+        self, grads: list[Array], loss: Any, part: int, rows: int, model: Any, stops: Stops
+    ) -> tuple[list[Array], Any, Stops]:
+        """Return the gradients and the loss of a whole batch of `rows` rows, of which this rank has `part`.
+
+        With them the ranks agree on `stops`: the signal to deliver, and whether to stop after the epoch.
+        """
+        return grads, loss, stops
+
+    def exchange_stops(self, stops: Stops) -> Stops:
+        """Return the signal and the stop request that any rank has."""
+        return stops
+
+    def agreed_signal(self, agreed: int, pending: int) -> int:
+        """Return the signal to deliver now: of one rank the pending one, of several the one they have agreed on."""
+        return pending
+
+    def __repr__(self) -> str:
+        return "Comm(rank 0 of 1)"
+
+
+class _MPIComm(Comm):
+    """Several ranks, joined by MPI."""
+
+    def __init__(self, MPI: Any, threads: Any, cuda_aware: bool = False) -> None:
         self.cuda_aware = cuda_aware
-        if MPI is None:
-            return
         self._MPI, self.mpi = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.mpi.rank, self.mpi.size
         local = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
@@ -152,6 +228,9 @@ class Comm:
         self._except = sys.excepthook
         sys.excepthook = self._excepthook
         atexit.register(self._shutdown)
+        # MPI calls this at the start of a Finalize in the script; that of mpi4py at exit comes after Python has ended
+        key = MPI.Comm.Create_keyval(delete_fn=lambda comm, key, value: self._shutdown())
+        MPI.COMM_SELF.Set_attr(key, None)
         hosts = self.mpi.gather(f"{MPI.Get_processor_name()}:{os.getpid()}")
         if hosts:  # a launcher reports a killed process by its pid, not by its rank
             sys.stderr.write(f"nnx: ranks 0 to {self.size - 1} are the processes {', '.join(hosts)}\n")
@@ -168,22 +247,7 @@ class Comm:
         usable = self.mpi.allreduce(library is not None and len({*bus_ids}) == len(bus_ids), MPI.LAND)
         self._nccl = _Nccl(library, self.mpi) if usable else None
 
-    def shard(self, n: int) -> slice:
-        """Return this rank's slice of `n` rows; the sizes differ by at most one row, the larger slices first."""
-        rows, remainder = divmod(n, self.size)
-        start = self.rank * rows + min(self.rank, remainder)
-        return slice(start, start + rows + (self.rank < remainder))
-
     def broadcast(self, arrays: Iterable[Array]) -> None:
-        """Copy the arrays of rank 0, on the host or the device, into those of the other ranks.
-
-        Raises
-        ------
-        ValueError
-            On all ranks, if the number, shapes or dtypes of the arrays differ; it names a differing rank.
-        """
-        if self.size == 1:
-            return
         arrays = list(arrays)
         layout = {f"array {i}": f"{a.shape} {a.dtype}" for i, a in enumerate(arrays)}
         self.assert_equal_on_ranks("Comm.broadcast", **{"the number of arrays": len(arrays)}, **layout)
@@ -195,32 +259,13 @@ class Comm:
                 a[...] = host if isinstance(a, numpy.ndarray) else asarray(host)
 
     def allreduce_gradients(self, grads: Iterable[Array], share: float) -> None:
-        """Replace the gradients of this rank's rows, in place, by those of the whole batch: the sum of grads * share.
-
-        The result is bitwise identical on all ranks.
-
-        Parameters
-        ----------
-        grads : arrays of the same shapes and dtypes on all ranks
-            The gradients of a loss that is a mean over rows.
-        share : float
-            This rank's fraction of the rows of the batch. A rank without rows passes 0; its `grads` are not read.
-        """
         grads = list(grads)
         for g, mean in zip(grads, self.allreduce(grads, share)[0], strict=True):
             if mean is not g:
                 g[...] = mean
 
     def allreduce(self, grads: Iterable[Array], share: float, *scalars: Any) -> tuple[list[Array], list[float]]:
-        """Return the results of `allreduce_gradients`, and the sums of `scalars`, with one all-reduce per dtype.
-
-        The returned gradients are views of a buffer that the next call overwrites, which saves a copy; only float16,
-        which is summed in float32, is written into `grads` and returned from there. The scalars are summed in the
-        widest dtype of the gradients; on the GPU the call waits for them.
-        """
         grads = list(grads)
-        if self.size == 1:
-            return grads, [float(s) for s in scalars]
         layout = (tuple((g.shape, g.dtype) for g in grads), len(scalars))
         if layout not in self._plans:
             if len(self._plans) == _MAX_PLANS:
@@ -245,21 +290,16 @@ class Comm:
         return [v if g.dtype == v.dtype else g for g, v in zip(grads, views, strict=True)], sums
 
     def all_sum(self, *scalars: Any) -> Any:
-        """Return the sum of each scalar over all ranks, in float64: a number, or a list for several scalars."""
         total = numpy.array([float(s) for s in scalars])
-        if self.size > 1:
-            self._collectives_started += 1
-            self.mpi.Allreduce(self._MPI.IN_PLACE, total)
+        self._collectives_started += 1
+        self.mpi.Allreduce(self._MPI.IN_PLACE, total)
         return total.item() if len(scalars) == 1 else total.tolist()
 
     def barrier(self) -> None:
-        """Wait until all ranks have reached this call."""
-        if self.size > 1:
-            self._collectives_started += 1
-            self.mpi.Barrier()
+        self._collectives_started += 1
+        self.mpi.Barrier()
 
     def main_process_first(self, function: Callable[[], Any]) -> Any:
-        """Run `function`, such as a download, on rank 0 first, then on the other ranks; return its result."""
         if self.rank > 0:
             self.barrier()
         try:
@@ -269,9 +309,6 @@ class Comm:
                 self.barrier()
 
     def assert_equal_on_ranks(self, what: str, **values: Any) -> None:
-        """Raise a ValueError on all ranks unless `values` are equal on all of them; `what` starts the message."""
-        if self.size == 1:
-            return
         self._collectives_started += 1
         first, *others = self.mpi.allgather(values)
         for rank, other in enumerate(others, 1):
@@ -282,12 +319,31 @@ class Comm:
                         f"and {other[name]} on rank {rank}"
                     )
 
+    def reduce_step(
+        self, grads: list[Array], loss: Any, part: int, rows: int, model: Any, stops: Stops
+    ) -> tuple[list[Array], Any, Stops]:
+        share = part / rows
+        loss_layer: Any = getattr(model, "loss_layer", None)
+        if getattr(loss_layer, "is_weighted", False):
+            weight = float(loss_layer.weight_sum) if part else 0.0
+            share = weight / (self.all_sum(weight) or 1.0)
+        grads, (loss, *flags) = self.allreduce(grads, share, loss * share, *_stop_flags(stops))
+        return grads, loss, _stops(flags)
+
+    def exchange_stops(self, stops: Stops) -> Stops:
+        return _stops(self.all_sum(*_stop_flags(stops)))
+
+    def agreed_signal(self, agreed: int, pending: int) -> int:
+        return agreed
+
     def __reduce__(self) -> Any:  # a copy, for example with a Trainer, refers to the same ranks
-        return (init if self.size > 1 else Comm), ()
+        return init, ()
 
     def __repr__(self) -> str:
-        backend = "" if self.size == 1 else ", MPI" if self._nccl is None else ", NCCL"
-        return f"Comm(rank {self.rank} of {self.size}, {self.local_rank} of {self.local_size} on this machine{backend})"
+        backend = "MPI" if self._nccl is None else "NCCL"
+        return (
+            f"Comm(rank {self.rank} of {self.size}, {self.local_rank} of {self.local_size} on this machine, {backend})"
+        )
 
     def _allreduce(self, bucket: _Bucket) -> None:
         """Sum a buffer over all ranks, in place."""
@@ -337,6 +393,18 @@ class Comm:
                 self.mpi.Abort(1)
             time.sleep(min(0.05, 0.001 + elapsed / 10))
         self._window.Free()
+
+
+def _stop_flags(stops: Stops) -> list[bool]:
+    """Return one flag for each signal, and one for a stop request: numbers that can be summed over ranks."""
+    pending, stop = stops
+    return [*(pending == signum for signum in SIGNALS), stop]
+
+
+def _stops(flags: Sequence[float]) -> Stops:
+    """Return the signal and the stop request of any rank; `flags` are the sums of `_stop_flags`."""
+    *signals, stop = (flag > 0 for flag in flags)
+    return next((signum for signum, flag in zip(SIGNALS, signals, strict=True) if flag), 0), stop
 
 
 class _Nccl:

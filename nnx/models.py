@@ -18,7 +18,7 @@ from nnx.layers import Affine, Sigmoid, SoftmaxWithLoss
 from nnx.np import Array, np
 from nnx.protocols import Layer, LossLayer
 from nnx.rng import as_generator
-from nnx.tree import TiedParameters
+from nnx.tree import TiedParameters, named_layers
 
 __all__ = ["Sequential", "TwoLayerNet"]
 
@@ -58,6 +58,16 @@ class Sequential:
                 f"{type(self).__name__}: a layer occurs twice, so its second forward would overwrite what its first "
                 "backward needs; create another layer, which may share its weights"
             )
+        for i, layer in enumerate(layers):
+            if (
+                inner := not hasattr(layer, "predict")
+                and not _takes_train_flg(layer.__class__)
+                and _training_layer(layer)
+            ):
+                raise TypeError(
+                    f"{type(self).__name__}: layers[{i}], {type(layer).__name__}, holds {inner}, which needs "
+                    "train_flg: let forward of the outer layer take train_flg=True and pass it on, or define predict(x)"
+                )
         self.layers: list[Any] = layers
         self.loss_layer: Any = loss_layer
         self.params: list[Array] = [p for layer in layers for p in layer.params]
@@ -66,17 +76,17 @@ class Sequential:
     def predict(self, x: Any) -> Array:
         """Return the output of the last layer for `x`, without the loss.
 
-        Layers with a `train_flg` argument, including nested ones, are called with train_flg=False. The layers
-        run as shallow copies, so no activations are kept and a pending `backward` is unaffected.
+        Layers with a `train_flg` argument are called with train_flg=False. The layers run as shallow copies, so no
+        activations are kept and a pending `backward` is unaffected. A layer that holds other layers shares them with
+        its copy: define `predict` in it, which is called instead, if a `backward` may be pending.
         """
-        copies: dict[int, Any] = {}
         for layer in self.layers:
             if hasattr(layer, "predict"):
                 x = layer.predict(x)
             elif _takes_train_flg(layer.__class__):
-                x = _inference_copy(layer, copies).forward(x, train_flg=False)
+                x = copy.copy(layer).forward(x, train_flg=False)
             else:
-                x = _inference_copy(layer, copies).forward(x)
+                x = copy.copy(layer).forward(x)
         return x
 
     def forward(self, x: Any, t: Any = None) -> Array:
@@ -134,17 +144,8 @@ class Sequential:
             copied_param = copy.deepcopy(self.params[i], memo)
             for j, transposed in group:  # deepcopy would copy each view into a separate array
                 memo.setdefault(id(self.params[j]), copied_param if transposed == i_transposed else copied_param.T)
-        reduced: Any = self.__reduce_ex__(4)  # from here on the same as copy.deepcopy
-        make, arguments, state = (*reduced, None)[:3]
-        copied = memo[id(self)] = make(*arguments)
-        state = copy.deepcopy(state, memo)
-        if hasattr(copied, "__setstate__"):
-            copied.__setstate__(state)
-            return copied
-        attributes, slots = state if isinstance(state, tuple) else (state, {})
-        vars(copied).update(attributes or {})
-        for name, value in slots.items():
-            setattr(copied, name, value)
+        copied = memo[id(self)] = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(copied), memo))
         return copied
 
     def __repr__(self) -> str:
@@ -202,32 +203,10 @@ class TwoLayerNet(Sequential):
         )
 
 
-def _inference_copy(value: Any, copies: dict[int, Any]) -> Any:
-    """Return `value` with all layers in it, also in attributes, lists and dicts, as copies in inference mode."""
-    if id(value) in copies:
-        return copies[id(value)]
-    copies[id(value)] = value  # for reference cycles
-    if type(value) in (list, tuple):
-        if value and _inference_copy(value[0], copies) is not value[0]:  # else not a list of layers
-            copies[id(value)] = type(value)(_inference_copy(inner, copies) for inner in value)
-    elif type(value) is dict:
-        if value and _inference_copy(first := next(iter(value.values())), copies) is not first:
-            copies[id(value)] = {name: _inference_copy(inner, copies) for name, inner in value.items()}
-    elif not isinstance(value, type) and hasattr(value, "forward") and hasattr(value, "params"):
-        copied = copies[id(value)] = copy.copy(value)
-        if hasattr(copied, "__dict__") and not type(value).__module__.startswith("nnx.layers."):  # not nested
-            inside = {name: _inference_copy(inner, copies) for name, inner in vars(value).items()}
-            vars(copied).update((name, inner) for name, inner in inside.items() if inner is not vars(value)[name])
-        if hasattr(copied, "__dict__") and _takes_train_flg(value.__class__):
-            vars(copied)["forward"] = functools.partial(_call_inference, copied.forward)
-    return copies[id(value)]
-
-
-def _call_inference(forward: Any, *arguments: Any, **options: Any) -> Any:
-    """Call a layer's `forward` with train_flg=False, unless the enclosing layer passes train_flg."""
-    call = inspect.signature(forward).bind(*arguments, **options)
-    call.arguments.setdefault("train_flg", False)
-    return forward(*call.args, **call.kwargs)
+def _training_layer(layer: Any) -> str:
+    """Return the class name of a layer within `layer` that takes train_flg, or an empty string."""
+    inside = (inner for _, inner in named_layers(layer) if inner is not layer)
+    return next((type(inner).__name__ for inner in inside if _takes_train_flg(inner.__class__)), "")
 
 
 @functools.cache

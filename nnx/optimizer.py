@@ -19,6 +19,7 @@ from nnx import kernels
 from nnx.checks import as_float, check_weights
 from nnx.device import check_unmasked, is_writable, quiet
 from nnx.np import Array, np
+from nnx.tree import check_kinds
 
 __all__ = [
     "SGD",
@@ -55,6 +56,18 @@ class _Optimizer:
     def check_update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Raise the errors that `update` would raise for these arrays; nothing is changed."""
         self._check_arguments(params, grads)
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless the hyperparameters are numbers, and each slot has an array like each parameter."""
+        check_kinds(state, numbers.Real, *(name for name in self._settings if name in state))
+        params = state["params"] or []
+        if not all(isinstance(p, Array) for p in params):
+            raise ValueError(f"params must be arrays of the model, got {params!r:.80}")
+        for name in self._slots:
+            check_kinds(state, list, name)
+            shapes = [(getattr(a, "dtype", None), getattr(a, "shape", None)) for a in state[name]]
+            if shapes != [(p.dtype, p.shape) for p in params]:
+                raise ValueError(f"{name}: not of the dtypes and shapes of its parameters")
 
     def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
         """Return `grads` in the dtypes of `params`, and the hyperparameters as Python floats."""
@@ -274,6 +287,11 @@ class Adam(_Optimizer):
         """Discard the state; the next update may use other parameters."""
         super().reset()
         self.iter = 0
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError as the other optimizers do, and for a number of steps that is not an integer."""
+        super().check_state(state)
+        check_kinds(state, int, "iter")
 
     def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
         grads, settings = super()._check_arguments(params, grads)

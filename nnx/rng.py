@@ -40,11 +40,11 @@ def set_state(rng: Any, state: dict[str, Any]) -> None:
 
 def check_state(rng: Any, state: dict[str, Any]) -> None:
     """Raise a ValueError unless `state` is valid for `rng`; NumPy does not detect every invalid state."""
-    (inner,) = state.values()
-    pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy does not check these bounds
     try:
+        (inner,) = state.values()
+        pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy does not check these bounds
         set_state(numpy.random.RandomState() if rng is numpy.random else copy.deepcopy(rng), state)
+        if not (0 <= pos[0] <= 624 and 0 <= pos[1] <= 4):
+            raise ValueError(f"position {max(pos)}")
     except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError) as error:
         raise ValueError(f"invalid generator state ({error})") from error
-    if not (0 <= pos[0] <= 624 and 0 <= pos[1] <= 4):
-        raise ValueError(f"invalid generator state: position {max(pos)}")

@@ -1,4 +1,4 @@
-"""Deferral of SIGINT and SIGTERM to the end of a step, so that no parameter is half updated."""
+"""Deferral of Ctrl-C (SIGINT) and SIGTERM to the end of a step, so that no parameter is half updated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["DeferredSignals", "defer_signals"]
+__all__ = ["SIGNALS", "DeferredSignals", "defer_signals"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_active: list[DeferredSignals] = []  # of the fit that runs in the main thread, shared by those in its callbacks
 
 
 class DeferredSignals:
-    """The state of deferred signals.
+    """The signals of a fit, which `install` defers and the loop delivers at the end of a step.
 
     Attributes
     ----------
@@ -24,13 +27,28 @@ class DeferredSignals:
 
     def __init__(self) -> None:
         self.pending = 0
+        self.process = os.getpid()
         self.previous: dict[int, Any] = {}  # the previous handlers
+
+    def install(self) -> None:
+        """Replace the handlers, except those of ignored signals and those not installed from Python."""
+        handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.previous = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}
+        for signum in self.previous:
+            signal.signal(signum, self._defer)
+
+    def restore(self) -> None:
+        """Restore the previous handlers; raise a signal again that is still pending."""
+        for signum, previous in self.previous.items():
+            signal.signal(signum, previous)
+        if self.pending in self.previous:
+            signal.raise_signal(self.pending)
 
     def deliver(self) -> None:
         """Call the previous handler, which raises, or returns so that training continues.
 
         If that is the system's default, which ends the process, raise SystemExit with the status that shells
-        report for this signal, so that the callers can clean up; `defer_signals` then raises the signal again.
+        report for this signal, so that the callers can clean up; `restore` then raises the signal again.
         """
         previous = self.previous.get(self.pending)
         if not callable(previous):
@@ -38,39 +56,40 @@ class DeferredSignals:
         signum, self.pending = self.pending, 0
         previous(signum, None)
 
-
-@contextlib.contextmanager
-def defer_signals(*signals: int) -> Iterator[DeferredSignals]:
-    """Defer `signals` until the loop checks the yielded DeferredSignals; a repeated signal is delivered at once.
-
-    Has no effect outside the main thread, which alone receives signals, in forked children, nor on ignored signals
-    and handlers not installed from Python. A signal still pending at exit, also after an error, is raised again once
-    the previous handlers are restored.
-    """
-    stop, process = DeferredSignals(), os.getpid()
-    if threading.current_thread() is threading.main_thread():
-        handlers = {signum: signal.getsignal(signum) for signum in signals}
-        stop.previous = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}
-
-    def postpone(signum: int, frame: Any) -> None:
-        if os.getpid() == process and not stop.pending:
-            stop.pending = signum
+    def _defer(self, signum: int, frame: Any) -> None:
+        """Note the first signal; deliver a second one, and any in a forked child, at once."""
+        if os.getpid() == self.process and not self.pending:
+            self.pending = signum
             return
-        if stop.pending == signum:  # delivered below
-            stop.pending = 0
-        previous = stop.previous[signum]
+        if self.pending == signum:  # delivered below
+            self.pending = 0
+        previous = self.previous[signum]
         if callable(previous):
             previous(signum, frame)
         else:
             signal.signal(signum, previous)
             signal.raise_signal(signum)
 
+
+@contextlib.contextmanager
+def defer_signals() -> Iterator[DeferredSignals]:
+    """Defer SIGINT and SIGTERM until the loop delivers them from the yielded object; a second one is not deferred.
+
+    Has no effect outside the main thread, which alone receives signals, and in forked children. A fit in a callback
+    of another shares the other's object, so that a signal ends both. A signal still pending at the end, also after
+    an error, is raised again.
+    """
+    if _active and threading.current_thread() is threading.main_thread():
+        yield _active[0]
+        return
+    signals = DeferredSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    _active.append(signals)
     try:
-        for signum in stop.previous:
-            signal.signal(signum, postpone)
-        yield stop
+        signals.install()
+        yield signals
     finally:
-        for signum, previous in stop.previous.items():
-            signal.signal(signum, previous)
-        if stop.pending in stop.previous:
-            signal.raise_signal(stop.pending)
+        _active.clear()
+        signals.restore()

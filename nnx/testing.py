@@ -118,16 +118,17 @@ def _check_dtypes(layer: Any, results: Sequence[Any], dtype: Any) -> None:
 def _check_repeats(layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
     """Call the layer again after the run that gave `expected`."""
     kept = [None if a is None else a.copy() for a in expected]
-    grads = list(layer.grads)
+    arrays_of = {"params": list(layer.params), "grads": list(layer.grads)}
     dout = np.ones_like(expected[0]) if expected[0].ndim else 1
     again = [expected[0], *_as_tuple(layer.backward(dout)), *layer.grads]
     _check_equal(layer, "a second backward gives a different gradient (it must write, not add)", again, kept)
     _run(layer, [a * 0.5 if a.dtype.kind == "f" else a for a in arrays])
     _check_equal(layer, "a result changes when the layer is called again", expected, kept)
-    for i, (before, now) in enumerate(zip(grads, layer.grads, strict=True)):
-        assert before is now, (
-            f"{type(layer).__name__}: backward replaces the array grads[{i}]; assign to grads[{i}][...]"
-        )
+    for kind, before in arrays_of.items():
+        for i, (a, b) in enumerate(zip(before, getattr(layer, kind), strict=True)):
+            assert a is b, (
+                f"{type(layer).__name__}: backward replaces the array {kind}[{i}]; assign to {kind}[{i}][...]"
+            )
 
 
 def _check_inputs(make: Callable[[Any], Any], arrays: Sequence[Array], expected: Sequence[Any], dtype: Any) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +13,119 @@ import numpy
 
 from nnx import checkpoint
 from nnx.batches import (
+    ArrayData,
+    BatchData,
     WeightedMean,
-    array_addresses,
-    batches,
     check_data,
-    check_not_rebound,
     check_settings,
     checksum,
     parameter_dtype,
-    sharded_batches,
 )
 from nnx.callbacks import CallbackList, PrintLog, ProgressBar
 from nnx.checks import check_weights
-from nnx.device import asarray, chunk_bytes, fits_on_device, is_writable, to_cpu
+from nnx.device import is_writable
 from nnx.distributed import Comm
 from nnx.kernels import all_finite
-from nnx.np import Array, np
+from nnx.models import Sequential
+from nnx.np import Array
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_loss
 from nnx.protocols import Callback, Model, Optimizer
 from nnx.rng import as_generator, check_state, get_state, set_state
 from nnx.signals import DeferredSignals, defer_signals
-from nnx.tree import TiedParameters
+from nnx.tree import TiedParameters, check_kinds, release_batch
 
-__all__ = ["Trainer", "remove_duplicate"]
+__all__ = ["TrainState", "Trainer", "remove_duplicate"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_COUNTS = ("epoch", "iteration", "begun", "stop", "rows", "batch_size", "max_iter")
+
+@dataclasses.dataclass
+class TrainState:
+    """The progress of a training, which checkpoints hold.
+
+    Attributes
+    ----------
+    epoch, iteration : int
+        The epochs finished over all fits, and the steps finished in this epoch.
+    first_epoch : int or None
+        The epoch in which the fit began that is not finished.
+    rows, batch_size, max_iter : int
+        Of this epoch: the rows, the rows per batch and the steps; 0 rows for batches of the user's.
+    stop : bool
+        Whether the fit ends after this epoch.
+    permutation : array of int64
+        The rows of this epoch in their order, or of what remains of it after a resume.
+    losses : WeightedMean
+        Since the last evaluation.
+    loss_list, val_list : lists
+        Of `Trainer`.
+    """
+
+    epoch: int = 0
+    iteration: int = 0
+    first_epoch: int | None = None
+    rows: int = 0
+    batch_size: int = 0
+    max_iter: int = 0
+    stop: bool = False
+    permutation: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros(0, numpy.int64))
+    losses: WeightedMean = dataclasses.field(default_factory=WeightedMean)
+    loss_list: list[float] = dataclasses.field(default_factory=list)
+    val_list: list[tuple[float, float | None]] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as numbers and arrays."""
+        return {
+            **{name: getattr(self, name) for name in ("epoch", "iteration", "rows", "batch_size", "max_iter")},
+            "first_epoch": self.epoch if self.first_epoch is None else self.first_epoch,
+            "stop": int(self.stop),
+            "loss_list": numpy.array(self.loss_list, numpy.float64),
+            "val_list": numpy.array(self.val_list, numpy.float64).reshape(-1, 2),  # None, no accuracy, is NaN
+            "losses": self.losses.state(),
+            "permutation": self.permutation[len(self.permutation) - self._rows_left() :],
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> TrainState:
+        """Return the state that `to_dict` returned as `state`; raise a ValueError if it is not valid."""
+        counts = ("epoch", "iteration", "first_epoch", "rows", "batch_size", "max_iter", "stop")
+        check_kinds(state, int, *counts)
+        check_kinds(state, numpy.ndarray, "loss_list", "val_list", "losses", "permutation")
+        pairs, losses = state["val_list"], state["losses"]
+        if pairs.shape[1:] != (2,) or losses.shape[1:] != (3,) or not numpy.isfinite(losses[:, ::2]).all():
+            raise ValueError("invalid losses")
+        self = cls(**{name: state[name] for name in counts})
+        self.stop, self.permutation, self.losses = bool(self.stop), state["permutation"], WeightedMean(losses)
+        self.loss_list = state["loss_list"].tolist()
+        self.val_list = [(loss, None if math.isnan(hits) else hits) for loss, hits in pairs.tolist()]
+        limit = self.max_iter if self.rows else 1 << 62
+        if not all(0 <= state[name] < 1 << 62 for name in counts) or self.iteration > limit:
+            raise ValueError("invalid counters")
+        order = self.permutation
+        if len(order) != self._rows_left() or not ((order >= 0) & (order < self.rows)).all():
+            raise ValueError("invalid permutation of the remaining rows of the epoch")
+        return self
+
+    def _rows_left(self) -> int:
+        """Return the number of rows that remain in an epoch that has begun."""
+        rows = min(self.rows, self.max_iter * self.batch_size)
+        return max(0, rows - self.iteration * self.batch_size) if self.iteration else 0
 
 
 @dataclasses.dataclass
 class _Fit:
     """The data and settings of one call of `Trainer.fit`."""
 
-    x: Any
-    t: Any
-    batch_size: int
-    chunk_bytes: int  # gathered at a time
+    data: ArrayData | BatchData
     max_grad: float | None
     callbacks: CallbackList
     signals: DeferredSignals
     tied: TiedParameters
-    addresses: Any  # of the model's arrays before the first step, None after it
+    signal: int = 0  # the one that all ranks have agreed on
+
+
+def _state_attribute(name: str) -> Any:
+    """Return a property that stands for an attribute of `state`."""
+    return property(lambda self: getattr(self.state, name), lambda self, value: setattr(self.state, name, value))
 
 
 class Trainer:
@@ -82,8 +152,12 @@ class Trainer:
     current_epoch, max_epoch : int
         The number of epochs finished over all calls of fit, and the number at which this call ends.
     iteration, max_iter : int
-        The number of steps finished in this epoch, and the number of steps per epoch.
+        The number of steps finished in this epoch, and the number of steps per epoch; 0 until the first epoch ends
+        for batches whose number is unknown.
     """
+
+    current_epoch, iteration, max_iter = map(_state_attribute, ("epoch", "iteration", "max_iter"))
+    loss_list, val_list = map(_state_attribute, ("loss_list", "val_list"))
 
     def __init__(self, model: Model, optimizer: Optimizer, *, rng: Any = None, comm: Comm | None = None) -> None:
         _check_interface("model", model, ("params", "forward(x, t)", "backward()"))
@@ -91,25 +165,19 @@ class Trainer:
         self.model: Any = model
         self.optimizer: Any = optimizer
         self.rng = None if rng is None else as_generator(rng)  # not NumPy's module, which cannot be copied
-        self.loss_list: list[float] = []
-        self.val_list: list[tuple[float, float | None]] = []
+        self.comm = comm or Comm()  # one rank
+        self.state = TrainState()
+        self.max_epoch = 0
         self.eval_interval: int | None = None
         self.validation: tuple[Any, Any] | None = None
-        self.current_epoch = self.iteration = self.max_iter = self.max_epoch = 0
-        self.comm = comm or Comm()  # one rank
         self._running = False
-        self._stop, self._stop_signal = False, 0  # the signal agreed on by all ranks
-        self._losses = WeightedMean()
-        self._first_epoch: int | None = None  # of the fit that is not finished
-        self._plan: Any = (0, 0, 0)  # rows, rows of a batch and steps of an epoch
-        self._permutation = numpy.zeros(0, numpy.int64)  # of this epoch, or what remains of it after `resume`
-        self._callbacks: CallbackList | None = None  # of the running fit
+        self._callbacks: CallbackList | None = None  # of the fit that is not finished
         self._callback_states: list[Any] | None = None  # from a checkpoint, for the next fit
 
     def fit(
         self,
         x: Any,
-        t: Any,
+        t: Any = None,
         max_epoch: int = 10,
         batch_size: int = 32,
         max_grad: float | None = None,
@@ -120,7 +188,7 @@ class Trainer:
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
-        """Train on the rows of `x` and `t`, host or device arrays.
+        """Train on the rows of `x` and `t`, host or device arrays, or on batches.
 
         Parameters
         ----------
@@ -130,6 +198,11 @@ class Trainer:
             copied once, in C order; column slices x[:, :n] and reversed rows are used without a copy.
             Memory-mapped files are never copied: the checks read a few megabytes at a time, and each batch is read
             and cast when it is needed; from Fortran order 16 MB of rows at a time.
+
+            Without `t`, `x` is an iterable of batches (x, t), which each epoch goes through once: for augmentation, or
+            for data from elsewhere. `batch_size` and `drop_last` then have no effect. A resumed epoch skips the batches
+            that it has trained on; it reproduces the interrupted one if the iterable yields the same batches again.
+            With several ranks, each trains on its shard of every batch, and all must iterate over the same ones.
         max_epoch : int
             The number of epochs to train, in addition to those of earlier calls.
         batch_size : int
@@ -156,109 +229,99 @@ class Trainer:
             If the loss or a parameter is infinite or NaN at an evaluation or at the end of an epoch.
         KeyboardInterrupt
             On Ctrl-C, at the end of the current step, so that no parameter is half updated; a second Ctrl-C is
-            raised at once. If a callback has on_interrupt, such as `callbacks.Checkpoint`, or if there are several
-            ranks, SIGTERM is deferred as well, and then ends the process as usual.
+            raised at once. SIGTERM is deferred as well, and then ends the process as usual. In a callback's fit of
+            another trainer, either ends both.
         RuntimeError
             If a callback calls fit of its own trainer.
         """
         if self._running:
             raise RuntimeError("Trainer.fit: called from one of its own callbacks; use another Trainer there")
-        x, t = check_data("Trainer.fit", self.model, (x, t))
-        check_settings(len(x), max_epoch, batch_size, max_grad, eval_interval)
-        checked = self._check_validation(validation)
-        max_iter = len(x) // batch_size if drop_last else math.ceil(len(x) / batch_size)
         hooks = CallbackList(callbacks)
+        data = self._check_data(x, t, drop_last, max_epoch, batch_size, max_grad, eval_interval)
+        checked = self._check_validation(validation)
         hooks.check_validation(validation)
-        self._check_update()
-        settings = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
-        self._setup_ranks((x, t), checked, **settings, eval_interval=eval_interval, drop_last=drop_last)
-        self._begin(hooks, max_epoch, (len(x), batch_size, max_iter))
+        _check_update(self.model, self.optimizer)
+        if self.comm.size > 1:
+            settings = {"max_epoch": max_epoch, "batch_size": batch_size, "drop_last": drop_last}
+            self._setup_ranks(data, checked, **settings, max_grad=max_grad, eval_interval=eval_interval)
+        self._begin(hooks, max_epoch, data)
         self.eval_interval, self.validation = eval_interval, validation
         if verbose is not False and self.comm.rank == 0:
-            hooks = CallbackList(
-                [ProgressBar() if verbose is None and _is_terminal() else PrintLog(), *hooks.callbacks]
-            )
-        x, t = (asarray(x), asarray(t)) if fits_on_device(x, t) else (to_cpu(x), to_cpu(t))
-        saves = self.comm.size > 1 or hooks.handles("on_interrupt")
+            progress = ProgressBar() if verbose is None and _is_terminal() else PrintLog()
+            hooks = CallbackList([progress, *hooks.callbacks])
+        data.place()
         self._running = True
         try:
-            with defer_signals(*(_SIGNALS if saves else _SIGNALS[:1])) as signals, hooks.running(self):
-                tied, addresses = TiedParameters(self.model.params), array_addresses(self.model)
-                run = _Fit(x, t, batch_size, chunk_bytes(x), max_grad, hooks, signals, tied, addresses)
+            with defer_signals() as signals, hooks.running(self):
+                run = _Fit(data, max_grad, hooks, signals, TiedParameters(self.model.params))
                 self._callback_states = None  # only now: if on_begin raises, fit may be called again
                 self._run(run)
         finally:
             self._running = False
+            release_batch(self.model)
 
     def _run(self, run: _Fit) -> None:
         """Run the epochs of a fit."""
-        self._sync_stop_flags(run)  # on_begin may have called `stop`
+        state = self.state
+        self._exchange_stops(run)  # on_begin may have called `stop`
         try:
-            while self.current_epoch < self.max_epoch and (self.iteration or not self._stop):
+            while state.epoch < self.max_epoch and (state.iteration or not state.stop):
                 self._run_epoch(run)
         except KeyboardInterrupt:
-            saved = next((c.path for c in run.callbacks.callbacks if getattr(c, "path", None)), None)
-            resume = f"from {saved} with resume" if saved else "from a file with resume"
+            saved = next((c.path for c in run.callbacks.callbacks if getattr(c, "path", None)), "a file")
             raise KeyboardInterrupt(
-                f"Trainer.fit: interrupted in epoch {self.current_epoch + 1} after {self.iteration} "
-                f"of {self.max_iter} iterations; continue from these weights with fit, or {resume}"
+                f"Trainer.fit: interrupted in epoch {state.epoch + 1} after {state.iteration} of {state.max_iter} "
+                f"iterations; continue from these weights with fit, or from {saved} with resume"
             ) from None
-        self._first_epoch, self._stop, self._callbacks, self._losses = None, False, None, WeightedMean()
+        state.first_epoch, state.stop, self._callbacks, state.losses = None, False, None, WeightedMean()
 
     def _run_epoch(self, run: _Fit) -> None:
         """Run an epoch, or the rest of one that was resumed."""
-        if not self.iteration:
-            rows, batch_size, max_iter = self._plan
-            self._permutation = as_generator(self.rng).permutation(rows)[: max_iter * batch_size]
-            self.comm.broadcast([self._permutation])
-        data = (run.x, run.t, self._permutation, run.batch_size, run.chunk_bytes)
-        dtype = parameter_dtype(self.model)
-        parts = sharded_batches(*data, self.comm, dtype) if self.comm.size > 1 else batches(*data, dtype)
-        for iteration, (x, t, rows) in enumerate(parts, self.iteration + 1):
-            self._losses.add(self._train_step(run, x, t, rows), rows)
-            self.iteration = iteration  # only now that the step is done
-            if run.addresses:
-                check_not_rebound(self.model, run.addresses)
-                run.addresses = None
-            if self.eval_interval is not None and (iteration - 1) % self.eval_interval == 0:
+        state, interval = self.state, self.eval_interval
+        if not state.iteration:
+            state.permutation = run.data.permutation(as_generator(self.rng))
+            self.comm.broadcast([state.permutation])
+        dtype, hooks = parameter_dtype(self.model), run.callbacks.handles("on_step", "on_checkpoint")
+        for x, t, rows in run.data.batches(state.permutation, state.iteration, self.comm, dtype):
+            state.losses.add(self._train_step(run, x, t, rows), rows)
+            state.iteration += 1  # only now that the step is done
+            if interval is not None and (state.iteration - 1) % interval == 0:
                 self._log_loss()
                 run.callbacks("on_evaluate", self)
-            self._after_step(run, "on_step")
-        if self._losses.totals:
-            self._check_finite(self._losses.value())
-        self.current_epoch, self.iteration = self.current_epoch + 1, 0
+            if hooks or run.signal or run.signals.pending:
+                self._after_step(run, "on_step")
+        if not state.iteration:
+            raise ValueError("Trainer.fit: the iterable of batches is empty")
+        if state.losses.totals:
+            self._check_finite(state.losses.value())
+        state.max_iter, state.epoch, state.iteration = state.iteration, state.epoch + 1, 0
         if self.validation is not None:
-            self.val_list.append(self._evaluate(*self.validation))
+            state.val_list.append(self._evaluate(*self.validation))
         self._after_step(run, "on_epoch")
 
     def _after_step(self, run: _Fit, event: str) -> None:
         """Call the callbacks after a step or an epoch, and deliver a signal that has arrived."""
         run.callbacks(event, self)
-        if event == "on_epoch" and self.comm.size > 1:
-            self._check_ranks_in_sync()
-            self._sync_stop_flags(run)
+        if event == "on_epoch":
+            self._exchange_stops(run)
         run.callbacks("on_checkpoint", self)
-        if pending := self._stop_signal if self.comm.size > 1 else run.signals.pending:
-            run.signals.pending = pending
+        if signum := self.comm.agreed_signal(run.signal, run.signals.pending):
+            run.signals.pending = signum
             run.callbacks("on_interrupt", self)
             self.comm.barrier()  # until rank 0 has saved
             run.signals.deliver()
 
     def _train_step(self, run: _Fit, x: Array, t: Array, rows: int) -> Any:
         """Take a step and return its loss: forward, backward, the sum over ranks, clipping, update."""
-        loss: Any = 0.0
+        model, loss = self.model, 0.0
         if len(x):  # a rank may have no row of a small batch
-            loss = self.model.forward(x, t)
+            loss = model.forward(x, t)
             if loss is None:
-                raise TypeError(
-                    f"Trainer.fit: {type(self.model).__name__}.forward(x, t) must return the loss, got None"
-                )
-            self.model.backward()
-        params, grads = run.tied.sum_tied_gradients(self.model.params, self.model.grads)
-        if self.comm.size > 1:
-            share = self._share(len(x), rows)
-            grads, (loss, *flags) = self.comm.allreduce(grads, share, loss * share, *self._stop_flags(run.signals))
-            self._apply_stop_flags(flags)
+                raise TypeError(f"Trainer.fit: {type(model).__name__}.forward(x, t) must return the loss, got None")
+            model.backward()
+        params, grads = run.tied.sum_tied_gradients(model.params, model.grads)
+        stops = run.signals.pending, self.state.stop
+        grads, loss, (run.signal, self.state.stop) = self.comm.reduce_step(grads, loss, len(x), rows, model, stops)
         if run.max_grad is not None:
             clip_grads(grads, run.max_grad)
         self.optimizer.update(params, grads)
@@ -290,57 +353,32 @@ class Trainer:
     @property
     def is_last_epoch(self) -> bool:
         """Whether `fit` ends after the callbacks of this epoch."""
-        return self._stop or self.current_epoch >= self.max_epoch
+        return self.state.stop or self.current_epoch >= self.max_epoch
 
     def __getstate__(self) -> dict[str, Any]:  # data and callbacks are not part of it
         return {**vars(self), "_callbacks": None, "_running": False, "validation": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that another trainer needs to continue: numbers, arrays and lists."""
-        begun = self.current_epoch if self._first_epoch is None else self._first_epoch
-        counts = (self.current_epoch, self.iteration, begun, int(self._stop), *self._plan)
-        return {
-            **dict(zip(_COUNTS, counts, strict=True)),
-            "loss_list": numpy.array(self.loss_list, numpy.float64),
-            "val_list": numpy.array(self.val_list, numpy.float64).reshape(-1, 2),  # None, no accuracy, is NaN
-            "losses": self._losses.state(),
-            "order": self._permutation[len(self._permutation) - _rows_left(self.iteration, *self._plan) :],
-            "rng": get_state(as_generator(self.rng)),
-            "callbacks": self._callbacks.state() if self._callbacks else [],
-        }
+        callbacks = self._callbacks.state() if self._callbacks else []
+        return {**self.state.to_dict(), "rng": get_state(as_generator(self.rng)), "callbacks": callbacks}
 
-    def load_state_dict(self, path: Path, state: dict[str, Any]) -> Callable[[], None]:
-        """Validate `state`, read from the file `path`; return a function that applies it."""
-        counts = [state[name] for name in _COUNTS]
-        order, plan = state["order"], counts[4:]
-        try:
-            check_state(as_generator(self.rng), state["rng"])
-            if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts) or state["iteration"] > state["max_iter"]:
-                raise ValueError("invalid counters")
-            if (
-                len(order) != _rows_left(state["iteration"], *plan)
-                or not ((order >= 0) & (order < state["rows"])).all()
-            ):
-                raise ValueError("invalid permutation of the remaining rows of the epoch")
-            if not all(isinstance(c, list) and list(map(type, c)) == [str, dict] for c in state["callbacks"]):
-                raise ValueError("invalid callbacks")
-            losses = WeightedMean(state["losses"])
-            pairs = [(loss, None if math.isnan(hits) else hits) for loss, hits in state["val_list"].tolist()]
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: invalid state of a trainer: {error}") from error
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless `load_state_dict` can load `state`."""
+        TrainState.from_dict(state)
+        check_state(as_generator(self.rng), state["rng"])
+        saved = state["callbacks"]
+        if saved is None or not all(isinstance(c, list) and [*map(type, c)] == [str, dict] for c in saved):
+            raise ValueError("invalid callbacks")
 
-        def restore() -> None:
-            self.current_epoch, self.iteration, self._first_epoch, stop, *_, self.max_iter = counts
-            self._stop, self._plan, self._losses = bool(stop), tuple(plan), losses
-            self.loss_list, self.val_list = state["loss_list"].tolist(), pairs
-            set_state(as_generator(self.rng), state["rng"])
-            self._permutation, self._callback_states = order, state["callbacks"]
-
-        return restore
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, which `state_dict` returned."""
+        self.state, self._callback_states = TrainState.from_dict(state), state["callbacks"]
+        set_state(as_generator(self.rng), state["rng"])
 
     def stop(self) -> None:
         """End `fit` after the current epoch; for callbacks."""
-        self._stop = True
+        self.state.stop = True
 
     def plot(self, ylim: tuple[float, float] | None = None, **options: Any) -> Any:
         """Draw `loss_list` and return the Axes; the options are those of `plotting.plot_loss`.
@@ -355,26 +393,44 @@ class Trainer:
                 pyplot.show()
         return axes
 
-    def _begin(self, callbacks: CallbackList, max_epoch: int, plan: tuple[int, int, int]) -> None:
+    def _begin(self, callbacks: CallbackList, max_epoch: int, data: ArrayData | BatchData) -> None:
         """Start a fit, or continue the one of a checkpoint."""
-        resumed = self._callback_states is not None and self._first_epoch is not None
-        first = self._first_epoch if resumed and self._first_epoch is not None else self.current_epoch
-        if resumed and self.iteration and plan != self._plan:
-            raise ValueError(
-                f"Trainer.fit: the saved epoch has {self._plan[0]} rows in {self._plan[2]} batches of "
-                f"{self._plan[1]}, got {plan[0]} rows in {plan[2]} batches of {plan[1]}; finish it as it began"
-            )
-        if resumed and (begun := self.current_epoch + (self.iteration > 0) - first) > max_epoch:
-            raise ValueError(
-                f"Trainer.fit: the saved fit has begun {begun} epochs; max_epoch counts these too, got {max_epoch}"
-            )
-        callbacks.follow(self.model, resumed=resumed)
+        state, first = self.state, self.state.epoch
+        resumed = self._callback_states is not None and state.first_epoch is not None
         if resumed:
-            callbacks.load_state(self._callback_states)
-        else:
-            self.iteration, self._losses, self._stop = 0, WeightedMean(), False
-        self._first_epoch, self._callbacks, self._plan = first, callbacks, plan
-        self.max_iter, self.max_epoch = plan[2], first + max_epoch
+            first = state.first_epoch or 0
+            before, now = ((d.rows, d.batch_size, d.max_iter if d.rows else 0) for d in (state, data))
+            if state.iteration and before != now:
+                raise ValueError(
+                    f"Trainer.fit: the saved epoch has {before[0]} rows in {before[2]} batches of {before[1]}, got "
+                    f"{now[0]} rows in {now[2]} batches of {now[1]}; finish it as it began"
+                )
+            begun = state.epoch + (state.iteration > 0) - first
+            if begun > max_epoch:
+                raise ValueError(
+                    f"Trainer.fit: the saved fit has begun {begun} epochs; max_epoch counts these too, got {max_epoch}"
+                )
+        callbacks.follow(self.model, self._callback_states if resumed else None)
+        if not resumed:
+            state.iteration, state.losses, state.stop = 0, WeightedMean(), False
+        state.rows, state.batch_size, state.max_iter = data.rows, data.batch_size, data.max_iter
+        state.first_epoch, self._callbacks, self.max_epoch = first, callbacks, first + max_epoch
+
+    def _check_data(
+        self, x: Any, t: Any, drop_last: bool, max_epoch: int, batch_size: int, *settings: Any
+    ) -> ArrayData | BatchData:
+        """Return the data of a fit; the data and the settings are checked."""
+        model = self.model
+        if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
+            raise ValueError(
+                f"Trainer.fit: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor"
+            )
+        if t is None:
+            check_settings(None, max_epoch, batch_size, *settings)
+            return BatchData(x, max_epoch)
+        x, t = check_data("Trainer.fit", model, (x, t))
+        check_settings(len(x), max_epoch, batch_size, *settings)
+        return ArrayData(x, t, batch_size, drop_last)
 
     def _check_validation(self, validation: Any) -> Sequence[Array]:
         """Return the validation data, checked; raise now what `evaluate` would raise after an epoch."""
@@ -386,72 +442,27 @@ class Trainer:
         self.model.evaluate(*(data[:1] for data in validation))
         return checked
 
-    def _check_update(self) -> None:
-        """Raise what the first update would raise, before any layer has changed its state."""
-        name, params, optimizer = type(self.model).__name__, self.model.params, self.optimizer
-        for i, p in enumerate(params):
-            check_weights("Trainer.fit", **{f"params[{i}]": p})
-            if not is_writable(p):
-                raise ValueError(f"Trainer.fit: params[{i}] of {name} is read-only; train a copy")
-        grads = getattr(self.model, "grads", []) or params  # the first backward may create them
-        if len(grads) != len(params):
-            raise ValueError(
-                f"Trainer.fit: every parameter of {name} needs a gradient, got {len(params)} params and "
-                f"{len(grads)} grads"
-            )
-        if hasattr(optimizer, "check_update"):
-            with numpy.errstate(all="ignore"):  # the gradients are stale
-                optimizer.check_update(*TiedParameters(params).sum_tied_gradients(params, grads))
-
-    def _setup_ranks(self, data: Sequence[Array], validation: Sequence[Array], **settings: Any) -> None:
+    def _setup_ranks(self, data: Any, validation: Sequence[Array], **settings: Any) -> None:
         """Check that all ranks have the same data and arguments, and broadcast the weights of rank 0."""
-        if self.comm.size == 1:
-            return
         numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
+        arrays = {name: checksum(getattr(data, name)) for name in ("x", "t") if hasattr(data, name)}
         self.comm.assert_equal_on_ranks(
             "Trainer.fit",
-            **dict(zip("xt", map(checksum, data), strict=True)),
+            **arrays,
             validation=" and ".join(map(checksum, validation)) or None,
             **settings,
             optimizer=f"{type(self.optimizer).__name__} {numbers}",
-            begin=f"epoch {self.current_epoch}, step {self.iteration}",
+            begin=f"epoch {self.state.epoch}, step {self.state.iteration}",
         )
         self.comm.broadcast(self.model.params)
 
-    def _check_ranks_in_sync(self) -> None:
-        """Raise if the ranks' weights have diverged; all NaNs count as equal."""
-        params = [np.where(np.isnan(p), np.nan, p) for p in self.model.params]
-        fingerprints = {f"params[{i}]": checksum(p.reshape(-1)) for i, p in enumerate(params)}
-        self.comm.assert_equal_on_ranks(
-            f"Trainer.fit, in epoch {self.current_epoch} the ranks have diverged", **fingerprints
-        )
-
-    def _share(self, part: int, rows: int) -> float:
-        """Return the weight of this rank's `part` rows in a batch of `rows` rows."""
-        if not self._is_weighted():
-            return part / rows
-        weight = float(self.model.loss_layer.weight_sum) if part else 0.0
-        return weight / (self.comm.all_sum(weight) or 1.0)
-
-    def _is_weighted(self) -> bool:
-        return getattr(getattr(self.model, "loss_layer", None), "is_weighted", False)
-
-    def _stop_flags(self, signals: DeferredSignals) -> list[bool]:
-        """Return the stop flags of this rank: one for each signal, and one for `stop`."""
-        return [*(signals.pending == signum for signum in _SIGNALS), self._stop]
-
-    def _apply_stop_flags(self, flags: list[float]) -> None:
-        """Apply the stop flags of all ranks, which have been summed."""
-        *signals, self._stop = (flag > 0 for flag in flags)
-        self._stop_signal = next((signum for signum, flag in zip(_SIGNALS, signals, strict=True) if flag), 0)
-
-    def _sync_stop_flags(self, run: _Fit) -> None:
-        """Sum the stop flags over all ranks, and apply them."""
-        self._apply_stop_flags(self.comm.all_sum(*self._stop_flags(run.signals)))
+    def _exchange_stops(self, run: _Fit) -> None:
+        """Agree with the other ranks on the signal to deliver, and on whether to stop."""
+        run.signal, self.state.stop = self.comm.exchange_stops((run.signals.pending, self.state.stop))
 
     def _evaluate(self, x: Any, t: Any) -> tuple[float, float | None]:
         """Return the result of `model.evaluate`; each rank evaluates its shard, unless rows have weights."""
-        if self._is_weighted():
+        if getattr(getattr(self.model, "loss_layer", None), "is_weighted", False):
             return self.model.evaluate(x, t)
         part = self.comm.shard(len(x))
         rows = part.stop - part.start
@@ -461,7 +472,7 @@ class Trainer:
 
     def _log_loss(self) -> None:
         """Append the mean loss since the last evaluation to `loss_list`."""
-        self.loss_list.append(self._losses.pop())
+        self.loss_list.append(self.state.losses.pop())
         self._check_finite(self.loss_list[-1])
 
     def _check_finite(self, loss: float) -> None:
@@ -472,6 +483,23 @@ class Trainer:
                 f"Trainer.fit: the loss is {loss} or a parameter is infinite or NaN in epoch {self.current_epoch + 1}, "
                 f"iterations {first} to {self.iteration}; use a smaller lr, or max_grad"
             )
+
+
+def _check_update(model: Any, optimizer: Any) -> None:
+    """Raise what the first update would raise, before any layer has changed its state."""
+    name, params = type(model).__name__, model.params
+    for i, p in enumerate(params):
+        check_weights("Trainer.fit", **{f"params[{i}]": p})
+        if not is_writable(p):
+            raise ValueError(f"Trainer.fit: params[{i}] of {name} is read-only; train a copy")
+    grads = getattr(model, "grads", []) or params  # the first backward may create them
+    if len(grads) != len(params):
+        raise ValueError(
+            f"Trainer.fit: every parameter of {name} needs a gradient, got {len(params)} params and {len(grads)} grads"
+        )
+    if hasattr(optimizer, "check_update"):
+        with numpy.errstate(all="ignore"):  # the gradients are stale
+            optimizer.check_update(*TiedParameters(params).sum_tied_gradients(params, grads))
 
 
 def _is_terminal() -> bool:
@@ -499,8 +527,3 @@ def remove_duplicate(params: Iterable[Array], grads: Iterable[Array]) -> tuple[l
     """
     params, grads = list(params), list(grads)
     return TiedParameters(params).sum_tied_gradients(params, grads)
-
-
-def _rows_left(iteration: int, rows: int, batch_size: int, max_iter: int) -> int:
-    """Return the number of rows that remain in an epoch that has begun."""
-    return max(0, min(rows, max_iter * batch_size) - iteration * batch_size) if iteration else 0

@@ -1,14 +1,39 @@
-"""Traversal of a model's layers, its named arrays and other state, and parameters shared between layers."""
+"""Traversal of a model: its layers, their arrays and other state by name, and parameters that layers share.
+
+State has one protocol. An object names what it must remember beside its parameters in `state_names`, a class
+attribute: numbers, strings, arrays, and lists and dicts of these. If it has a method `check_state(state)`, that
+raises a ValueError for a state, a dict of these names, that it cannot continue from.
+"""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nnx.device import address
+import numpy
+
+from nnx.device import address, asarray
 from nnx.np import Array, np
 
-__all__ = ["TiedParameters", "memory_keys"]
+__all__ = [
+    "TiedParameters",
+    "attribute_names",
+    "check_kinds",
+    "check_savable",
+    "check_state",
+    "is_savable",
+    "layer_states",
+    "memory_keys",
+    "name_list",
+    "named_arrays",
+    "named_layers",
+    "object_state",
+    "release_batch",
+    "set_state",
+    "state_mismatches",
+    "to_device",
+]
 
 
 def memory_keys(p: Array) -> tuple[Any, Any]:
@@ -44,43 +69,57 @@ class TiedParameters:
         return [params[group[0][0]] for group in self.groups], merged
 
 
-def named_state(model: Any) -> tuple[dict[str, Array], dict[str, tuple[Any, str]]]:
-    """Return the arrays of `model` by name, and its other state by name as (layer, attribute)."""
+def named_layers(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (path, layer) for the layers nested in attributes, lists and dicts of `value`, then `value` itself."""
+    seen = set() if seen is None else seen
+    several = isinstance(value, dict | list | tuple)
+    if id(value) in seen or not (several or not path or (hasattr(value, "forward") and hasattr(value, "params"))):
+        return
+    seen.add(id(value))
+    inside = value if isinstance(value, dict) else dict(enumerate(value)) if several else getattr(value, "__dict__", {})
+    for name, inner in inside.items():
+        yield from named_layers(inner, f"{path}{name}.", seen)
+    if not several:
+        yield path, value
+
+
+def named_arrays(model: Any) -> dict[str, Array]:
+    """Return the arrays of `model` that training changes by name: parameters, each once, and arrays of its state."""
     if not hasattr(model, "params"):
         raise TypeError(f"checkpoint: expected a model, an object with params, got {type(model).__name__}")
     arrays: dict[str, Array] = {}
-    extra_state: dict[str, tuple[Any, str]] = {}
     known: set[Any] = set()
-
-    def put(layer: Any, name: str, array: Array) -> None:
-        if name in arrays:
-            raise ValueError(
-                f"{type(layer).__name__}: two arrays are named {name}; param_names and state_names must be unique"
-            )
-        arrays[name] = array
-
-    for path, layer in named_layers(model, "", set()):
+    for path, layer in named_layers(model):
         names = attribute_names(layer, "param_names")
+        found: list[tuple[str, Array]] = []
         for i, p in enumerate(layer.params):
             key, transposed_key = memory_keys(p) if p.size else (id(p), None)
             if key not in known:
-                put(layer, path + (names[i] if i < len(names) else f"params.{i}"), p)
+                found.append((names[i] if i < len(names) else f"params.{i}", p))
             known |= {key, transposed_key}
-        for name in attribute_names(layer, "state_names"):
-            if isinstance(getattr(layer, name), Array):
-                put(layer, path + name, getattr(layer, name))
-            else:
-                extra_state[path + name] = layer, name
-    return arrays, extra_state
+        found += [(name, value) for name, value in object_state(layer).items() if isinstance(value, Array)]
+        for name, array in found:
+            if path + name in arrays:
+                raise ValueError(
+                    f"{type(layer).__name__}: two arrays are named {path}{name}; param_names and state_names must be "
+                    "unique"
+                )
+            arrays[path + name] = array
+    return arrays
 
 
-def name_list(what: str, names: Any) -> list[str]:
-    """Return `names`, an iterable of strings, as a list; `what` is the prefix of the TypeError message."""
-    if isinstance(names, Iterable) and not isinstance(names, str):
-        names = list(names)
-        if all(isinstance(name, str) for name in names):
-            return names
-    raise TypeError(f"{what} must be a list of names, such as ['W', 'b'], got {names!r}")
+def layer_states(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return (layer, its state without arrays) by path, for the layers of `model` that have such a state."""
+    states = {
+        path: (layer, {name: value for name, value in object_state(layer).items() if not isinstance(value, Array)})
+        for path, layer in named_layers(model)
+    }
+    return {path: (layer, state) for path, (layer, state) in states.items() if state}
+
+
+def object_state(holder: Any) -> dict[str, Any]:
+    """Return the attributes of a layer or callback that are listed in its `state_names`."""
+    return {name: getattr(holder, name) for name in attribute_names(holder, "state_names")}
 
 
 def attribute_names(holder: Any, attribute: str) -> list[str]:
@@ -92,14 +131,102 @@ def attribute_names(holder: Any, attribute: str) -> list[str]:
     return name_list(what, names)
 
 
-def named_layers(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Yield (path, layer) for the layers nested in attributes, lists and dicts of `value`, then `value` itself."""
-    several = isinstance(value, dict | list | tuple)
-    if id(value) in seen or not (several or not path or (hasattr(value, "forward") and hasattr(value, "params"))):
+def name_list(what: str, names: Any) -> list[str]:
+    """Return `names`, an iterable of strings, as a list; `what` is the prefix of the TypeError message."""
+    if isinstance(names, Iterable) and not isinstance(names, str):
+        names = list(names)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise TypeError(f"{what} must be a list of names, such as ['W', 'b'], got {names!r}")
+
+
+def check_savable(name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` can be saved: None, numbers, strings, arrays, and lists and dicts of these."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} cannot be saved: the keys of a dict must be strings, got {key!r}")
+            check_savable(f"{name}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            check_savable(f"{name}.{i}", inner)
+    elif value is not None and not isinstance(value, bool | int | float | str | numpy.generic | numpy.ndarray | Array):
+        raise TypeError(f"{name} cannot be saved: expected a number, a string, an array or a list, got {value!r}")
+
+
+def is_savable(value: Any) -> bool:
+    """Return whether `check_savable` accepts `value`."""
+    try:
+        check_savable("", value)
+    except TypeError:
+        return False
+    return True
+
+
+def state_mismatches(name: str, current: Any, saved: Any) -> list[str]:
+    """Describe how `saved` differs from `current` in names and types; values may differ, and None matches any type."""
+    if isinstance(current, dict) and isinstance(saved, dict):
+        path = f"{name}." if name else ""
+        return [
+            *(f"{path}{n}: in the file, but not here" for n in saved if n not in current),
+            *(f"{path}{n}: here, but not in the file" for n in current if n not in saved),
+            *(line for n in current if n in saved for line in state_mismatches(path + n, current[n], saved[n])),
+        ]
+    if current is None or saved is None or _describe(current) == _describe(saved):
+        return []
+    return [f"{name}: {_describe(current)} here, {_describe(saved)} in the file"]
+
+
+def check_state(name: str, holder: Any, state: dict[str, Any]) -> list[str]:
+    """Return why `holder` cannot continue from `state`, if it has a method that tells: no line or one."""
+    try:
+        getattr(holder, "check_state", _accept)(state)
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    return []
+
+
+def _accept(state: dict[str, Any]) -> None:
+    pass
+
+
+def to_device(value: Any) -> Any:
+    """Return `value` with the host arrays in it, also in lists and dicts, moved to the device."""
+    if isinstance(value, dict):
+        return {name: to_device(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [to_device(inner) for inner in value]
+    return asarray(value) if isinstance(value, numpy.ndarray) else value
+
+
+def set_state(holder: Any, state: dict[str, Any]) -> None:
+    """Assign the values of `state` to the attributes of `holder`, unless it has a method `load_state_dict`."""
+    if hasattr(holder, "load_state_dict"):
+        holder.load_state_dict(state)
         return
-    seen.add(id(value))
-    inside = value if isinstance(value, dict) else dict(enumerate(value)) if several else getattr(value, "__dict__", {})
-    for name, inner in inside.items():
-        yield from named_layers(inner, f"{path}{name}.", seen)
-    if not several:
-        yield path, value
+    for name, value in state.items():
+        setattr(holder, name, value)
+
+
+def check_kinds(state: dict[str, Any], kind: type = numbers.Real, *names: str) -> None:
+    """Raise a ValueError unless the values `names` of `state` are of the class `kind`."""
+    for name in names:
+        if not isinstance(state[name], kind) or isinstance(state[name], bool):
+            raise ValueError(f"{name} must be {kind.__name__}, got {state[name]!r:.80}")
+
+
+def release_batch(model: Any) -> None:
+    """Delete what the layers of `model` keep of the last batch for backward, listed in their `batch_names`."""
+    for _, layer in named_layers(model):
+        for name in getattr(layer, "batch_names", ()):
+            vars(layer).pop(name, None)
+
+
+def _describe(value: Any) -> str:
+    """Describe the type of `value`; values with equal descriptions are compatible."""
+    if isinstance(value, numpy.generic):
+        value = value.item()  # as it is saved
+    if isinstance(value, Array | numpy.ndarray):
+        return f"an array of {value.dtype.name} with {value.ndim} axes"
+    names = {str: "a string", list: "a list", tuple: "a list", dict: "a dict", int: "a number", float: "a number"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)

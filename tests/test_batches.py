@@ -8,6 +8,7 @@ import pytest
 import nnx
 from nnx import SGD, Affine, MeanSquaredError, Sequential, SoftmaxWithLoss, Trainer, TwoLayerNet, np
 from nnx import batches as module
+from nnx.distributed import Comm
 
 ROWS, D, C = 70, 12, 3
 
@@ -99,7 +100,9 @@ def test_a_transposed_file_is_gathered_in_c_order(rng, tmp_path):
     x = mapped(rng.normal(size=(ROWS, 4, D)), tmp_path).swapaxes(1, 2)
     t = numpy.arange(ROWS)
     order = rng.permutation(ROWS)
-    parts = list(module.batches(x, t, order, 16, 1, "float32"))
+    data = module.ArrayData(x, t, 16, drop_last=False)
+    data.place()
+    parts = list(data.batches(order, 0, Comm(), "float32"))
     assert all(xs.flags.c_contiguous and xs.dtype == "float32" for xs, _, _ in parts)
     numpy.testing.assert_array_equal(nnx.to_cpu(np.concatenate([xs for xs, _, _ in parts])), x[order].astype("f"))
 
@@ -162,8 +165,12 @@ def test_which_data_is_copied(rng, t, tmp_path):
 def test_a_gather_copies_only_its_rows(rng):
     x, t = column_slice(numpy.zeros((20000, 40), "float32")), numpy.zeros((20000, 2), int)[:, 1]
 
+    data = module.ArrayData(x, t, 100, drop_last=False)
+    data.place()
+    data.bytes_at_once = 1
+
     def epoch():
-        for _ in module.batches(x, t, rng.permutation(len(x)), 100, 1):
+        for _ in data.batches(data.permutation(rng), 0, Comm(), None):
             pass
 
     assert peak(epoch) < x.nbytes / 4

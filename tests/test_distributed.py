@@ -102,7 +102,7 @@ def test_one_rank_needs_no_launcher():
         "sums": [0.0, 1.0, 0.5],
         "place": [0, 1, 0, 1],
         "mpi": False,
-        "repr": "Comm(rank 0 of 1, 0 of 1 on this machine)",
+        "repr": "Comm(rank 0 of 1)",
         "again": True,
     }
     comm.barrier()
@@ -167,6 +167,7 @@ def test_allreduce_and_broadcast_every_dtype_and_layout():
         ("exception", "rank 2 of 3 ends with ArithmeticError: the last rank has had enough"),
         ("sys.exit", "rank 2 of 3 has ended before the others"),
         ("fewer steps", "rank 2 of 3 has ended before the others"),
+        ("Finalize", "rank 2 of 3 has ended before the others"),
         ("own calls", "rank 2 of 3 ends with ArithmeticError: the last rank has had enough"),
         ("model", r"array 0 must be the same on all ranks, but is (20, 30) float32 on rank 0 and (20, 31) float32 on"),
         ("dtype", r"array 0 must be the same on all ranks, but is (20, 30) float32 on rank 0 and (20, 30) float64 on"),
@@ -186,7 +187,7 @@ def test_failure_of_one_rank_ends_the_job(kind, message):
 )
 def test_rank_writes_its_error_atomically(rank, kind, traced, monkeypatch):
     """Tracebacks of several ranks must not interleave; on Ctrl-C only rank 0 prints one."""
-    comm, pieces = nnx.distributed.Comm(), []
+    comm, pieces = object.__new__(nnx.distributed._MPIComm), []
     comm.rank, comm.size, comm._except = rank, 2, sys.__excepthook__
     monkeypatch.setattr(sys.stderr, "write", pieces.append)
     comm._excepthook(kind, kind("why"), None)
@@ -412,7 +413,6 @@ def test_training_survives_random_kills(seed, tmp_path):
         ("batch size", "Trainer.fit: batch_size must be the same on all ranks, but is 50 on rank 0 and 49 on rank 1"),
         ("lr", "Trainer.fit: optimizer must be the same on all ranks, but is Momentum {'lr': np.float32(0.1)"),
         ("validation", "Trainer.fit: validation must be the same on all ranks, but is (300, 20) float32 of checksum"),
-        ("way", "Trainer.fit, in epoch 1 the ranks have diverged: params[0] must be the same on all ranks, but is ("),
     ],
 )
 def test_trainer_requires_equal_arguments_on_all_ranks(what, message):

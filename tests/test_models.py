@@ -160,14 +160,12 @@ def test_deepcopy_preserves_sharing_with_a_layer_copied_first(rng):
 
 def test_deepcopy_uses_getstate_of_a_user_defined_model():
     class Locked(Sequential):
-        __slots__ = ("history",)
-
         def __init__(self):
             super().__init__([nnx.MatMul(np.ones((2, 2)))])
             self.history, self.lock = [1], threading.Lock()
 
         def __getstate__(self):
-            return {**vars(self), "lock": None}, {"history": self.history}
+            return {**vars(self), "lock": None}
 
     net = Locked()
     twin = copy.deepcopy(net)
@@ -191,8 +189,21 @@ class Block:
         return self.affine.backward(self.norms[0].backward(self.last["dropout"].backward(dout)))
 
 
-def test_predict_does_not_change_nested_layers(rng):
-    block = Block()
+def test_a_layer_that_holds_layers_which_take_train_flg_must_pass_it_on():
+    message = r"Sequential: layers\[1\], Block, holds BatchNorm, which needs train_flg: let forward of the outer layer"
+    with pytest.raises(TypeError, match=message):
+        Sequential([Sigmoid(), Block()])
+
+
+class PredictingBlock(Block):
+    def predict(self, x):
+        x = copy.copy(self.affine).forward(x)
+        x = copy.copy(self.norms[0]).forward(x, train_flg=False)
+        return copy.copy(self.last["dropout"]).forward(x, train_flg=False)
+
+
+def test_predict_does_not_change_a_nested_layer_that_defines_it(rng):
+    block = PredictingBlock()
     net, x = Sequential([block], nnx.MeanSquaredError()), np.asarray(rng.standard_normal((6, 4)))
     net.forward(x, x)
     before = pickle.dumps(net)

@@ -20,9 +20,9 @@ from nnx import (
     Sigmoid,
     SoftmaxWithLoss,
     Trainer,
+    checkpoint,
     initializers,
     np,
-    storage,
     to_cpu,
 )
 from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRateScheduler
@@ -137,7 +137,7 @@ def main(optimizer, folder, how="run"):
     """Train 60 epochs with a checkpoint every step; `write` is killed within a save, `term` and `int` get signals."""
     extra = []
     if how == "write":
-        flush, calls = storage._fsync, []
+        flush, calls = checkpoint._fsync, []
 
         def kill(path, flags):
             calls.append(path)
@@ -145,7 +145,7 @@ def main(optimizer, folder, how="run"):
                 os.kill(os.getpid(), signal.SIGKILL)
             flush(path, flags)
 
-        storage._fsync = kill
+        checkpoint._fsync = kill
     elif how in ("term", "int"):
         signum = {"term": signal.SIGTERM, "int": signal.SIGINT}[how]
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,8 @@ class Sigmoid:
 
     out: Array  # y of the last forward pass
 
+    batch_names = ("out",)
+
     def __init__(self) -> None:
         self.params: list[Array] = []
         self.grads: list[Array] = []
@@ -36,6 +38,8 @@ class ReLU:
 
     out: Array  # y of the last forward pass
 
+    batch_names = ("out",)
+
     def __init__(self) -> None:
         self.params: list[Array] = []
         self.grads: list[Array] = []
@@ -55,6 +59,8 @@ class Tanh:
     """The hyperbolic tangent y = tanh(x)."""
 
     out: Array  # y of the last forward pass
+
+    batch_names = ("out",)
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -83,6 +89,8 @@ class GELU:
 
     x: Array  # input of the last forward pass
 
+    batch_names = ("x",)
+
     def __init__(self) -> None:
         self.params: list[Array] = []
         self.grads: list[Array] = []
@@ -102,6 +110,8 @@ class Softmax:
     """The softmax function y = exp(x) / sum(exp(x)) over the last axis."""
 
     out: Array  # y of the last forward pass
+
+    batch_names = ("out",)
 
     def __init__(self) -> None:
         self.params: list[Array] = []

@@ -48,6 +48,12 @@ class Dropout:
         self.seed = int.from_bytes(as_generator(rng).bytes(8), "little")
         self.calls = 0
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless the state is two integers of 64 bits."""
+        for name, value in state.items():
+            if type(value) is not int or not 0 <= value < 1 << 64:
+                raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}")
+
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x * mask with a new mask, or x * (1 - dropout_ratio) if train_flg is False."""
         x = as_floating(x, None, "Dropout")

@@ -33,6 +33,8 @@ class Embedding:
     param_names = ("W",)
     idx: Array
 
+    batch_names = ("idx",)
+
     def __init__(self, W: Array) -> None:
         check_weights("Embedding", W=W)
         if W.ndim != 2:

@@ -25,6 +25,8 @@ class Repeat:
     x : (1, ...)    y, dout : (N, ...)
     """
 
+    batch_names = ("x",)
+
     def __init__(self, N: int) -> None:
         if operator.index(N) < 1:
             raise ValueError(f"Repeat: N must be at least 1, got {N}")
@@ -53,6 +55,8 @@ class Sum:
     ------
     x : (N, ...)    y, dout : (1, ...)
     """
+
+    batch_names = ("x",)
 
     def __init__(self) -> None:
         self.params: list[Array] = []

@@ -35,6 +35,7 @@ class MatMul:
         If the shapes of W, x or dout do not match.
     """
 
+    batch_names = ("x",)
     param_names: tuple[str, ...] = ("W",)
     x: Array  # input of the last forward pass
     shape: tuple[int, ...]  # of its output

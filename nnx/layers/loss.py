@@ -41,6 +41,7 @@ class _Loss:
         Sum of the unnormalized weights over all elements of t: the weight of the batch relative to others.
     """
 
+    batch_names = ("x", "t", "y", "weight", "kept")
     x: Array  # inputs of the last forward pass
     t: Array
     weight: Array | None = None

@@ -16,6 +16,7 @@ __all__ = ["BatchNorm", "LayerNorm"]
 class _Norm:
     """y = gamma * (x - mean) * rstd + beta, rstd = 1 / sqrt(var + eps)."""
 
+    batch_names = ("x", "mean", "rstd")
     param_names = ("gamma", "beta")
     x: Array  # input of the last forward pass, as (N, D)
     mean: Array  # statistics that its rows or columns were normalized with
