@@ -6,7 +6,7 @@ import itertools
 import mmap
 import numbers
 import zlib
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy
@@ -14,6 +14,7 @@ import numpy
 from nnx.checks import check_same_length
 from nnx.device import asarray, chunk_bytes, fits_on_device, quiet, to_cpu
 from nnx.kernels import gather
+from nnx.models import Sequential
 from nnx.np import Array, np
 
 __all__ = [
@@ -21,9 +22,10 @@ __all__ = [
     "BatchData",
     "WeightedMean",
     "check_data",
-    "check_settings",
+    "check_validation",
     "checksum",
     "parameter_dtype",
+    "prepare_data",
 ]
 
 _PIECE_BYTES = 1 << 22  # data checked, cast and copied at a time
@@ -179,6 +181,33 @@ def _cast(data: Array, dtype: Any) -> Array:
     return data.astype(dtype, copy=False)
 
 
+def prepare_data(
+    model: Any, x: Any, t: Any, drop_last: bool, *, max_epoch: int, batch_size: int, **settings: Any
+) -> ArrayData | BatchData:
+    """Return the data of a fit of `model`; raise the errors of fit for invalid data and settings."""
+    if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
+        raise ValueError(
+            f"Trainer.fit: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor"
+        )
+    if t is None:
+        _check_settings(None, max_epoch, batch_size, **settings)
+        return BatchData(x, max_epoch)
+    x, t = check_data("Trainer.fit", model, (x, t))
+    _check_settings(len(x), max_epoch, batch_size, **settings)
+    return ArrayData(x, t, batch_size, drop_last)
+
+
+def check_validation(model: Any, validation: Any) -> Sequence[Array]:
+    """Return the validation data, checked; raise now what `model.evaluate` would raise after an epoch."""
+    if validation is None:
+        return ()
+    checked = check_data("Trainer.fit: validation", model, validation, copy=False)
+    if not hasattr(model, "evaluate"):
+        raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
+    model.evaluate(*(data[:1] for data in validation))
+    return checked
+
+
 def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[Array, Array]:
     """Validate `data` and return x and t, on the host or the device, prepared for gathering rows.
 
@@ -254,7 +283,7 @@ def _probe_rows(x: Array) -> Array:
     return x[[int(low.argmin()), int(high.argmax())]]
 
 
-def check_settings(
+def _check_settings(
     rows: int | None, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: int | None
 ) -> None:
     """Validate the arguments of fit; `rows` is None for batches of the user's."""

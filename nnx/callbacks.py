@@ -11,6 +11,7 @@ import contextlib
 import math
 import numbers
 import operator
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -390,6 +391,12 @@ class CallbackList:
         for hook in self._hooks[event]:
             hook(trainer)
 
+    def with_progress(self, verbose: bool | None) -> CallbackList:
+        """Return these callbacks after one that shows progress, unless `verbose` is False; None is as in fit."""
+        if verbose is False:
+            return self
+        return CallbackList([ProgressBar() if verbose is None and _is_terminal() else PrintLog(), *self.callbacks])
+
     def handles(self, *events: str) -> bool:
         """Return whether any callback has a method for one of `events`."""
         return any(self._hooks[event] for event in events)
@@ -443,3 +450,11 @@ class CallbackList:
             for callback in self.callbacks
             if getattr(callback, "state_names", ())
         ]
+
+
+def _is_terminal() -> bool:
+    """Return whether stderr is a terminal; pythonw has none, and it may be closed."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False

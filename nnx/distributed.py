@@ -45,6 +45,7 @@ from nnx.device import (
     current_stream_ptr,
     empty_pinned_like,
     nccl,
+    quiet,
     set_device,
     synchronize,
     to_cpu,
@@ -273,11 +274,7 @@ class _MPIComm(Comm):
             self._plans[layout] = _make_buckets(grads, len(scalars), pin=not self.cuda_aware and self._nccl is None)
         views, buckets = self._plans[layout]
         for g, view in zip(grads, views, strict=True):
-            if share:
-                with numpy.errstate(under="ignore"):
-                    np.multiply(g, float(share), out=view, dtype=view.dtype)
-            else:
-                view[...] = 0
+            _scale(g, share, view)
         for i, scalar in enumerate(scalars):
             buckets[-1].device[i - len(scalars)] = scalar
         self._collectives_started += 1
@@ -393,6 +390,15 @@ class _MPIComm(Comm):
                 self.mpi.Abort(1)
             time.sleep(min(0.05, 0.001 + elapsed / 10))
         self._window.Free()
+
+
+@quiet
+def _scale(g: Array, share: float, out: Array) -> None:
+    """Write g * share to `out`, or 0 for a rank without rows, whose gradients are stale."""
+    if share:
+        np.multiply(g, float(share), out=out, dtype=out.dtype)
+    else:
+        out[...] = 0
 
 
 def _stop_flags(stops: Stops) -> list[bool]:

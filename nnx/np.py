@@ -38,7 +38,25 @@ def _import_cupy() -> ModuleType:
             f"NNX_GPU=1, but nnx needs CuPy {_MIN_CUPY} or newer and found {cupy.__version__}: "
             f"pip install {_requirements(13)} (12 instead of 13 for a driver older than 580)"
         )
-    runtime = cupy.cuda.runtime
+    _check_devices(cupy.cuda.runtime)
+    probes: dict[str, Callable[[], Any]] = {  # NVRTC is loaded at its first call, the others at first attribute access
+        "NVRTC": cupy.cuda.nvrtc.getVersion,
+        "cuBLAS": lambda: cupy.cuda.cublas,
+        "cuRAND": lambda: cupy.cuda.curand,
+    }
+    for library, probe in probes.items():
+        try:
+            probe()
+        except (ImportError, RuntimeError) as error:
+            requirements = _requirements(cupy.cuda.runtime.runtimeGetVersion() // 1000)
+            raise RuntimeError(
+                f"NNX_GPU=1, but {library} of the CUDA toolkit cannot be loaded: pip install {requirements}"
+            ) from error
+    return cupy
+
+
+def _check_devices(runtime: Any) -> None:
+    """Raise a RuntimeError that says why, if there is no CUDA device."""
     try:
         devices = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
@@ -55,20 +73,6 @@ def _import_cupy() -> ModuleType:
         raise RuntimeError(f"NNX_GPU=1, but no CUDA device is available: {reason} ({error})") from error
     if devices == 0:
         raise RuntimeError("NNX_GPU=1, but no CUDA device is visible; see CUDA_VISIBLE_DEVICES")
-    probes: dict[str, Callable[[], Any]] = {  # NVRTC is loaded at its first call, the others at first attribute access
-        "NVRTC": cupy.cuda.nvrtc.getVersion,
-        "cuBLAS": lambda: cupy.cuda.cublas,
-        "cuRAND": lambda: cupy.cuda.curand,
-    }
-    for library, probe in probes.items():
-        try:
-            probe()
-        except (ImportError, RuntimeError) as error:
-            requirements = _requirements(runtime.runtimeGetVersion() // 1000)
-            raise RuntimeError(
-                f"NNX_GPU=1, but {library} of the CUDA toolkit cannot be loaded: pip install {requirements}"
-            ) from error
-    return cupy
 
 
 def _requirements(cuda: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,16 @@ from nnx.batches import (
     ArrayData,
     BatchData,
     WeightedMean,
-    check_data,
-    check_settings,
+    check_validation,
     checksum,
     parameter_dtype,
+    prepare_data,
 )
-from nnx.callbacks import CallbackList, PrintLog, ProgressBar
+from nnx.callbacks import CallbackList
 from nnx.checks import check_weights
 from nnx.device import is_writable
 from nnx.distributed import Comm
 from nnx.kernels import all_finite
-from nnx.models import Sequential
 from nnx.np import Array
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_loss
@@ -237,18 +235,17 @@ class Trainer:
         if self._running:
             raise RuntimeError("Trainer.fit: called from one of its own callbacks; use another Trainer there")
         hooks = CallbackList(callbacks)
-        data = self._check_data(x, t, drop_last, max_epoch, batch_size, max_grad, eval_interval)
-        checked = self._check_validation(validation)
+        settings: dict[str, Any] = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
+        settings["eval_interval"] = eval_interval
+        data = prepare_data(self.model, x, t, drop_last, **settings)
+        checked = check_validation(self.model, validation)
         hooks.check_validation(validation)
         _check_update(self.model, self.optimizer)
         if self.comm.size > 1:
-            settings = {"max_epoch": max_epoch, "batch_size": batch_size, "drop_last": drop_last}
-            self._setup_ranks(data, checked, **settings, max_grad=max_grad, eval_interval=eval_interval)
+            self._setup_ranks(data, checked, **settings, drop_last=drop_last)
         self._begin(hooks, max_epoch, data)
         self.eval_interval, self.validation = eval_interval, validation
-        if verbose is not False and self.comm.rank == 0:
-            progress = ProgressBar() if verbose is None and _is_terminal() else PrintLog()
-            hooks = CallbackList([progress, *hooks.callbacks])
+        hooks = hooks.with_progress(verbose if self.comm.rank == 0 else False)
         data.place()
         self._running = True
         try:
@@ -416,32 +413,6 @@ class Trainer:
         state.rows, state.batch_size, state.max_iter = data.rows, data.batch_size, data.max_iter
         state.first_epoch, self._callbacks, self.max_epoch = first, callbacks, first + max_epoch
 
-    def _check_data(
-        self, x: Any, t: Any, drop_last: bool, max_epoch: int, batch_size: int, *settings: Any
-    ) -> ArrayData | BatchData:
-        """Return the data of a fit; the data and the settings are checked."""
-        model = self.model
-        if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
-            raise ValueError(
-                f"Trainer.fit: {type(model).__name__} has no loss_layer to learn from; pass one to its constructor"
-            )
-        if t is None:
-            check_settings(None, max_epoch, batch_size, *settings)
-            return BatchData(x, max_epoch)
-        x, t = check_data("Trainer.fit", model, (x, t))
-        check_settings(len(x), max_epoch, batch_size, *settings)
-        return ArrayData(x, t, batch_size, drop_last)
-
-    def _check_validation(self, validation: Any) -> Sequence[Array]:
-        """Return the validation data, checked; raise now what `evaluate` would raise after an epoch."""
-        if validation is None:
-            return ()
-        checked = check_data("Trainer.fit: validation", self.model, validation, copy=False)
-        if not hasattr(self.model, "evaluate"):
-            raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
-        self.model.evaluate(*(data[:1] for data in validation))
-        return checked
-
     def _setup_ranks(self, data: Any, validation: Sequence[Array], **settings: Any) -> None:
         """Check that all ranks have the same data and arguments, and broadcast the weights of rank 0."""
         numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
@@ -500,14 +471,6 @@ def _check_update(model: Any, optimizer: Any) -> None:
     if hasattr(optimizer, "check_update"):
         with numpy.errstate(all="ignore"):  # the gradients are stale
             optimizer.check_update(*TiedParameters(params).sum_tied_gradients(params, grads))
-
-
-def _is_terminal() -> bool:
-    """Return whether stderr is a terminal; pythonw has none, and it may be closed."""
-    try:
-        return sys.stderr.isatty()
-    except (AttributeError, ValueError):
-        return False
 
 
 def _check_interface(name: str, given: Any, needed: Sequence[str]) -> None:
