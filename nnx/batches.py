@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from nnx.checks import check_same_length
+from nnx.checks import check_integer, check_same_length
 from nnx.device import asarray, chunk_bytes, fits_on_device, quiet, to_cpu
 from nnx.kernels import gather
 from nnx.models import Sequential
@@ -87,7 +87,7 @@ class ArrayData:
         self.x, self.t, self.rows, self.batch_size = x, t, len(x), batch_size
         self.max_iter = len(x) // batch_size if drop_last else -(-len(x) // batch_size)
 
-    def place(self) -> None:
+    def to_device(self) -> None:
         """Move the arrays to the device if they fit, and determine how many rows to gather at a time."""
         move = asarray if fits_on_device(self.x, self.t) else to_cpu
         self.x, self.t = move(self.x), move(self.t)
@@ -121,7 +121,7 @@ class ArrayData:
             xs, ts = _gather_rows(x, part, dtype), _gather_rows(t, part, dtype)
             before = (len(xs) - 1) // size * size  # the rows before the last batch, in whole batches
             if before:
-                whole = (a[:before].reshape(-1, size, *a.shape[1:]) for a in (xs, ts))
+                whole = (a[:before].reshape(before // size, size, *a.shape[1:]) for a in (xs, ts))
                 yield from zip(*whole, totals, strict=False)  # at C speed
                 xs, ts = xs[before:].copy(), ts[before:].copy()
             yield xs, ts, next(totals)
@@ -147,7 +147,7 @@ class BatchData:
             )
         self.iterable, self.max_iter = batches, len(batches) if isinstance(batches, Sized) else 0
 
-    def place(self) -> None:
+    def to_device(self) -> None:
         """Do nothing: each batch is moved to the device when it comes."""
 
     def permutation(self, rng: Any) -> numpy.ndarray:
@@ -221,7 +221,10 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
     targets = getattr(getattr(model, "loss_layer", None), "prepare_targets", None)
     if targets is not None and hasattr(model, "predict"):
         sample = asarray(_probe_rows(x))
-        shape = model.predict(_cast(sample, _step_dtype(x, dtype))).shape[1:]
+        try:
+            shape = model.predict(_cast(sample, _step_dtype(x, dtype))).shape[1:]
+        except ValueError as error:  # name the shape of the data, not of the sample
+            raise ValueError(str(error).replace(str(sample.shape), str(x.shape))) from error
         if _is_mapped(t):  # only checked: converted labels may be larger than the file
             try:
                 for _, part in _row_pieces(t):
@@ -287,20 +290,16 @@ def _check_settings(
     rows: int | None, max_epoch: int, batch_size: int, max_grad: float | None, eval_interval: int | None
 ) -> None:
     """Validate the arguments of fit; `rows` is None for batches of the user's."""
-    integers = {"max_epoch": max_epoch, "batch_size": batch_size, "eval_interval": eval_interval}
-    for name, value in integers.items():
-        if not hasattr(value, "__index__") and not (value is None and name == "eval_interval"):
-            raise TypeError(f"Trainer.fit: {name} must be an integer, got {value!r}")
-    if max_epoch < 0:
-        raise ValueError(f"Trainer.fit: max_epoch must be at least 0, got {max_epoch}")
-    if rows is not None and not 1 <= batch_size <= rows:
+    check_integer("Trainer.fit: max_epoch", max_epoch, 0)
+    check_integer("Trainer.fit: batch_size", batch_size)
+    if eval_interval is not None:
+        check_integer("Trainer.fit: eval_interval", eval_interval)
+    if rows is not None and batch_size > rows:
         raise ValueError(f"Trainer.fit: batch_size must be 1 to {rows}, the number of rows, got {batch_size}")
-    if not isinstance(max_grad, numbers.Real | None):
-        raise TypeError(f"Trainer.fit: max_grad must be a number, or None, got {max_grad!r}")
+    if not isinstance(max_grad, numbers.Real | None) or isinstance(max_grad, bool):
+        raise TypeError(f"Trainer.fit: max_grad must be a number, or None, got {max_grad!r:.80}")
     if max_grad is not None and not max_grad > 0:
         raise ValueError(f"Trainer.fit: max_grad must be positive, or None, got {max_grad}")
-    if eval_interval is not None and eval_interval < 1:
-        raise ValueError(f"Trainer.fit: eval_interval must be at least 1, or None, got {eval_interval}")
 
 
 @numpy.errstate(over="ignore", under="ignore")

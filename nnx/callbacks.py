@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-import operator
 import sys
 import time
 import weakref
@@ -21,14 +20,15 @@ from typing import Any
 import numpy
 
 from nnx import checkpoint
+from nnx.checks import check_integer
 from nnx.np import Array
 from nnx.tree import (
     check_kinds,
     check_savable,
-    check_state,
     named_arrays,
     object_state,
     set_state,
+    state_errors,
     state_mismatches,
     to_device,
 )
@@ -68,7 +68,7 @@ class Callback:
     def on_end(self, trainer: Any) -> None:
         """Do something at the end of a fit, also after an error."""
 
-    def _follow(self, model: Any, *, resumed: bool) -> None:
+    def _bind_model(self, model: Any, *, resumed: bool) -> None:
         """Prepare for a fit of `model`, which may continue an interrupted one."""
         if self._model is not None and self._model() is not model:
             self.reset()
@@ -167,9 +167,7 @@ class EarlyStopping(Callback):
     state_names = ("best_loss", "epochs_without_improvement")
 
     def __init__(self, patience: int = 5) -> None:
-        if patience < 1:
-            raise ValueError(f"EarlyStopping: patience must be at least 1, got {patience}")
-        self.patience = patience
+        self.patience = check_integer("EarlyStopping: patience", patience)
         self.reset()
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -180,8 +178,8 @@ class EarlyStopping(Callback):
         """Discard the lowest loss."""
         self.best_loss, self.epochs_without_improvement = math.inf, 0
 
-    def _follow(self, model: Any, *, resumed: bool) -> None:
-        super()._follow(model, resumed=resumed)
+    def _bind_model(self, model: Any, *, resumed: bool) -> None:
+        super()._bind_model(model, resumed=resumed)
         if not resumed:
             self.epochs_without_improvement = 0
 
@@ -283,8 +281,8 @@ class Checkpoint(Callback):
         best: bool = True,
     ) -> None:
         for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps), ("keep", keep)):
-            if (value is not None or name == "keep") and operator.index(value) < 1:  # type: ignore[arg-type]
-                raise ValueError(f"Checkpoint: {name} must be at least 1, got {value}")
+            if value is not None or name == "keep":
+                check_integer(f"Checkpoint: {name}", value)
         self.folder = Path(folder).expanduser().absolute()  # independent of the working directory
         self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
         self.best_loss = math.inf
@@ -327,7 +325,7 @@ class Checkpoint(Callback):
 
     def on_interrupt(self, trainer: Any) -> None:
         """Save, and remove old files."""
-        path = self.folder / f"epoch-{trainer.current_epoch:04d}-step-{trainer.iteration:06d}.safetensors"
+        path = self.folder / checkpoint.make_filename(trainer.current_epoch, trainer.iteration)
         if self._save(trainer, path):
             self.path = path
             for old in checkpoint.list_checkpoints(self.folder)[: -self.keep]:
@@ -408,7 +406,7 @@ class CallbackList:
                 kind = type(callback).__name__
                 raise ValueError(f"{kind}: there is no validation loss to follow; pass fit(validation=(x, t))")
 
-    def follow(self, model: Any, saved: list[Any] | None) -> None:
+    def restore_states(self, model: Any, saved: list[Any] | None) -> None:
         """Reset callbacks that were used with another model; let each take the next saved state of its class.
 
         Raises
@@ -422,13 +420,13 @@ class CallbackList:
             state = next((s for s in remaining if s[0] == kind), None)
             if state is not None and current:
                 remaining.remove(state)
-                mismatches += state_mismatches(kind, current, state[1]) or check_state(kind, callback, state[1])
+                mismatches += state_mismatches(kind, current, state[1]) or state_errors(kind, callback, state[1])
                 plan.append((callback, state[1]))
         if mismatches:
             raise ValueError("\n  ".join(["Trainer.fit: the saved callbacks do not fit:", *mismatches]))
         for callback in self.callbacks:
             if isinstance(callback, Callback):
-                callback._follow(model, resumed=saved is not None)
+                callback._bind_model(model, resumed=saved is not None)
         for callback, values in plan:
             set_state(callback, to_device(values))
 

@@ -29,13 +29,13 @@ from nnx.device import to_cpu
 from nnx.np import Array, np
 from nnx.tree import (
     check_savable,
-    check_state,
     is_savable,
     layer_states,
     name_list,
     named_arrays,
     named_layers,
     set_state,
+    state_errors,
     state_mismatches,
     to_device,
 )
@@ -167,7 +167,7 @@ def load(
     differences += state_mismatches("", {name: state for name, (_, state) in receivers.items()}, saved)
     if not differences:
         for name, (holder, _) in receivers.items():
-            differences += check_state(name, holder, saved[name])
+            differences += state_errors(name, holder, saved[name])
     if differences:
         raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
     try:
@@ -179,6 +179,11 @@ def load(
         array[...] = values[name]
     for name, (holder, _) in receivers.items():
         set_state(holder, states[name])
+
+
+def make_filename(epoch: int, iteration: int) -> str:
+    """Return the name of a Checkpoint callback's file."""
+    return f"epoch-{epoch:04d}-step-{iteration:06d}.safetensors"
 
 
 def parse_filename(path: Path) -> tuple[int, int]:
@@ -442,13 +447,13 @@ def _atomic_save(path: Path, arrays: dict[str, numpy.ndarray], metadata: dict[st
             file.touch()  # for the default permissions of a new file; the library would make it private
             mode = stat.S_IMODE((target if target.exists() else file).stat().st_mode)
             safetensors.numpy.save_file(arrays, file, metadata)
-            _attempt(f"{path}: saved, but its permissions could not be set", lambda: file.chmod(mode))
+            _call_or_warn(f"{path}: saved, but its permissions could not be set", lambda: file.chmod(mode))
             _fsync(file, os.O_RDWR)  # Windows flushes only what may be written
             file.replace(target)
     except Exception as error:  # the library's errors hold the system's message, but are no OSError
         raise OSError(f"{path}: not saved: {error}") from error
     if sys.platform != "win32":  # which cannot fsync a folder
-        _attempt(f"{path}: saved, but its folder could not be flushed", lambda: _fsync(target.parent, os.O_RDONLY))
+        _call_or_warn(f"{path}: saved, but its folder could not be flushed", lambda: _fsync(target.parent, os.O_RDONLY))
 
 
 def _digest(metadata: Mapping[str, str], arrays: Mapping[str, numpy.ndarray]) -> str:
@@ -464,7 +469,7 @@ def _digest(metadata: Mapping[str, str], arrays: Mapping[str, numpy.ndarray]) ->
     return digest.hexdigest()
 
 
-def _attempt(failure: str, action: Callable[[], Any]) -> None:
+def _call_or_warn(failure: str, action: Callable[[], Any]) -> None:
     """Call `action`; an OSError is a warning that begins with `failure`."""
     try:
         action()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -12,9 +13,11 @@ from nnx.device import as_real_array, asarray, describe
 from nnx.np import Array, np
 
 __all__ = [
-    "as_float",
     "as_floating",
+    "as_scores",
     "check_grad_output",
+    "check_integer",
+    "check_number",
     "check_range",
     "check_same_length",
     "check_weights",
@@ -39,6 +42,14 @@ def as_floating(x: Any, dtype: Any, name: str) -> Array:
         return x.astype(dtype, copy=False)
 
 
+def as_scores(x: Any, name: str) -> Array:
+    """Return `x` as a floating array with a last axis of at least one class."""
+    x = as_floating(x, None, name)
+    if not x.ndim or not x.shape[-1]:
+        raise ValueError(f"{name}: x must have a last axis of one or more classes, got shape {x.shape}")
+    return x
+
+
 def check_grad_output(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """Return `dout`, the gradient of a layer's output, cast to `dtype`; raise if its shape is not `shape`."""
     if dout is None:
@@ -54,14 +65,34 @@ def check_grad_output(layer: Any, dout: Any, shape: tuple[int, ...], dtype: Any)
     return dout
 
 
-def as_float(owner: Any, name: str) -> float:
-    """Return the attribute `name` of `owner` as a Python float; a NumPy scalar would affect dtype promotion."""
-    value = getattr(owner, name)
-    if type(value) is float:
-        return value
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
-    return float(value)
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return `value` as a Python float; raise unless it is a finite number in [low, high]. `name` is a prefix.
+
+    A NumPy scalar would affect dtype promotion. NaN is in no interval.
+    """
+    value = value[()] if isinstance(value, numpy.ndarray) and value.ndim == 0 else value
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | numpy.bool_):
+        raise TypeError(f"{name} must be a number, got {value!r:.80}")
+    try:
+        number = float(value)
+    except OverflowError:  # of a huge integer
+        number = math.inf
+    if not (low <= number <= high and math.isfinite(number)):
+        if high == math.inf:
+            allowed = "finite" if low == -math.inf else f"finite and at least {low:g}"
+        else:  # just below 1 is printed as 1
+            allowed = f"in [{low:g}, {high:g}{')' if float(f'{high:g}') > high else ']'}"
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def check_integer(name: str, value: Any, low: int = 1) -> int:
+    """Return `value` as an int; raise unless it is an integer of at least `low`. `name` is a prefix."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r:.80}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return int(value)
 
 
 def loss_grad(layer: Any, dout: Any) -> Any:
@@ -133,7 +164,14 @@ def class_indices(
     ValueError
         If the shape, dtype or values of the labels are invalid, or the batch is empty.
     """
-    if type(t) is Array and t.dtype is _INT64 and t.shape == shape[:-1] and t.size and kernels.in_range(t, shape[-1]):
+    if (
+        type(t) is Array
+        and t.dtype is _INT64
+        and t.shape == shape[:-1]
+        and shape
+        and t.size
+        and kernels.in_range(t, shape[-1])
+    ):
         return t  # the common case
     t = as_real_array(t, name)
     if not shape:

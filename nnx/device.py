@@ -75,14 +75,32 @@ def as_real_array(x: Any, name: str) -> Array:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: expected an array or a list of numbers, got {describe(x)} ({error})") from error
         if x.dtype.kind == "O":
-            of = " of objects without a numeric dtype" if isinstance(given, list | tuple) else ""
-            raise TypeError(f"{name}: expected real numbers, got {describe(given)}{of}")
-    check_unmasked(x, name)
-    if x.dtype.kind not in "fiub":
+            x = _from_objects(given, name)
+    elif type(x) not in (*_ARRAYS, numpy.memmap):
+        check_unmasked(x, name)
+        x = numpy.asarray(x)  # a numpy.matrix would keep two axes
+    if x.dtype.kind in "SUT":
         raise TypeError(
-            f"{name}: expected real numbers, got {x.dtype}; convert with astype(...) or remove non-numeric columns"
+            f"{name}: expected real numbers, got strings; make labels integers with "
+            "classes, t = numpy.unique(labels, return_inverse=True)"
         )
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected real numbers, got {x.dtype}; convert them, or remove such columns")
     return x
+
+
+def _from_objects(given: Any, name: str) -> numpy.ndarray:
+    """Return `given`, whose NumPy array is one of objects, as numbers: a table of columns with nullable dtypes."""
+    if not hasattr(given, "isna"):
+        of = " of objects without a numeric dtype" if isinstance(given, list | tuple) else ""
+        raise TypeError(f"{name}: expected real numbers, got {describe(given)}{of}")
+    table = hasattr(given, "columns")  # a pandas.DataFrame, or a Series
+    for column, dtype in given.dtypes.items() if table else [(given.name, given.dtype)]:
+        if getattr(dtype, "kind", "O") not in "fiub":
+            raise TypeError(f"{name}: column {column!r} holds {dtype}, not real numbers; encode it, or remove it")
+    if given.isna().to_numpy().any():
+        raise ValueError(f"{name}: {describe(given)} has missing values; fill or remove them")
+    return given.astype("float64" if table else given.dtype.numpy_dtype).to_numpy()
 
 
 def check_unmasked(x: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 from nnx import kernels
-from nnx.checks import as_floating, class_indices
+from nnx.checks import as_floating, as_scores, class_indices
 from nnx.np import Array, Scalar, np
 
 _INT64 = numpy.dtype("int64")
@@ -24,8 +24,7 @@ def sigmoid(x: Any) -> Array:
 
     Results below the smallest normal number of the dtype may be flushed to 0.
     """
-    x = as_floating(x, None, "sigmoid")
-    return kernels.sigmoid(x.reshape(x.shape or 1)).reshape(x.shape)
+    return kernels.sigmoid(as_floating(x, None, "sigmoid"))
 
 
 def relu(x: Any) -> Array:
@@ -39,7 +38,7 @@ def softmax(x: Any) -> Array:
     The maximum is subtracted first to avoid overflow. If the maximum is infinite, the result is the
     limit: the elements equal to +inf share the probability mass of their row equally.
     """
-    return kernels.softmax(as_floating(x, None, "softmax"))
+    return kernels.softmax(as_scores(x, "softmax"))
 
 
 def cross_entropy_error(y: Any, t: Any) -> Scalar:

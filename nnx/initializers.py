@@ -6,11 +6,13 @@ Weights are drawn on the host in float64, then cast and moved. D inputs (fan-in)
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import numpy
 
+from nnx.checks import check_integer, check_number
 from nnx.device import asarray
 from nnx.np import Array
 from nnx.rng import as_generator
@@ -37,13 +39,7 @@ def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.flo
     ValueError
         If `std` is negative, infinite or NaN.
     """
-    try:
-        valid = math.isfinite(std) and std >= 0
-    except TypeError as error:
-        raise TypeError(f"normal: std must be a number, got {std!r}") from error
-    if not valid:
-        raise ValueError(f"normal: std must be finite and at least 0, got {std}")
-    return _normal("normal", shape, float(std), dtype, rng)
+    return _normal("normal", shape, check_number("normal: std", std, 0), dtype, rng)
 
 
 def xavier(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Array:
@@ -82,16 +78,16 @@ def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: 
             f"{name}: dtype must be float16, float32 or float64, got {dtype!r}; "
             "for another dtype convert the result with astype(...)"
         )
-    shape = tuple(shape) if isinstance(shape, Iterable) else shape
+    shape = tuple(check_integer(f"{name}: shape", n, 0) for n in (shape if isinstance(shape, Iterable) else (shape,)))
     return asarray(std * as_generator(rng).standard_normal(shape), known)
 
 
 def _fans(name: str, shape: Any) -> tuple[int, int]:
     """Return D and H, the fan-in and fan-out of a weight of `shape`."""
     axes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
-    if len(axes) != 2 or not min(axes) >= 1:
+    if len(axes) != 2 or not all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in axes):
         raise ValueError(
-            f"{name}: shape must be (D, H), both at least 1, got {axes}; "
-            "for other shapes pass a standard deviation to normal(shape, std)"
+            f"{name}: shape must be (D, H), both integers of at least 1, got {axes!r:.80}; for other shapes pass a "
+            "standard deviation to normal(shape, std)"
         )
     return axes

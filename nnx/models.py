@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import numpy
 
-from nnx.checks import check_same_length
+from nnx.checks import check_integer, check_same_length
 from nnx.device import asarray
 from nnx.initializers import normal
 from nnx.layers import Affine, Sigmoid, SoftmaxWithLoss
@@ -45,29 +44,19 @@ class Sequential:
     """
 
     def __init__(self, layers: Iterable[Layer], loss_layer: LossLayer | None = None) -> None:
+        name = type(self).__name__
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"{name}: layers must be a list of layers, got {type(layers).__name__}; pass [layer, ...]")
         layers = list(layers)
-        for i, layer in enumerate([*layers, loss_layer]):
-            if isinstance(layer, type):
-                what = f"layers[{i}]" if i < len(layers) else "loss_layer"
-                raise TypeError(
-                    f"{type(self).__name__}: {what} must be a layer, got the class {layer.__name__}; "
-                    f"make one with {layer.__name__}(...)"
-                )
+        for i, layer in enumerate(layers):
+            _check_layer(f"{name}: layers[{i}]", layer)
+        if loss_layer is not None:
+            _check_loss_layer(f"{name}: loss_layer", loss_layer)
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
                 f"{type(self).__name__}: a layer occurs twice, so its second forward would overwrite what its first "
                 "backward needs; create another layer, which may share its weights"
             )
-        for i, layer in enumerate(layers):
-            if (
-                inner := not hasattr(layer, "predict")
-                and not _takes_train_flg(layer.__class__)
-                and _training_layer(layer)
-            ):
-                raise TypeError(
-                    f"{type(self).__name__}: layers[{i}], {type(layer).__name__}, holds {inner}, which needs "
-                    "train_flg: let forward of the outer layer take train_flg=True and pass it on, or define predict(x)"
-                )
         self.layers: list[Any] = layers
         self.loss_layer: Any = loss_layer
         self.params: list[Array] = [p for layer in layers for p in layer.params]
@@ -115,8 +104,7 @@ class Sequential:
         if self.loss_layer is None:
             raise ValueError(f"{type(self).__name__}.evaluate: there is no loss layer; pass one to the constructor")
         x, t = check_same_length(f"{type(self).__name__}.evaluate", x, t)
-        if operator.index(batch_size) < 1:
-            raise ValueError(f"{type(self).__name__}.evaluate: batch_size must be at least 1, got {batch_size}")
+        check_integer(f"{type(self).__name__}.evaluate: batch_size", batch_size)
         loss = hits = total = counted = numpy.float64(0)  # sums over all rows may overflow float16
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
@@ -190,6 +178,9 @@ class TwoLayerNet(Sequential):
         rng: Any = None,
         input_grad: bool = False,
     ) -> None:
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "output_size": output_size}
+        for name, size in sizes.items():
+            check_integer(f"{type(self).__name__}: {name}", size)
         rng = as_generator(rng)
         W1 = normal((input_size, hidden_size), dtype=dtype, rng=rng)
         W2 = normal((hidden_size, output_size), dtype=dtype, rng=rng)
@@ -203,10 +194,39 @@ class TwoLayerNet(Sequential):
         )
 
 
-def _training_layer(layer: Any) -> str:
-    """Return the class name of a layer within `layer` that takes train_flg, or an empty string."""
-    inside = (inner for _, inner in named_layers(layer) if inner is not layer)
-    return next((type(inner).__name__ for inner in inside if _takes_train_flg(inner.__class__)), "")
+def _check_layer(name: str, layer: Any) -> None:
+    """Raise a TypeError unless `layer` is a layer, and one that passes train_flg on to the layers that it holds."""
+    kind, needed = type(layer).__name__, ("params", "grads", "forward", "backward")
+    if isinstance(layer, type):
+        raise TypeError(f"{name} must be a layer, got the class {layer.__name__}; make one with {layer.__name__}(...)")
+    if missing := [attribute for attribute in needed if not hasattr(layer, attribute)]:
+        raise TypeError(f"{name} must be a layer, an object with {', '.join(needed)}; {kind} has no {missing[0]}")
+    if hasattr(layer, "prepare_targets"):
+        raise TypeError(f"{name} is a loss, {kind}; pass it as loss_layer")
+    if hasattr(layer, "predict") or _takes_train_flg(layer.__class__):
+        return
+    for _, inner in named_layers(layer):
+        if inner is not layer and _takes_train_flg(inner.__class__):
+            raise TypeError(
+                f"{name}, {kind}, holds {type(inner).__name__}, which needs train_flg: let forward of the outer layer "
+                "take train_flg=True and pass it on, or define predict(x)"
+            )
+
+
+def _check_loss_layer(name: str, layer: Any) -> None:
+    if isinstance(layer, type):
+        raise TypeError(f"{name} must be a layer, got the class {layer.__name__}; make one with {layer.__name__}(...)")
+    forward = getattr(layer, "forward", None)
+    if not callable(forward) or not hasattr(layer, "backward"):
+        raise TypeError(
+            f"{name} must be a loss, an object with forward(x, t) and backward(), got {type(layer).__name__}"
+        )
+    try:
+        inspect.signature(forward).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a loss with forward(x, t), got {type(layer).__name__}: {error}") from error
+    except ValueError:  # no signature, as of a function in C
+        pass
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nnx import kernels
-from nnx.checks import as_float, check_weights
+from nnx.checks import check_integer, check_number, check_weights
 from nnx.device import check_unmasked, is_writable, quiet
 from nnx.np import Array, np
 from nnx.tree import check_kinds
@@ -36,6 +36,13 @@ __all__ = [
 ]
 
 
+_BELOW_1 = math.nextafter(1, 0)  # the bias correction of Adam divides by 1 - beta1**iter and takes a square root
+_LARGEST = {
+    **dict.fromkeys(("lr", "weight_decay", "eps"), math.inf),  # any finite number
+    **{"momentum": 1.0, "decay_rate": 1.0, "beta1": _BELOW_1, "beta2": _BELOW_1},
+}
+
+
 class _Optimizer:
     """Base class of the optimizers: hyperparameters, and state arrays for each parameter (slots)."""
 
@@ -44,7 +51,10 @@ class _Optimizer:
     lr: float
     weight_decay: float
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: float) -> None:
+        for name, value in settings.items():
+            setattr(self, name, value)
+        self._check_settings()
         self.reset()
 
     def reset(self) -> None:
@@ -71,7 +81,7 @@ class _Optimizer:
 
     def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
         """Return `grads` in the dtypes of `params`, and the hyperparameters as Python floats."""
-        settings = [v if type(v := getattr(self, n)) is float else as_float(self, n) for n in self._settings]
+        settings = self._check_settings()
         if not kernels.can_update(params, grads):
             grads = _cast_gradients(type(self).__name__, params, grads)
         if self.params is not None and (
@@ -82,6 +92,16 @@ class _Optimizer:
                 "optimizer's state; call reset() to start again with them, or use a separate optimizer for each model"
             )
         return grads, settings
+
+    def _check_settings(self) -> list[float]:
+        """Return the hyperparameters as Python floats; they may have been assigned since the last step."""
+        values = []
+        for name in self._settings:
+            value, high = getattr(self, name), _LARGEST[name]
+            if type(value) is not float or not 0 <= value <= high or value == math.inf:
+                value = check_number(f"{type(self).__name__}: {name}", value, 0, high)
+            values.append(value)
+        return values
 
     def _prepare(self, params: Any, grads: Any) -> tuple[Sequence[Array], Sequence[Array], list[float]]:
         """Return the checked lists of arrays and hyperparameters; create the state at the first update."""
@@ -112,8 +132,7 @@ class SGD(_Optimizer):
     _settings = ("lr", "weight_decay")
 
     def __init__(self, lr: float = 0.01, *, weight_decay: float = 0.0) -> None:
-        super().__init__()
-        self.lr, self.weight_decay = lr, weight_decay
+        super().__init__(lr=lr, weight_decay=weight_decay)
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Perform one update step on `params`, in place.
@@ -150,8 +169,7 @@ class Momentum(_Optimizer):
     v: list[Array]
 
     def __init__(self, lr: float = 0.01, momentum: float = 0.9, *, weight_decay: float = 0.0) -> None:
-        super().__init__()
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        super().__init__(lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Perform one update step on `params`, in place; raises the same errors as `SGD.update`."""
@@ -201,8 +219,7 @@ class AdaGrad(_Optimizer):
     h: list[Array]
 
     def __init__(self, lr: float = 0.01, *, eps: float = 1e-7, weight_decay: float = 0.0) -> None:
-        super().__init__()
-        self.lr, self.eps, self.weight_decay = lr, eps, weight_decay
+        super().__init__(lr=lr, eps=eps, weight_decay=weight_decay)
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Perform one update step on `params`, in place."""
@@ -233,8 +250,7 @@ class RMSprop(_Optimizer):
     def __init__(
         self, lr: float = 0.01, decay_rate: float = 0.99, *, eps: float = 1e-7, weight_decay: float = 0.0
     ) -> None:
-        super().__init__()
-        self.lr, self.decay_rate, self.eps, self.weight_decay = lr, decay_rate, eps, weight_decay
+        super().__init__(lr=lr, decay_rate=decay_rate, eps=eps, weight_decay=weight_decay)
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
         """Perform one update step on `params`, in place."""
@@ -280,8 +296,7 @@ class Adam(_Optimizer):
         eps: float = 1e-7,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.lr, self.beta1, self.beta2, self.eps, self.weight_decay = lr, beta1, beta2, eps, weight_decay
+        super().__init__(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
     def reset(self) -> None:
         """Discard the state; the next update may use other parameters."""
@@ -293,15 +308,8 @@ class Adam(_Optimizer):
         super().check_state(state)
         check_kinds(state, int, "iter")
 
-    def _check_arguments(self, params: Sequence[Array], grads: Sequence[Array]) -> tuple[Sequence[Array], list[float]]:
-        grads, settings = super()._check_arguments(params, grads)
-        for name, beta in zip(("beta1", "beta2"), settings[1:3], strict=True):
-            if not 0 <= beta < 1:  # the bias correction divides by 1 - beta1**iter and takes a square root
-                raise ValueError(f"{type(self).__name__}: {name} must be in [0, 1), got {beta}")
-        return grads, settings
-
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
-        """Perform one update step on `params`, in place; a beta outside [0, 1) raises a ValueError."""
+        """Perform one update step on `params`, in place; raises the same errors as `SGD.update`."""
         params, grads, (lr, beta1, beta2, eps, weight_decay) = self._prepare(params, grads)
         step = self.iter + 1
         rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
@@ -351,8 +359,8 @@ def clip_grads(grads: Iterable[Array], max_norm: float) -> None:
     ----------
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
     """
-    if not isinstance(max_norm, numbers.Real):
-        raise TypeError(f"clip_grads: max_norm must be a number, got {max_norm!r}")
+    if not isinstance(max_norm, numbers.Real) or isinstance(max_norm, bool):
+        raise TypeError(f"clip_grads: max_norm must be a number, got {max_norm!r:.80}")
     if not max_norm > 0:
         raise ValueError(f"clip_grads: max_norm must be positive, got {max_norm}")
     grads = [_plain_array("clip_grads", f"grads[{i}]", g) for i, g in enumerate(grads)]
@@ -402,7 +410,14 @@ def _cast_gradient(name: str, i: int, p: Array, g: Array) -> Array:
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Callable[[int], float]:
-    """Return the schedule step -> lr * factor ** (step // every)."""
+    """Return the schedule step -> lr * factor ** (step // every).
+
+    A TypeError or ValueError for arguments that are no numbers, or out of range: lr and factor 0 or more, every at
+    least 1; likewise for the other schedules.
+    """
+    check_number("step_decay: lr", lr, 0)
+    check_integer("step_decay: every", every)
+    check_number("step_decay: factor", factor, 0)
     return functools.partial(_step_decay, lr, every, factor)
 
 
@@ -413,11 +428,17 @@ def cosine_decay(lr: float, steps: int, final: float = 0.0) -> Callable[[int], f
     ----------
     Loshchilov and Hutter, "SGDR: Stochastic gradient descent with warm restarts", 2017, eq. 5.
     """
+    check_number("cosine_decay: lr", lr, 0)
+    check_integer("cosine_decay: steps", steps)
+    check_number("cosine_decay: final", final, 0)
     return functools.partial(_cosine_decay, lr, steps, final)
 
 
 def linear_warmup(steps: int, schedule: Callable[[int], float]) -> Callable[[int], float]:
     """Return `schedule` with its first `steps` values multiplied by 1 / steps, 2 / steps, ..., 1."""
+    check_integer("linear_warmup: steps", steps)
+    if not callable(schedule):
+        raise TypeError(f"linear_warmup: schedule must be a function of the steps taken, got {schedule!r:.80}")
     return functools.partial(_linear_warmup, steps, schedule)
 
 

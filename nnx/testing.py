@@ -19,7 +19,7 @@ from nnx.protocols import Layer
 __all__ = ["check_gradients", "check_layer"]
 
 
-def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float = 1e-5, seed: int = 0) -> None:
+def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float = 1e-5, seed: int = 0) -> int:
     """Compare `backward` with central differences, (f(a + eps) - f(a - eps)) / (2 eps), element by element.
 
     f is a randomly weighted sum of the outputs, or the loss itself. The gradients of all parameters are
@@ -37,37 +37,69 @@ def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float =
     eps : float
     seed : int
         Seed of the random weights.
+
+    Returns
+    -------
+    int
+        The number of elements at kinks, such as 0 in ReLU, where the difference quotients from the left and from the
+        right disagree: there any gradient between these is right.
     """
     name = type(layer).__name__
     for i, p in enumerate(layer.params):
-        assert p.dtype == np.float64, f"{name}: check_gradients needs float64, params[{i}] is {p.dtype}"
+        _require(p.dtype == np.float64, f"{name}: check_gradients needs float64, params[{i}] is {p.dtype}")
     arrays = [_as_input(a, np.float64) for a in inputs]
     weights: Any = 1
 
     def f() -> float:
-        return float((copy.copy(before).forward(*arrays) * weights).sum())
+        """Run a copy, whose layers, also inner ones, count calls and draw masks as in the first run."""
+        copied = copy.deepcopy(before)
+        for p, q in zip(copied.params, layer.params, strict=True):
+            p[...] = q
+        return float((copied.forward(*arrays) * weights).sum())
 
-    before = copy.copy(layer)  # f() uses copies, so that the call count of Dropout and thus its mask stay the same
+    before = copy.deepcopy(layer)
     out = layer.forward(*arrays)
     if out.ndim:
         weights = asarray(numpy.random.default_rng(seed).standard_normal(out.shape))
     dinputs = _as_tuple(layer.backward(weights))
+    _check_input_gradients(layer, arrays, dinputs, is_loss=not out.ndim)
     checks = [(f"input {i}", a, d) for i, (a, d) in enumerate(zip(arrays, dinputs, strict=False)) if d is not None]
     checks += [(f"params[{i}]", p, g.copy()) for i, (p, g) in enumerate(zip(layer.params, layer.grads, strict=True))]
-    for what, array, gradient in checks:
-        assert gradient.shape == array.shape, (
-            f"{name}: gradient of {what} has shape {gradient.shape}, expected {array.shape}"
+    return sum(_check_gradient(f"{name}: gradient of {what}", f, a, d, rtol, eps) for what, a, d in checks)
+
+
+def _check_input_gradients(layer: Any, arrays: Sequence[Array], dinputs: Sequence[Any], *, is_loss: bool) -> None:
+    """Raise if `backward` returns no gradient of a floating input; that of the targets of a loss is not needed."""
+    if getattr(layer, "input_grad", True) is False:
+        return
+    for i, a in enumerate(arrays[:1] if is_loss else arrays):
+        missing = i >= len(dinputs) or dinputs[i] is None
+        _require(
+            not missing or a.dtype.kind != "f",
+            f"{type(layer).__name__}: backward returns no gradient of input {i}, which is floating",
         )
-        analytic, numeric = to_cpu(gradient), _differences(f, array, eps)
-        larger = numpy.maximum(abs(analytic), abs(numeric))
-        error = abs(analytic - numeric) - rtol * numpy.maximum(larger, 1e-3 * larger.max(initial=0) + 1e-8)
-        assert not numpy.isnan(error).any(), f"{name}: gradient of {what} is NaN"
-        if error.max(initial=-1) > 0:
-            worst = numpy.unravel_index(error.argmax(), error.shape)
-            raise AssertionError(
-                f"{name}: gradient of {what} at {tuple(map(int, worst))}: "
-                f"backward gives {analytic[worst]:.9g}, the difference quotient {numeric[worst]:.9g}"
-            )
+
+
+def _check_gradient(what: str, f: Callable[[], float], array: Array, gradient: Array, rtol: float, eps: float) -> int:
+    """Compare a gradient with the differences of f; return the number of elements at kinks."""
+    _require(gradient.shape == array.shape, f"{what} has shape {gradient.shape}, expected {array.shape}")
+    analytic, (left, right) = to_cpu(gradient), _differences(f, array, eps)
+    numeric = (left + right) / 2
+    larger = numpy.maximum(abs(analytic), abs(numeric))
+    tolerance = rtol * numpy.maximum(larger, 1e-3 * larger.max(initial=0) + 1e-8)
+    error = abs(analytic - numeric) - tolerance
+    _require(not numpy.isnan(error).any(), f"{what} is NaN")
+    low, high = numpy.minimum(left, right), numpy.maximum(left, right)
+    kinks = (error > 0) & (high - low > 0.01 * numpy.maximum(abs(low), abs(high)))
+    kinks &= (low - tolerance <= analytic) & (analytic <= high + tolerance)
+    error[kinks] = -1
+    if error.max(initial=-1) > 0:
+        worst = numpy.unravel_index(error.argmax(), error.shape)
+        raise AssertionError(
+            f"{what} at {tuple(map(int, worst))}: backward gives {analytic[worst]:.9g}, the difference quotient "
+            f"{numeric[worst]:.9g}"
+        )
+    return int(kinks.sum())
 
 
 def check_layer(
@@ -93,7 +125,7 @@ def check_layer(
     for dtype in dtypes:
         arrays = [_as_input(a, dtype) for a in inputs]
         layer = make(dtype)
-        assert len(layer.params) == len(layer.grads), f"{type(layer).__name__}: params and grads differ in length"
+        _require(len(layer.params) == len(layer.grads), f"{type(layer).__name__}: params and grads differ in length")
         expected = _run(layer, arrays)
         _check_dtypes(layer, expected, dtype)
         _check_repeats(layer, arrays, expected)
@@ -112,7 +144,8 @@ def _run(layer: Any, arrays: Sequence[Array]) -> list[Any]:
 def _check_dtypes(layer: Any, results: Sequence[Any], dtype: Any) -> None:
     for result in results:
         if result is not None:
-            assert result.dtype == dtype, f"{type(layer).__name__}: returns {result.dtype} for {numpy.dtype(dtype)}"
+            expected = numpy.dtype(dtype)
+            _require(result.dtype == expected, f"{type(layer).__name__}: returns {result.dtype} for {expected}")
 
 
 def _check_repeats(layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
@@ -126,9 +159,8 @@ def _check_repeats(layer: Any, arrays: Sequence[Array], expected: Sequence[Any])
     _check_equal(layer, "a result changes when the layer is called again", expected, kept)
     for kind, before in arrays_of.items():
         for i, (a, b) in enumerate(zip(before, getattr(layer, kind), strict=True)):
-            assert a is b, (
-                f"{type(layer).__name__}: backward replaces the array {kind}[{i}]; assign to {kind}[{i}][...]"
-            )
+            name = f"{kind}[{i}]"
+            _require(a is b, f"{type(layer).__name__}: backward replaces the array {name}; assign to {name}[...]")
 
 
 def _check_inputs(make: Callable[[Any], Any], arrays: Sequence[Array], expected: Sequence[Any], dtype: Any) -> None:
@@ -143,7 +175,7 @@ def _check_inputs(make: Callable[[Any], Any], arrays: Sequence[Array], expected:
         dout = np.ones_like(out) if out.ndim else 1
         result = [out, *_as_tuple(layer.backward(dout)), *layer.grads]
         _check_equal(layer, "an input is modified", given, arrays)
-        assert (to_cpu(dout) == 1).all(), f"{type(layer).__name__}: backward modifies dout"
+        _require(bool((to_cpu(dout) == 1).all()), f"{type(layer).__name__}: backward modifies dout")
         _check_close(layer, "read-only or non-contiguous inputs give a different result", result, expected)
 
 
@@ -159,7 +191,8 @@ def _check_batches(make: Callable[[Any], Any], arrays: Sequence[Array], dtype: A
 def _check_copies(layer: Any, arrays: Sequence[Array], expected: Sequence[Any]) -> None:
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - trusted data
         for i, p in enumerate(copied.params):
-            assert not np.may_share_memory(p, layer.params[i]), f"{type(layer).__name__}: a copy shares params[{i}]"
+            shared = np.may_share_memory(p, layer.params[i])
+            _require(not shared, f"{type(layer).__name__}: a copy shares params[{i}]")
         _check_close(layer, "a copy gives a different result", _run(copied, arrays), expected)
 
 
@@ -170,21 +203,26 @@ def _check_equal(layer: Any, what: str, results: Sequence[Any], expected: Sequen
 def _check_close(layer: Any, what: str, results: Sequence[Any], expected: Sequence[Any], rtol: float = 1e-4) -> None:
     for a, b in zip(results, expected, strict=True):
         same = (a is None and b is None) or numpy.allclose(to_cpu(a), to_cpu(b), rtol=rtol, atol=rtol)
-        assert same, f"{type(layer).__name__}: {what}"
+        _require(same, f"{type(layer).__name__}: {what}")
 
 
-def _differences(f: Callable[[], float], array: Array, eps: float) -> numpy.ndarray:
-    """Return the central differences of f with respect to each element of `array`, which f reads."""
-    result = numpy.empty(array.shape)
+def _require(condition: bool, message: str) -> None:
+    """Raise an AssertionError with `message` unless `condition` holds, under `python -O` too."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def _differences(f: Callable[[], float], array: Array, eps: float) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return the difference quotients from the left and from the right for each element of `array`, which f reads."""
+    left, right, middle = numpy.empty(array.shape), numpy.empty(array.shape), f()
     for index in numpy.ndindex(*array.shape):
         value = float(array[index])
         array[index] = value + eps
-        above = f()
+        right[index] = (f() - middle) / eps
         array[index] = value - eps
-        below = f()
+        left[index] = (middle - f()) / eps
         array[index] = value
-        result[index] = (above - below) / (2 * eps)
-    return result
+    return left, right
 
 
 def _as_input(a: Any, dtype: Any) -> Array:

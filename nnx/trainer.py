@@ -110,7 +110,7 @@ class TrainState:
 
 
 @dataclasses.dataclass
-class _Fit:
+class _FitContext:
     """The data and settings of one call of `Trainer.fit`."""
 
     data: ArrayData | BatchData
@@ -246,18 +246,18 @@ class Trainer:
         self._begin(hooks, max_epoch, data)
         self.eval_interval, self.validation = eval_interval, validation
         hooks = hooks.with_progress(verbose if self.comm.rank == 0 else False)
-        data.place()
+        data.to_device()
         self._running = True
         try:
             with defer_signals() as signals, hooks.running(self):
-                run = _Fit(data, max_grad, hooks, signals, TiedParameters(self.model.params))
+                run = _FitContext(data, max_grad, hooks, signals, TiedParameters(self.model.params))
                 self._callback_states = None  # only now: if on_begin raises, fit may be called again
                 self._run(run)
         finally:
             self._running = False
             release_batch(self.model)
 
-    def _run(self, run: _Fit) -> None:
+    def _run(self, run: _FitContext) -> None:
         """Run the epochs of a fit."""
         state = self.state
         self._exchange_stops(run)  # on_begin may have called `stop`
@@ -272,7 +272,7 @@ class Trainer:
             ) from None
         state.first_epoch, state.stop, self._callbacks, state.losses = None, False, None, WeightedMean()
 
-    def _run_epoch(self, run: _Fit) -> None:
+    def _run_epoch(self, run: _FitContext) -> None:
         """Run an epoch, or the rest of one that was resumed."""
         state, interval = self.state, self.eval_interval
         if not state.iteration:
@@ -296,7 +296,7 @@ class Trainer:
             state.val_list.append(self._evaluate(*self.validation))
         self._after_step(run, "on_epoch")
 
-    def _after_step(self, run: _Fit, event: str) -> None:
+    def _after_step(self, run: _FitContext, event: str) -> None:
         """Call the callbacks after a step or an epoch, and deliver a signal that has arrived."""
         run.callbacks(event, self)
         if event == "on_epoch":
@@ -308,7 +308,7 @@ class Trainer:
             self.comm.barrier()  # until rank 0 has saved
             run.signals.deliver()
 
-    def _train_step(self, run: _Fit, x: Array, t: Array, rows: int) -> Any:
+    def _train_step(self, run: _FitContext, x: Array, t: Array, rows: int) -> Any:
         """Take a step and return its loss: forward, backward, the sum over ranks, clipping, update."""
         model, loss = self.model, 0.0
         if len(x):  # a rank may have no row of a small batch
@@ -407,7 +407,7 @@ class Trainer:
                 raise ValueError(
                     f"Trainer.fit: the saved fit has begun {begun} epochs; max_epoch counts these too, got {max_epoch}"
                 )
-        callbacks.follow(self.model, self._callback_states if resumed else None)
+        callbacks.restore_states(self.model, self._callback_states if resumed else None)
         if not resumed:
             state.iteration, state.losses, state.stop = 0, WeightedMean(), False
         state.rows, state.batch_size, state.max_iter = data.rows, data.batch_size, data.max_iter
@@ -427,7 +427,7 @@ class Trainer:
         )
         self.comm.broadcast(self.model.params)
 
-    def _exchange_stops(self, run: _Fit) -> None:
+    def _exchange_stops(self, run: _FitContext) -> None:
         """Agree with the other ranks on the signal to deliver, and on whether to stop."""
         run.signal, self.state.stop = self.comm.exchange_stops((run.signals.pending, self.state.stop))
 

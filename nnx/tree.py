@@ -21,7 +21,6 @@ __all__ = [
     "attribute_names",
     "check_kinds",
     "check_savable",
-    "check_state",
     "is_savable",
     "layer_states",
     "memory_keys",
@@ -31,6 +30,7 @@ __all__ = [
     "object_state",
     "release_batch",
     "set_state",
+    "state_errors",
     "state_mismatches",
     "to_device",
 ]
@@ -177,17 +177,14 @@ def state_mismatches(name: str, current: Any, saved: Any) -> list[str]:
     return [f"{name}: {_describe(current)} here, {_describe(saved)} in the file"]
 
 
-def check_state(name: str, holder: Any, state: dict[str, Any]) -> list[str]:
-    """Return why `holder` cannot continue from `state`, if it has a method that tells: no line or one."""
+def state_errors(name: str, holder: Any, state: dict[str, Any]) -> list[str]:
+    """Return why `holder` cannot continue from `state`, if its `check_state` says so: no line or one."""
     try:
-        getattr(holder, "check_state", _accept)(state)
+        if hasattr(holder, "check_state"):
+            holder.check_state(state)
     except ValueError as error:
         return [f"{name}: {error}"]
     return []
-
-
-def _accept(state: dict[str, Any]) -> None:
-    pass
 
 
 def to_device(value: Any) -> Any:

@@ -101,7 +101,7 @@ def test_a_transposed_file_is_gathered_in_c_order(rng, tmp_path):
     t = numpy.arange(ROWS)
     order = rng.permutation(ROWS)
     data = module.ArrayData(x, t, 16, drop_last=False)
-    data.place()
+    data.to_device()
     parts = list(data.batches(order, 0, Comm(), "float32"))
     assert all(xs.flags.c_contiguous and xs.dtype == "float32" for xs, _, _ in parts)
     numpy.testing.assert_array_equal(nnx.to_cpu(np.concatenate([xs for xs, _, _ in parts])), x[order].astype("f"))
@@ -166,7 +166,7 @@ def test_a_gather_copies_only_its_rows(rng):
     x, t = column_slice(numpy.zeros((20000, 40), "float32")), numpy.zeros((20000, 2), int)[:, 1]
 
     data = module.ArrayData(x, t, 100, drop_last=False)
-    data.place()
+    data.to_device()
     data.bytes_at_once = 1
 
     def epoch():

@@ -1,5 +1,10 @@
 """The checkers must detect wrong gradients (by 0.1 %) and broken rules, and report where."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy
 import pytest
 from cases import CASES, B, W, X
@@ -140,3 +145,61 @@ def test_check_layer_with_several_inputs_and_integer_inputs(rng):
     check_layer(Lookup, numpy.array([0, 2, 2, 1]))
     with pytest.raises(AssertionError, match="gradient of input 1"):
         check_layer(lambda dtype: HalfProduct(), X, rng.standard_normal(X.shape))
+
+
+def masked(dtype):
+    """Return a right layer that holds a layer which draws new masks at every call."""
+    return nnx.Sequential([Affine(np.array(W, dtype), np.array(B, dtype)), nnx.Dropout(0.5, rng=0), nnx.ReLU()])
+
+
+def test_check_layer_accepts_layers_that_hold_dropout():
+    check_layer(masked, X)
+
+
+class Forgets(nnx.ReLU):
+    def backward(self, dout):
+        super().backward(dout)
+
+
+def test_backward_must_return_the_gradient_of_a_floating_input():
+    with pytest.raises(AssertionError, match="Forgets: backward returns no gradient of input 0, which is floating"):
+        check_gradients(Forgets(), X)
+    check_gradients(Affine(np.array(W, "float64"), np.array(B, "float64"), input_grad=False), X)
+    assert check_gradients(nnx.MeanSquaredError(), X, 2 * X) == 0  # whose targets need no gradient
+
+
+class WrongAtZero(nnx.ReLU):
+    """A rectifier whose gradient at 0 lies beyond those on both sides."""
+
+    def backward(self, dout):
+        return super().backward(dout) + 2 * dout * (self.out == 0)
+
+
+def test_elements_at_kinks_are_skipped_and_counted():
+    x = [[0.0, 1.0], [-1.0, 0.0]]
+    assert check_gradients(nnx.ReLU(), x) == 2
+    assert check_gradients(nnx.Tanh(), x) == 0
+    with pytest.raises(AssertionError, match="WrongAtZero: gradient of input 0 at"):
+        check_gradients(WrongAtZero(), x)
+
+
+def test_the_checks_hold_under_python_o(tmp_path):
+    script = tmp_path / "check.py"
+    script.write_text(
+        "from test_testing import *\n"
+        "for fault in ('adds', 'new array', 'aliases', 'dtype', 'copy'):\n"
+        "    try:\n"
+        "        check_layer(lambda dtype: Wrong(dtype, fault), X)\n"
+        "    except AssertionError:\n"
+        "        print(fault)\n"
+    )
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    done = subprocess.run(
+        [sys.executable, "-O", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n") == ["adds", "new array", "aliases", "dtype", "copy", ""]

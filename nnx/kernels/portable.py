@@ -1,15 +1,17 @@
 """The portable kernels, for NumPy and CuPy alike: the reference implementation for `native` and `cuda`.
 
 N rows (all leading axes together), D features, H outputs, C classes, V rows of a vocabulary; arrays
-have at least one axis. Kernels do not modify their arguments unless their docstring says so; they work in
-place only on arrays that they allocate. float16 is computed in float32. NumPy's floating-point warnings are
-disabled only where overflow to infinity or underflow to 0 is correct; CuPy issues none.
+have at least one axis, except those of elementwise functions. Kernels do not modify their arguments
+unless their docstring says so; they work in place only on arrays that they allocate. float16 is computed
+in float32. NumPy's floating-point warnings are disabled only where overflow to infinity or underflow to 0
+is correct; CuPy issues none.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy
@@ -64,6 +66,18 @@ __all__ = [
 _TINY = 2.0**-700
 
 
+def _elementwise(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """Let `kernel` take arrays without axes, of which NumPy would make scalars."""
+
+    @functools.wraps(kernel)
+    def any_shape(x: Array, *others: Array) -> Array:
+        if x.ndim:
+            return kernel(x, *others)
+        return kernel(x.reshape(1), *(a.reshape(1) for a in others)).reshape(())
+
+    return any_shape
+
+
 def gather(x: Array, idx: Array) -> Array:
     """Return the rows `idx` of `x`; `take` would first copy a non-contiguous `x` as a whole."""
     return x.take(idx, axis=0) if x.flags.c_contiguous else x[idx]
@@ -109,6 +123,7 @@ def bias_grad(dout: Array, out: Array) -> None:
 # ---- activations ------------------------------------------------------------------------------------
 
 
+@_elementwise
 @numpy.errstate(over="ignore", under="ignore")
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + exp(-x)); exp may overflow to infinity, whose reciprocal is 0."""
@@ -119,6 +134,7 @@ def sigmoid(x: Array) -> Array:
     return y.astype(x.dtype, copy=False)
 
 
+@_elementwise
 @quiet
 def sigmoid_grad(dout: Array, y: Array) -> Array:
     """Return dout * y * (1 - y)."""
@@ -128,22 +144,26 @@ def sigmoid_grad(dout: Array, y: Array) -> Array:
     return dx
 
 
+@_elementwise
 def relu(x: Array) -> Array:
     """Return max(x, 0); NaN stays NaN."""
     return np.maximum(x, 0)
 
 
+@_elementwise
 def relu_grad(dout: Array, y: Array) -> Array:
     """Return `dout` where y > 0, else 0 (also where `dout` is infinite)."""
     return np.where(y > 0, dout, 0)
 
 
+@_elementwise
 @quiet
 def tanh(x: Array) -> Array:
     """Return tanh(x)."""
     return np.tanh(x)
 
 
+@_elementwise
 @quiet
 def tanh_grad(dout: Array, y: Array) -> Array:
     """Return dout * (1 - y**2)."""
@@ -153,6 +173,7 @@ def tanh_grad(dout: Array, y: Array) -> Array:
     return dx
 
 
+@_elementwise
 @quiet
 def gelu(x: Array) -> Array:
     """Return x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 * x**3)."""
@@ -160,6 +181,7 @@ def gelu(x: Array) -> Array:
     return (np.where(x < 0, c, x) * s).astype(x.dtype, copy=False)
 
 
+@_elementwise
 @quiet
 def gelu_grad(dout: Array, x: Array) -> Array:
     """Return dout * (s + x * s * (1 - s) * 2 * du/dx), s = (1 + tanh(u)) / 2."""

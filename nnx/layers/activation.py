@@ -1,10 +1,10 @@
-"""Activation layers: elementwise functions, and softmax over the last axis. x, y, dout: (..., C)."""
+"""Activation layers: elementwise functions of any shape, also of one number, and softmax over the last axis."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from nnx.checks import as_floating, check_grad_output
+from nnx.checks import as_floating, as_scores, check_grad_output
 from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh, tanh_grad
 from nnx.np import Array
 
@@ -14,9 +14,8 @@ __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
 class Sigmoid:
     """The logistic function y = 1 / (1 + exp(-x)), accurate in both tails."""
 
-    out: Array  # y of the last forward pass
-
     batch_names = ("out",)
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -36,9 +35,8 @@ class Sigmoid:
 class ReLU:
     """The rectifier y = max(x, 0); its gradient at 0 is 0."""
 
-    out: Array  # y of the last forward pass
-
     batch_names = ("out",)
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -58,9 +56,8 @@ class ReLU:
 class Tanh:
     """The hyperbolic tangent y = tanh(x)."""
 
-    out: Array  # y of the last forward pass
-
     batch_names = ("out",)
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -87,9 +84,8 @@ class GELU:
     Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2.
     """
 
-    x: Array  # input of the last forward pass
-
     batch_names = ("x",)
+    x: Array  # input of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -109,9 +105,8 @@ class GELU:
 class Softmax:
     """The softmax function y = exp(x) / sum(exp(x)) over the last axis."""
 
-    out: Array  # y of the last forward pass
-
     batch_names = ("out",)
+    out: Array  # y of the last forward pass
 
     def __init__(self) -> None:
         self.params: list[Array] = []
@@ -119,7 +114,7 @@ class Softmax:
 
     def forward(self, x: Any) -> Array:
         """Return softmax(x)."""
-        self.out = softmax(as_floating(x, None, "Softmax"))
+        self.out = softmax(as_scores(x, "Softmax"))
         return self.out
 
     def backward(self, dout: Any) -> Array:

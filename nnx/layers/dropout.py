@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from nnx.checks import as_floating, check_grad_output
+from nnx.checks import as_floating, check_grad_output, check_number
 from nnx.device import quiet
 from nnx.kernels import dropout
 from nnx.np import Array, np
@@ -40,8 +41,7 @@ class Dropout:
     state_names = ("seed", "calls")
 
     def __init__(self, dropout_ratio: float = 0.5, *, rng: Any = None) -> None:
-        if not 0 <= dropout_ratio < 1:
-            raise ValueError(f"Dropout: dropout_ratio must be in [0, 1), got {dropout_ratio}")
+        check_number("Dropout: dropout_ratio", dropout_ratio, 0, math.nextafter(1, 0))
         self.params: list[Array] = []
         self.grads: list[Array] = []
         self.dropout_ratio = dropout_ratio

@@ -31,9 +31,8 @@ class Embedding:
     """
 
     param_names = ("W",)
-    idx: Array
-
     batch_names = ("idx",)
+    idx: Array
 
     def __init__(self, W: Array) -> None:
         check_weights("Embedding", W=W)
@@ -52,4 +51,4 @@ class Embedding:
         """Write the gradient of W: for each index the sum of its rows of dout, added in row order."""
         W = self.params[0]
         dout = check_grad_output(self, dout, (*self.idx.shape, W.shape[1]), W.dtype)
-        embedding_grad(self.idx.reshape(-1), dout.reshape(-1, W.shape[1]), self.grads[0])
+        embedding_grad(self.idx.reshape(-1), dout.reshape(self.idx.size, W.shape[1]), self.grads[0])

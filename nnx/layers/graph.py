@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-from nnx.checks import as_floating, check_grad_output
+from nnx.checks import as_floating, check_grad_output, check_integer
 from nnx.device import quiet
 from nnx.kernels import accumulation_dtype
 from nnx.np import Array, np
@@ -28,11 +27,9 @@ class Repeat:
     batch_names = ("x",)
 
     def __init__(self, N: int) -> None:
-        if operator.index(N) < 1:
-            raise ValueError(f"Repeat: N must be at least 1, got {N}")
         self.params: list[Array] = []
         self.grads: list[Array] = []
-        self.N = N
+        self.N = check_integer("Repeat: N", N)
 
     def forward(self, x: Any) -> Array:
         """Return N copies of x along axis 0."""

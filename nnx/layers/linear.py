@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nnx.checks import as_floating, check_grad_output, check_weights
@@ -108,4 +109,4 @@ class Affine(MatMul):
 
 def _rows(a: Array) -> Array:
     """Return `a` with its leading axes flattened, as BLAS requires."""
-    return a.reshape(-1, a.shape[-1])
+    return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])  # -1 fails if there are no features

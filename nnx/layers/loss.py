@@ -9,6 +9,7 @@ elements of t. If all weights are 0, the loss and its gradient are 0.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy
@@ -94,8 +95,10 @@ class _ClassLoss(_Loss):
             if class_weight.ndim != 1:
                 raise ValueError(f"{name}: class_weight must have one number per class, got shape {class_weight.shape}")
             class_weight = as_floating(class_weight, np.float64, name)
-        if ignore_label is not None and not hasattr(ignore_label, "__index__"):
-            raise TypeError(f"{name}: ignore_label must be an integer or None, got {ignore_label!r}")
+        if ignore_label is not None and (
+            not isinstance(ignore_label, numbers.Integral) or isinstance(ignore_label, bool)
+        ):
+            raise TypeError(f"{name}: ignore_label must be an integer or None, got {ignore_label!r:.80}")
         self.class_weight = class_weight
         self.ignore_label = ignore_label
 
@@ -280,6 +283,8 @@ class MeanSquaredError(_Loss):
 
 def _check_same_shape(name: str, t: Array, shape: tuple[int, ...]) -> Array:
     """Return the targets `t`; raise if their shape is not `shape` or the batch is empty."""
+    if not shape:
+        raise ValueError(f"{name}: x must have at least one axis, the rows, got a single number")
     if t.shape != shape:
         raise ValueError(f"{name}: t must have the shape of x {shape}, got {t.shape}; use reshape")
     if t.size == 0:

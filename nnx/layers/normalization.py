@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from nnx.checks import as_floating, check_grad_output, check_weights
+from nnx.checks import as_floating, check_grad_output, check_number, check_weights
 from nnx.device import quiet
 from nnx.kernels import accumulation_dtype, batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
 from nnx.np import Array, np
@@ -25,14 +25,14 @@ class _Norm:
     def __init__(self, gamma: Array, beta: Array, eps: float = 1e-5) -> None:
         name = type(self).__name__
         check_weights(name, gamma=gamma, beta=beta)
-        if gamma.ndim != 1 or gamma.shape != beta.shape or gamma.dtype != beta.dtype:
+        if gamma.ndim != 1 or not gamma.size or gamma.shape != beta.shape or gamma.dtype != beta.dtype:
             raise ValueError(
-                f"{name}: gamma and beta must have one axis, the features, and the same shape and dtype; "
+                f"{name}: gamma and beta must have one axis, of one or more features, and the same shape and dtype; "
                 f"got {gamma.dtype} {gamma.shape} and {beta.dtype} {beta.shape}"
             )
         self.params = [gamma, beta]
         self.grads = [np.zeros(gamma.shape, gamma.dtype), np.zeros(beta.shape, beta.dtype)]
-        self.eps = eps
+        self.eps = check_number(f"{name}: eps", eps, 0)
 
     def _rows(self, x: Any) -> Array:
         """Return `x` checked, as (N, D), and store its shape."""
@@ -114,7 +114,7 @@ class BatchNorm(_Norm):
 
     def __init__(self, gamma: Array, beta: Array, momentum: float = 0.9, eps: float = 1e-5) -> None:
         super().__init__(gamma, beta, eps)
-        self.momentum = momentum
+        self.momentum = check_number("BatchNorm: momentum", momentum, 0, 1)
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
         self.running_var = np.ones(gamma.shape, accumulation_dtype(gamma.dtype))
 
