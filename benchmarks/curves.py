@@ -5,6 +5,7 @@
 The exit status is 1 if any loss in the 300 epochs differs by more than LIMIT.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -31,7 +32,9 @@ def curve(gpu):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["train"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=["train"], help=argparse.SUPPRESS)
+    if parser.parse_args().task:
         print(json.dumps(train()))
     else:
         cpu, gpu = curve("0"), curve("1")

@@ -7,11 +7,12 @@ except for the driver's 2 µs or so per launch. It needs CuPy-on-CPU, which can 
 them, and serves to compare designs; it is not a time on a GPU.
 """
 
+import argparse
 import functools
+import importlib
 import statistics
 import time
 
-import cupy_on_cpu
 import numpy
 
 from benchmarks import peers, report
@@ -63,6 +64,7 @@ def launches(call):
     for _ in range(3):
         call()
     np.cuda.get_current_stream().synchronize()
+    cupy_on_cpu = importlib.import_module("cupy_on_cpu")
     cupy_on_cpu.reset()
     call()
     return cupy_on_cpu.counters()["launches"]
@@ -81,7 +83,7 @@ def measure(rounds, repeats):
     counts = {name: launches(call) for name, call in timed.items()}
     times = {name: [] for name in timed}
     products = {name: [] for name in timed}
-    with cupy_on_cpu.free_work():
+    with importlib.import_module("cupy_on_cpu").free_work():
         for _ in range(rounds):
             for name, call in timed.items():
                 seconds(call, repeats // 10)  # warm up again after the others
@@ -104,4 +106,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -10,6 +10,10 @@
 # exceeds its time limit (it then gets SIGINT) does not end the run, but the exit status is nonzero.
 set -uo pipefail
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
+  exit
+fi
 folder=$(realpath -m "${1:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -17,7 +21,8 @@ export NNX_GPU=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$folder"
-touch "$work/stages"
+stages=$folder/stages.tsv # written as each stage ends, as its log is: also a run that is cut short tells something
+: >"$stages"
 failures=0
 
 stage() { # NAME SECONDS COMMAND...: run it, record name, verdict, seconds and the last line of output
@@ -32,25 +37,27 @@ stage() { # NAME SECONDS COMMAND...: run it, record name, verdict, seconds and t
     *) verdict="FAILED: status $status" ;;
   esac
   [ "$status" -eq 0 ] || failures=$((failures + 1))
-  printf '%s\t%s\t%s\t%s\n' "$name" "$verdict" $((SECONDS - begin)) "$(tail -n 1 "$folder/$name.log")" >>"$work/stages"
+  printf '%s\t%s\t%s\t%s\n' "$name" "$verdict" $((SECONDS - begin)) "$(tail -n 1 "$folder/$name.log")" >>"$stages"
 }
 
-stage preflight 30 "$python" -m nnx
-# deprecation warnings are not errors here, and CI has compiled the kernels for all architectures
+# The most telling stages come first; their limits add up to 540 s. Deprecation warnings are not errors here, and CI
+# has compiled the kernels for all architectures.
 tests=("$python" -m pytest -q --tb=short --maxfail=20 -W default)
-stage suite 150 "${tests[@]}" -m "not gpu and not slow" --ignore=tests/test_distributed.py
-stage ranks 80 "${tests[@]}" tests/test_distributed.py
+stage preflight 30 "$python" -m nnx
+stage native 30 "$python" setup.py -q build_ext --inplace
 stage cuda-against-portable 90 "${tests[@]}" -m gpu -k "not compiles_for"
-stage curves 35 "$python" -m benchmarks.curves
-stage benchmarks 90 "$python" -m pytest benchmarks -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds \
-  --benchmark-json="$work/benchmarks.json"
+stage suite 140 "${tests[@]}" -m "not gpu and not slow" --ignore=tests/test_distributed.py
+stage curves 30 "$python" -m benchmarks.curves
 beside=(floor nnx 'PyTorch eager' jax.jit)
 groups=('2-10-3/30' '784-512-10/128' '1024-4096-1024/512')
 only=('layers/* 32x64' 'layers/* 1024x1024' 'layers/* 1024-4096-1024')
 for group in "${groups[@]}"; do only+=("${beside[@]/#/$group/}"); done
-stage peers 100 "$python" -m benchmarks.compare --quick --only "${only[@]}" --out "$folder/peers"
-stage report 15 "$python" -m benchmarks.report "$work/benchmarks.json" "$work/stages" "$folder"
+stage peers 80 "$python" -m benchmarks.compare --quick --only "${only[@]}" --out "$folder/peers"
+stage ranks 70 "${tests[@]}" tests/test_distributed.py
+stage benchmarks 60 "$python" -m pytest benchmarks -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds \
+  --benchmark-json="$work/benchmarks.json"
+stage report 10 "$python" -m benchmarks.report "$work/benchmarks.json" "$stages" "$folder"
 
 printf '\n== summary\n'
-column -t -s $'\t' "$work/stages" 2>/dev/null || cat "$work/stages"
+column -t -s $'\t' "$stages" 2>/dev/null || cat "$stages"
 [ "$failures" -eq 0 ]

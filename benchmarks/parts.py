@@ -6,8 +6,8 @@ The parts of every step of a workload D-H-C/N are timed, alternating with its pr
 `peers.py`. Times are medians; the overhead of the clock is subtracted.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from collections import defaultdict
 
@@ -97,4 +97,7 @@ def main(workloads):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [group for group in GROUPS if "/" in group and " " not in group])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = [group for group in GROUPS if "/" in group and " " not in group]
+    parser.add_argument("workloads", nargs="*", default=every, metavar="WORKLOAD", help="such as 784-512-10/128")
+    main(**vars(parser.parse_args()))

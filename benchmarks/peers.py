@@ -14,6 +14,7 @@ the JOBS, are complete programs. D inputs, H hidden (one or more), C classes, N 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import itertools
@@ -443,4 +444,10 @@ def main(device, variant, task, *data):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device")
+    parser.add_argument("variant")
+    parser.add_argument("task")
+    parser.add_argument("data", nargs="*")
+    arguments = parser.parse_args()
+    main(arguments.device, arguments.variant, arguments.task, *arguments.data)

@@ -6,6 +6,7 @@ The first is pytest-benchmark's file, the second has one line per stage. The tab
 one column per variant: the median, and its ratio to the first one in the row.
 """
 
+import argparse
 import contextlib
 import datetime
 import io
@@ -13,7 +14,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from nnx import np, show_config
@@ -108,4 +108,7 @@ def main(benchmarks, stages, folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("benchmarks", "stages", "folder"):
+        parser.add_argument(name)
+    main(**vars(parser.parse_args()))

@@ -70,7 +70,7 @@ class Wrong(Affine):
         ("one element", r"gradient of params\[0\] at \(1, 2\): backward gives .*, the difference quotient"),
         ("adds", "must write, not add"),
         ("new array", r"backward replaces the array grads\[0\]"),
-        ("writes input", "an input is modified|gradient of"),
+        ("writes input", "an input is modified|gradient of|read-only"),
         ("writes dout", "modifies dout|gradient"),
         ("aliases", "a result changes when the layer is called again"),
         ("dtype", "returns float64 for float32"),
