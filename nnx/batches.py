@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import numbers
 import zlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -84,7 +85,7 @@ class ArrayData:
     """
 
     def __init__(self, x: Array, t: Array, batch_size: int, drop_last: bool) -> None:
-        self.x, self.t, self.rows, self.batch_size = x, t, len(x), batch_size
+        self.x, self.t, self.rows, self.batch_size = x, t, len(x), int(batch_size)
         self.max_iter = len(x) // batch_size if drop_last else -(-len(x) // batch_size)
 
     def to_device(self) -> None:
@@ -99,16 +100,14 @@ class ArrayData:
         """Return the rows of an epoch, in random order."""
         return rng.permutation(self.rows)[: self.max_iter * self.batch_size]
 
-    def batches(
-        self, order: numpy.ndarray, iteration: int, comm: Any, dtype: Any
-    ) -> Iterator[tuple[Array, Array, int]]:
-        """Yield this process's shard of each batch of the rows `order`, and the number of rows of the whole batch.
+    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[Array, Array, int]]:
+        """Yield this process's shard of each batch of the permutation, and the number of rows of the whole batch.
 
         As many shards as fit in `bytes_at_once` are gathered together and yielded as slices, the last one as a copy:
         a model keeps its last input, and a slice would keep all of the gathered rows in memory. Floating data are
         cast to `dtype`. A shard is empty if the batch has fewer rows than there are processes.
         """
-        x, t, batch_size = self.x, self.t, self.batch_size
+        x, t, batch_size, order = self.x, self.t, self.batch_size, state.permutation
         full = len(order) // batch_size * batch_size
         shard, last = comm.shard(batch_size), comm.shard(len(order) - full)
         rows = numpy.concatenate([order[:full].reshape(-1, batch_size)[:, shard].reshape(-1), order[full:][last]])
@@ -136,16 +135,22 @@ class BatchData:
     rows = batch_size = 0
 
     def __init__(self, batches: Any, max_epoch: int) -> None:
-        if not isinstance(batches, Iterable) or isinstance(batches, numpy.ndarray | Array):
+        try:
+            if isinstance(batches, numpy.ndarray | Array | str | dict):
+                raise TypeError
+            iter(batches)
+        except TypeError:
             raise TypeError(
                 f"Trainer.fit: without t, x must be an iterable of batches (x, t), got {type(batches).__name__}"
-            )
+            ) from None
         if isinstance(batches, Iterator) and max_epoch > 1:
             raise TypeError(
                 f"Trainer.fit: {type(batches).__name__} yields its batches once, and max_epoch is {max_epoch}; pass "
                 "an object whose __iter__ starts again, such as a list"
             )
-        self.iterable, self.max_iter = batches, len(batches) if isinstance(batches, Sized) else 0
+        self.iterable, self.max_iter = batches, 0
+        with contextlib.suppress(TypeError):  # no length
+            self.max_iter = len(batches)
 
     def to_device(self) -> None:
         """Do nothing: each batch is moved to the device when it comes."""
@@ -154,11 +159,9 @@ class BatchData:
         """Return no rows: the user's batches come in their own order."""
         return numpy.zeros(0, numpy.int64)
 
-    def batches(
-        self, order: numpy.ndarray, iteration: int, comm: Any, dtype: Any
-    ) -> Iterator[tuple[Array, Array, int]]:
-        """Yield this process's shard of each batch after the first `iteration`, and the rows of the whole batch."""
-        for data in itertools.islice(self.iterable, iteration, None):
+    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[Array, Array, int]]:
+        """Yield this process's shard of each batch after those of `iteration`, and the rows of the whole batch."""
+        for data in itertools.islice(iter(self.iterable), state.iteration, None):
             x, t = check_same_length("Trainer.fit: a batch", *_pair("Trainer.fit: a batch", data))
             part = comm.shard(len(x))
             xs, ts = asarray(x[part]), asarray(t[part])
@@ -204,8 +207,20 @@ def check_validation(model: Any, validation: Any) -> Sequence[Array]:
     checked = check_data("Trainer.fit: validation", model, validation, copy=False)
     if not hasattr(model, "evaluate"):
         raise TypeError("Trainer.fit: validation needs a model with evaluate(x, t) that returns loss, accuracy")
-    model.evaluate(*(data[:1] for data in validation))
+    row = _counted_row(model, checked[1])
+    result = model.evaluate(*(data[row : row + 1] for data in validation))
+    if not (isinstance(result, tuple | list) and len(result) == 2):
+        raise TypeError(
+            f"Trainer.fit: {type(model).__name__}.evaluate must return (loss, accuracy), got {result!r:.80}"
+        )
     return checked
+
+
+def _counted_row(model: Any, t: Array) -> int:
+    """Return the first row with a label that the loss does not ignore."""
+    ignored = getattr(getattr(model, "loss_layer", None), "ignore_label", None)
+    counted = to_cpu(t).reshape(len(t), -1) != ignored if ignored is not None else numpy.ones((1, 1), bool)
+    return int(counted.any(axis=1).argmax())
 
 
 def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[Array, Array]:

@@ -22,6 +22,7 @@ import numpy
 from nnx import checkpoint
 from nnx.checks import check_integer
 from nnx.np import Array
+from nnx.signals import NestedInterrupt
 from nnx.tree import (
     check_kinds,
     check_savable,
@@ -72,7 +73,8 @@ class Callback:
         """Prepare for a fit of `model`, which may continue an interrupted one."""
         if self._model is not None and self._model() is not model:
             self.reset()
-        self._model = weakref.ref(model) if hasattr(model, "__weakref__") else lambda: model
+        reference = weakref.ref(model) if hasattr(model, "__weakref__") else lambda: model
+        object.__setattr__(self, "_model", reference)  # the callback may be a frozen dataclass
 
     def __getstate__(self) -> dict[str, Any]:  # weak references cannot be pickled
         return {name: value for name, value in vars(self).items() if name != "_model"}
@@ -172,7 +174,7 @@ class EarlyStopping(Callback):
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless the state holds numbers."""
-        check_kinds(state, numbers.Real, *self.state_names)
+        check_kinds(state, numbers.Real, *EarlyStopping.state_names)
 
     def reset(self) -> None:
         """Discard the lowest loss."""
@@ -215,9 +217,10 @@ class BestWeights(Callback):
         """Raise a ValueError unless the state holds two numbers and floating arrays."""
         check_kinds(state, numbers.Real, "best_loss", "epoch")
         check_kinds(state, list, "weights")
-        if not all(getattr(a, "dtype", numpy.dtype(int)).kind == "f" for a in state["weights"]):
+        weights = state.get("weights", ())
+        if not all(getattr(a, "dtype", numpy.dtype(int)).kind == "f" for a in weights):
             raise ValueError("weights must be floating arrays")
-        if not state["weights"] and state["best_loss"] < math.inf:
+        if not weights and "weights" in state and state["best_loss"] < math.inf:
             raise ValueError("the weights of best_loss are missing")
 
     def reset(self) -> None:
@@ -303,6 +306,7 @@ class Checkpoint(Callback):
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         checkpoint.import_safetensors()
+        checkpoint.optimizer_state(trainer.optimizer)  # raises now what a save would raise
         self.folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self.folder.glob(f"{checkpoint.TEMP_PREFIX}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -387,7 +391,10 @@ class CallbackList:
     def __call__(self, event: str, trainer: Any) -> None:
         """Call the methods for `event`."""
         for hook in self._hooks[event]:
-            hook(trainer)
+            try:
+                hook(trainer)
+            except NestedInterrupt:  # of a fit in the callback; the signal is still pending
+                continue
 
     def with_progress(self, verbose: bool | None) -> CallbackList:
         """Return these callbacks after one that shows progress, unless `verbose` is False; None is as in fit."""

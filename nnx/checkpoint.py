@@ -11,6 +11,7 @@ array, the settings of the layers, versions, and a digest of all metadata and ar
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from nnx._version import __version__
 from nnx.device import to_cpu
 from nnx.np import Array, np
 from nnx.tree import (
+    SAVABLE_DTYPES,
     check_savable,
     is_savable,
     layer_states,
     name_list,
     named_arrays,
     named_layers,
+    object_state,
     set_state,
     state_errors,
     state_mismatches,
@@ -53,7 +56,8 @@ _DTYPES = {  # of the files; NumPy has no others of them
     "BOOL": "bool",
     "C64": "complex64",
 }
-_TENSOR, _PARAM = "$tensor", "$param"  # JSON objects that stand for an array of the file, and of the model
+# Keys of JSON objects that stand for an array of the file, one of the model, a tuple, and a NumPy scalar.
+_TENSOR, _PARAM, _TUPLE, _SCALAR = "$tensor", "$param", "$tuple", "$scalar"
 
 
 def save(
@@ -100,9 +104,15 @@ def save(
     states = {name: state for name, (_, state) in _states(model, optimizer, trainer).items()}
     for name, state in states.items():
         check_savable(name, state)
+    text = json.dumps({name: _pack(state, name, tensors, model) for name, state in states.items()})
+    if len(text) > _MAX_METADATA:
+        raise OSError(
+            f"{path}: not saved: the state has {len(text)} characters, more than {_MAX_METADATA}; keep long lists in "
+            "arrays"
+        )
     metadata = {
         "nnx.format": _FORMAT,
-        "nnx.state": json.dumps({name: _pack(state, name, tensors, model) for name, state in states.items()}),
+        "nnx.state": text,
         "nnx.layers": json.dumps(layer_config(model)),
         "nnx.versions": json.dumps(
             {
@@ -163,22 +173,43 @@ def load(
         receivers = {name: receiver for name, receiver in receivers.items() if _kind(name) != "model"}
     requested = {"model", *map(_kind, receivers)}
     saved = _unpack(path, file, model, [name for name in file.states if _kind(name) in requested])
-    differences = array_mismatches(file, targets, ignored)
-    differences += state_mismatches("", {name: state for name, (_, state) in receivers.items()}, saved)
-    if not differences:
-        for name, (holder, _) in receivers.items():
-            differences += state_errors(name, holder, saved[name])
+    ignored |= _move_unset_arrays(file, receivers, saved)
+    differences = array_mismatches(file, targets, ignored | _references(file.states))
+    differences += [f"{name}: in the file, but not here" for name in saved if name not in receivers]
+    for name, (holder, state) in receivers.items():
+        if name not in saved:
+            differences.append(f"{name}: here, but not in the file")
+        else:
+            differences += state_mismatches(name, state, saved[name]) or state_errors(name, holder, saved[name])
     if differences:
         raise ValueError("\n  ".join([f"{path} does not fit, and nothing was loaded:", *differences]))
-    try:
-        values = {name: np.asarray(file.read(name)) for name in targets}
-        states = {name: state if name == "trainer" else to_device(state) for name, state in saved.items()}
-    except TypeError as error:
-        raise ValueError(f"{path}: an array cannot be restored: {error}") from error
+    values = {name: np.asarray(file.read(name)) for name in targets}
+    states = {name: state if name == "trainer" else to_device(state) for name, state in saved.items()}
     for name, array in targets.items():
         array[...] = values[name]
     for name, (holder, _) in receivers.items():
-        set_state(holder, states[name])
+        (holder.load_state_dict if name == "trainer" else functools.partial(set_state, holder))(states[name])
+
+
+def _move_unset_arrays(file: _Reader, receivers: dict[str, Any], saved: dict[str, Any]) -> set[str]:
+    """Move arrays of the file to the states of layers that have None there so far; return their names."""
+    moved = set()
+    for name, (_, state) in receivers.items():
+        for attribute, value in state.items():
+            array = f"{name}.{attribute}".removeprefix("model.")
+            if value is None and _kind(name) == "model" and array in file.arrays:
+                saved.setdefault(name, {})[attribute] = file.read(array)
+                moved.add(array)
+    return moved
+
+
+def _references(value: Any) -> set[str]:
+    """Return the names of the arrays to which states as JSON refer."""
+    if isinstance(value, dict):
+        name = value.get(_TENSOR)
+        inside: Iterable[Any] = value.values()
+        return {name} if isinstance(name, str) else set().union(*map(_references, inside))
+    return set().union(*map(_references, value)) if isinstance(value, list) else set()
 
 
 def make_filename(epoch: int, iteration: int) -> str:
@@ -211,14 +242,14 @@ def latest_checkpoint(folder: str | Path) -> Path:
         try:
             _read(path)
             return path
-        except ValueError as error:
+        except _DamagedFileError as error:
             _set_aside(path, error)
         except OSError:  # not readable, or another process has removed it
             continue
     raise FileNotFoundError(f"{folder}: no intact checkpoint found")
 
 
-def _set_aside(path: Path, error: ValueError) -> None:
+def _set_aside(path: Path, error: Exception) -> None:
     try:
         path.replace(f"{path}.damaged")
     except OSError as refused:
@@ -237,8 +268,23 @@ def layer_config(model: Any) -> dict[str, Any]:
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return the state of an optimizer: its public attributes that can be saved."""
-    return {n: v for n, v in vars(optimizer).items() if not n.startswith("_") and is_savable(v)}
+    """Return the state of an optimizer: public attributes that can be saved, hyperparameters, and its `state_names`.
+
+    Raises
+    ------
+    TypeError
+        For an attribute that holds another optimizer, whose state would be lost.
+    """
+    attributes = {n: v for n, v in getattr(optimizer, "__dict__", {}).items() if not n.startswith("_")}
+    listed = object_state(optimizer)
+    for name, value in attributes.items():
+        if hasattr(value, "update") and not is_savable(value) and not listed:
+            raise TypeError(
+                f"{type(optimizer).__name__}.{name}: the state of an optimizer within another is not saved; list the "
+                "attributes to save in state_names"
+            )
+    settings = {n: getattr(optimizer, n) for n in getattr(optimizer, "_settings", ())}  # may be properties
+    return {n: v for n, v in attributes.items() if is_savable(v)} | settings | listed
 
 
 def _states(model: Any, optimizer: Any, trainer: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -260,11 +306,7 @@ def array_mismatches(file: _Reader, arrays: Mapping[str, Array], ignored: Collec
     """Describe how the arrays of `file` differ from those of the model; all names are those in the file."""
     lines = []
     for name in file.arrays:
-        if (
-            name not in arrays
-            and name not in ignored
-            and not (file.is_checkpoint and name.startswith(("model.", "optimizer.", "trainer.")))
-        ):
+        if name not in arrays and name not in ignored:
             lines.append(f"{name}: in the file, but not in the model")
     for name, array in arrays.items():
         expected, entry = (array.dtype.name, array.shape), file.arrays.get(name)
@@ -309,41 +351,69 @@ def _pack(value: Any, name: str, tensors: dict[str, Any], model: Any) -> Any:
     if isinstance(value, dict):
         return {key: _pack(v, f"{name}.{key}", tensors, model) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_pack(v, f"{name}.{i}", tensors, model) for i, v in enumerate(value)]
+        packed = [_pack(v, f"{name}.{i}", tensors, model) for i, v in enumerate(value)]
+        return packed if isinstance(value, list) else {_TUPLE: packed}
     if isinstance(value, numpy.generic):
-        return value.item()
+        return {_SCALAR: [value.dtype.name, value.item()]}
     if not isinstance(value, Array | numpy.ndarray):
         return value
     for i, p in enumerate(model.params):
         if p is value:
             return {_PARAM: i}
+    if name in tensors:
+        raise ValueError(f"two arrays are named {name}")
     tensors[name] = value
     return {_TENSOR: name}
 
 
 def _unpack(path: Path, file: _Reader, model: Any, names: Iterable[str]) -> dict[str, Any]:
     """Return the states `names` of a file, with host arrays; the inverse of `_pack`, for untrusted files."""
-    used: set[str] = set()
-
-    def unpack(value: Any) -> Any:
-        if isinstance(value, list):
-            return [unpack(v) for v in value]
-        if not isinstance(value, dict):
-            return value
-        name, index = value.get(_TENSOR), value.get(_PARAM)
-        if value.keys() == {_TENSOR} and isinstance(name, str) and name in file.arrays and name not in used:
-            used.add(name)  # a second reference would make two arrays one
-            return file.read(name)
-        if value.keys() == {_PARAM} and isinstance(index, int) and 0 <= index < len(model.params):
-            return model.params[index]
-        if value.keys() & {_TENSOR, _PARAM}:
-            raise ValueError(f"{path}: it refers to an array {value!r:.80} that is in neither the file nor the model")
-        return {key: unpack(v) for key, v in value.items()}
-
+    unpack = _Unpacker(file, model.params)
     try:
         return {name: unpack(file.states[name]) for name in names}
     except RecursionError as error:
-        raise ValueError(f"{path}: metadata is nested too deeply") from error
+        raise _DamagedFileError(f"{path}: metadata is nested too deeply") from error
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        raise ValueError(f"{path}: invalid state: {error}") from error
+
+
+class _Unpacker:
+    """Replaces the objects that stand for arrays, parameters, tuples and scalars."""
+
+    def __init__(self, file: _Reader, params: Sequence[Array]) -> None:
+        self.file, self.params = file, params
+        self.used: set[Any] = set()
+        self.kinds = {_TENSOR: self.tensor, _PARAM: self.param, _TUPLE: self.tuple, _SCALAR: self.scalar}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        (kind, content), *others = value.items() or [("", None)]
+        if kind in self.kinds and not others:
+            return self.kinds[kind](content)
+        return {key: self(v) for key, v in value.items()}
+
+    def tensor(self, name: Any) -> Any:
+        if name not in self.file.arrays or name in self.used:  # a second reference would make two arrays one
+            raise ValueError(f"it refers to an array {name!r:.80} that is not in the file, or twice")
+        self.used.add(name)
+        return self.file.read(name)
+
+    def param(self, index: Any) -> Any:
+        if not isinstance(index, int) or not 0 <= index < len(self.params):
+            raise ValueError(f"it refers to parameter {index!r:.80}, and the model has {len(self.params)}")
+        return self.params[index]
+
+    def tuple(self, values: Any) -> Any:
+        return tuple(map(self, values))
+
+    def scalar(self, content: Any) -> Any:
+        dtype, value = content
+        if dtype not in SAVABLE_DTYPES:
+            raise ValueError(f"it has a number of dtype {dtype!r:.80}")
+        return numpy.dtype(dtype).type(value)
 
 
 def import_safetensors() -> Any:
@@ -361,6 +431,10 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnx."):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+class _DamagedFileError(ValueError):
+    """The contents are not those that were written; the message gives the reason."""
 
 
 class _Reader:
@@ -391,7 +465,7 @@ class _Reader:
                 raise ValueError(f"{path}: this version of nnx loads format {_FORMAT}, got {version!r:.80}")
             arrays = {name: file.get_tensor(name) for name in slices}
             if metadata.pop("nnx.digest", None) != _digest(metadata, arrays):
-                raise ValueError(f"{path}: damaged: the digest does not match the contents")
+                raise _DamagedFileError(f"{path}: damaged: the digest does not match the contents")
             self.read, self.states = arrays.__getitem__, _parse_states(path, metadata.get("nnx.state", ""))
 
 
@@ -412,7 +486,7 @@ def _read(path: Path) -> _Reader:
     try:
         return _Reader(path, safetensors.safe_open(path, "np"))
     except (safetensors.SafetensorError, TypeError) as error:  # a TypeError for a dtype that NumPy has not
-        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
+        raise _DamagedFileError(f"{path}: damaged, or not a safetensors file: {error}") from error
 
 
 def _parse_states(path: Path, text: str) -> dict[str, Any]:
@@ -421,9 +495,9 @@ def _parse_states(path: Path, text: str) -> dict[str, Any]:
     try:
         states = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its state is not valid JSON: {error}") from error
+        raise _DamagedFileError(f"{path}: its state is not valid JSON: {error}") from error
     if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
-        raise ValueError(f"{path}: its state must be a JSON object of objects")
+        raise _DamagedFileError(f"{path}: its state must be a JSON object of objects")
     return states
 
 
@@ -438,7 +512,7 @@ def _atomic_save(path: Path, arrays: dict[str, numpy.ndarray], metadata: dict[st
     target = path.resolve()  # a symbolic link is kept, its target replaced
     arrays = {name: numpy.asarray(a, order="C") for name, a in arrays.items()}
     for name, a in arrays.items():
-        if a.dtype.name not in _DTYPES.values():
+        if a.dtype.name not in SAVABLE_DTYPES:
             raise TypeError(f"{path}: {name} is {a.dtype}, which safetensors files cannot hold")
     metadata["nnx.digest"] = _digest(metadata, arrays)
     try:

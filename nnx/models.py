@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -49,7 +49,7 @@ class Sequential:
             raise TypeError(f"{name}: layers must be a list of layers, got {type(layers).__name__}; pass [layer, ...]")
         layers = list(layers)
         for i, layer in enumerate(layers):
-            _check_layer(f"{name}: layers[{i}]", layer)
+            _check_layer(f"{name}: layers[{i}]", layer, layers)
         if loss_layer is not None:
             _check_loss_layer(f"{name}: loss_layer", loss_layer)
         if len({id(layer) for layer in layers}) < len(layers):
@@ -72,7 +72,7 @@ class Sequential:
         for layer in self.layers:
             if hasattr(layer, "predict"):
                 x = layer.predict(x)
-            elif _takes_train_flg(layer.__class__):
+            elif _takes_train_flg(layer):
                 x = copy.copy(layer).forward(x, train_flg=False)
             else:
                 x = copy.copy(layer).forward(x)
@@ -194,7 +194,7 @@ class TwoLayerNet(Sequential):
         )
 
 
-def _check_layer(name: str, layer: Any) -> None:
+def _check_layer(name: str, layer: Any, layers: list[Any]) -> None:
     """Raise a TypeError unless `layer` is a layer, and one that passes train_flg on to the layers that it holds."""
     kind, needed = type(layer).__name__, ("params", "grads", "forward", "backward")
     if isinstance(layer, type):
@@ -203,14 +203,13 @@ def _check_layer(name: str, layer: Any) -> None:
         raise TypeError(f"{name} must be a layer, an object with {', '.join(needed)}; {kind} has no {missing[0]}")
     if hasattr(layer, "prepare_targets"):
         raise TypeError(f"{name} is a loss, {kind}; pass it as loss_layer")
-    if hasattr(layer, "predict") or _takes_train_flg(layer.__class__):
+    if hasattr(layer, "predict") or _takes_train_flg(layer):
         return
-    for _, inner in named_layers(layer):
-        if inner is not layer and _takes_train_flg(inner.__class__):
-            raise TypeError(
-                f"{name}, {kind}, holds {type(inner).__name__}, which needs train_flg: let forward of the outer layer "
-                "take train_flg=True and pass it on, or define predict(x)"
-            )
+    if inner := next((inner for inner in _inner_training_layers(layer) if not any(inner is n for n in layers)), None):
+        raise TypeError(
+            f"{name}, {kind}, holds {type(inner).__name__}, which needs train_flg: let forward of the outer layer "
+            "take train_flg=True and pass it on, or define predict(x)"
+        )
 
 
 def _check_loss_layer(name: str, layer: Any) -> None:
@@ -229,7 +228,28 @@ def _check_loss_layer(name: str, layer: Any) -> None:
         pass
 
 
+def _takes_train_flg(layer: Any) -> bool:
+    """Return whether `forward` takes train_flg; one with **options does if the layer holds layers that take it."""
+    kinds = _parameter_kinds(layer.__class__) or _parameter_kinds.__wrapped__(layer)
+    if "train_flg" in kinds:
+        return True
+    return inspect.Parameter.VAR_KEYWORD in kinds.values() and next(_inner_training_layers(layer), None) is not None
+
+
+def _inner_training_layers(layer: Any) -> Iterator[Any]:
+    """Yield the layers within `layer` whose `forward` takes train_flg."""
+    for _, inner in named_layers(layer):
+        if inner is not layer and "train_flg" in _parameter_kinds(inner.__class__):
+            yield inner
+
+
 @functools.cache
-def _takes_train_flg(layer_class: Any) -> bool:
-    forward = getattr(layer_class, "forward", None)  # None if it is an instance attribute
-    return forward is not None and "train_flg" in inspect.signature(forward).parameters
+def _parameter_kinds(layer_class: Any) -> dict[str, Any]:
+    """Return the kinds of the parameters of `forward` by name; none if it is an attribute of the instance."""
+    forward = getattr(layer_class, "forward", None)
+    if forward is None:
+        return {}
+    try:
+        return {name: p.kind for name, p in inspect.signature(forward).parameters.items()}
+    except ValueError:  # no signature, as of a function in C
+        return {"": None}

@@ -41,6 +41,8 @@ def set_state(rng: Any, state: dict[str, Any]) -> None:
 def check_state(rng: Any, state: dict[str, Any]) -> None:
     """Raise a ValueError unless `state` is valid for `rng`; NumPy does not detect every invalid state."""
     try:
+        if state.keys() != (here := get_state(rng).keys()):
+            raise ValueError(f"that of {', '.join(state)}, and here is {', '.join(here)}")
         (inner,) = state.values()
         pos = inner["state"].get("pos", 0), inner.get("buffer_pos", 0)  # NumPy does not check these bounds
         set_state(numpy.random.RandomState() if rng is numpy.random else copy.deepcopy(rng), state)

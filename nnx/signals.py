@@ -9,10 +9,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["SIGNALS", "DeferredSignals", "defer_signals"]
+__all__ = ["SIGNALS", "DeferredSignals", "NestedInterrupt", "defer_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _active: list[DeferredSignals] = []  # of the fit that runs in the main thread, shared by those in its callbacks
+
+
+class NestedInterrupt(KeyboardInterrupt):
+    """Ends a fit within a callback of another one, which then delivers the signal."""
 
 
 class DeferredSignals:
@@ -28,6 +32,7 @@ class DeferredSignals:
     def __init__(self) -> None:
         self.pending = 0
         self.process = os.getpid()
+        self.depth = 0  # of fits within callbacks
         self.previous: dict[int, Any] = {}  # the previous handlers
 
     def install(self) -> None:
@@ -48,8 +53,11 @@ class DeferredSignals:
         """Call the previous handler, which raises, or returns so that training continues.
 
         If that is the system's default, which ends the process, raise SystemExit with the status that shells
-        report for this signal, so that the callers can clean up; `restore` then raises the signal again.
+        report for this signal, so that the callers can clean up; `restore` then raises the signal again. Within a
+        callback, raise NestedInterrupt: the signal is still pending for the outer fit.
         """
+        if self.depth:
+            raise NestedInterrupt("Trainer.fit: interrupted by a signal")
         previous = self.previous.get(self.pending)
         if not callable(previous):
             raise SystemExit(128 + self.pending)
@@ -79,13 +87,17 @@ def defer_signals() -> Iterator[DeferredSignals]:
     of another shares the other's object, so that a signal ends both. A signal still pending at the end, also after
     an error, is raised again.
     """
-    if _active and threading.current_thread() is threading.main_thread():
-        yield _active[0]
+    if threading.current_thread() is not threading.main_thread():
+        yield DeferredSignals()
+        return
+    if _active:
+        _active[0].depth += 1
+        try:
+            yield _active[0]
+        finally:
+            _active[0].depth -= 1
         return
     signals = DeferredSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
     _active.append(signals)
     try:
         signals.install()

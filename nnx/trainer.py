@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from nnx.batches import (
     parameter_dtype,
     prepare_data,
 )
-from nnx.callbacks import CallbackList
+from nnx.callbacks import CallbackList, Checkpoint
 from nnx.checks import check_weights
-from nnx.device import is_writable
+from nnx.device import describe, is_writable
 from nnx.distributed import Comm
 from nnx.kernels import all_finite
 from nnx.np import Array
@@ -31,9 +33,12 @@ from nnx.plotting import plot_loss
 from nnx.protocols import Callback, Model, Optimizer
 from nnx.rng import as_generator, check_state, get_state, set_state
 from nnx.signals import DeferredSignals, defer_signals
-from nnx.tree import TiedParameters, check_kinds, release_batch
+from nnx.tree import TiedParameters, check_kinds, release_batch, snapshot
 
 __all__ = ["TrainState", "Trainer", "remove_duplicate"]
+
+
+_COUNTS = ("epoch", "iteration", "first_epoch", "rows", "batch_size", "max_iter", "stop")
 
 
 @dataclasses.dataclass
@@ -72,10 +77,9 @@ class TrainState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as numbers and arrays."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
         return {
-            **{name: getattr(self, name) for name in ("epoch", "iteration", "rows", "batch_size", "max_iter")},
-            "first_epoch": self.epoch if self.first_epoch is None else self.first_epoch,
-            "stop": int(self.stop),
+            **{name: self.epoch if value is None else int(value) for name, value in counts.items()},
             "loss_list": numpy.array(self.loss_list, numpy.float64),
             "val_list": numpy.array(self.val_list, numpy.float64).reshape(-1, 2),  # None, no accuracy, is NaN
             "losses": self.losses.state(),
@@ -85,18 +89,17 @@ class TrainState:
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TrainState:
         """Return the state that `to_dict` returned as `state`; raise a ValueError if it is not valid."""
-        counts = ("epoch", "iteration", "first_epoch", "rows", "batch_size", "max_iter", "stop")
-        check_kinds(state, int, *counts)
+        check_kinds(state, int, *_COUNTS)
         check_kinds(state, numpy.ndarray, "loss_list", "val_list", "losses", "permutation")
         pairs, losses = state["val_list"], state["losses"]
         if pairs.shape[1:] != (2,) or losses.shape[1:] != (3,) or not numpy.isfinite(losses[:, ::2]).all():
             raise ValueError("invalid losses")
-        self = cls(**{name: state[name] for name in counts})
+        self = cls(**{name: state[name] for name in _COUNTS})
         self.stop, self.permutation, self.losses = bool(self.stop), state["permutation"], WeightedMean(losses)
         self.loss_list = state["loss_list"].tolist()
         self.val_list = [(loss, None if math.isnan(hits) else hits) for loss, hits in pairs.tolist()]
         limit = self.max_iter if self.rows else 1 << 62
-        if not all(0 <= state[name] < 1 << 62 for name in counts) or self.iteration > limit:
+        if not all(0 <= state[name] < 1 << 62 for name in _COUNTS) or self.iteration > limit:
             raise ValueError("invalid counters")
         order = self.permutation
         if len(order) != self._rows_left() or not ((order >= 0) & (order < self.rows)).all():
@@ -118,6 +121,7 @@ class _FitContext:
     callbacks: CallbackList
     signals: DeferredSignals
     tied: TiedParameters
+    changes: contextlib.ExitStack | None  # restores, until the first step is done, what an error would leave changed
     signal: int = 0  # the one that all ranks have agreed on
 
 
@@ -235,24 +239,26 @@ class Trainer:
         if self._running:
             raise RuntimeError("Trainer.fit: called from one of its own callbacks; use another Trainer there")
         hooks = CallbackList(callbacks)
+        _check_update(self.model, self.optimizer)
         settings: dict[str, Any] = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
         settings["eval_interval"] = eval_interval
         data = prepare_data(self.model, x, t, drop_last, **settings)
         checked = check_validation(self.model, validation)
         hooks.check_validation(validation)
-        _check_update(self.model, self.optimizer)
         if self.comm.size > 1:
-            self._setup_ranks(data, checked, **settings, drop_last=drop_last)
+            self._setup_ranks(data, checked, **settings, drop_last=drop_last, max_iter=data.max_iter)
         self._begin(hooks, max_epoch, data)
         self.eval_interval, self.validation = eval_interval, validation
         hooks = hooks.with_progress(verbose if self.comm.rank == 0 else False)
         data.to_device()
         self._running = True
         try:
-            with defer_signals() as signals, hooks.running(self):
-                run = _FitContext(data, max_grad, hooks, signals, TiedParameters(self.model.params))
-                self._callback_states = None  # only now: if on_begin raises, fit may be called again
-                self._run(run)
+            with (
+                defer_signals() as signals,
+                _restored_on_error(self.model, as_generator(self.rng)) as changes,
+                hooks.running(self),
+            ):
+                self._run(_FitContext(data, max_grad, hooks, signals, TiedParameters(self.model.params), changes))
         finally:
             self._running = False
             release_batch(self.model)
@@ -264,13 +270,16 @@ class Trainer:
         try:
             while state.epoch < self.max_epoch and (state.iteration or not state.stop):
                 self._run_epoch(run)
-        except KeyboardInterrupt:
-            saved = next((c.path for c in run.callbacks.callbacks if getattr(c, "path", None)), "a file")
-            raise KeyboardInterrupt(
+        except KeyboardInterrupt as error:
+            saves = (c.path for c in run.callbacks.callbacks if isinstance(c, Checkpoint) and c.path)
+            saved = next(saves, "a file")
+            raise type(error)(
                 f"Trainer.fit: interrupted in epoch {state.epoch + 1} after {state.iteration} of {state.max_iter} "
                 f"iterations; continue from these weights with fit, or from {saved} with resume"
             ) from None
-        state.first_epoch, state.stop, self._callbacks, state.losses = None, False, None, WeightedMean()
+        state.first_epoch, state.stop, state.losses = None, False, WeightedMean()
+        state.permutation = numpy.zeros(0, numpy.int64)
+        self._callbacks = self._callback_states = None
 
     def _run_epoch(self, run: _FitContext) -> None:
         """Run an epoch, or the rest of one that was resumed."""
@@ -279,7 +288,7 @@ class Trainer:
             state.permutation = run.data.permutation(as_generator(self.rng))
             self.comm.broadcast([state.permutation])
         dtype, hooks = parameter_dtype(self.model), run.callbacks.handles("on_step", "on_checkpoint")
-        for x, t, rows in run.data.batches(state.permutation, state.iteration, self.comm, dtype):
+        for x, t, rows in run.data.batches(state, self.comm, dtype):
             state.losses.add(self._train_step(run, x, t, rows), rows)
             state.iteration += 1  # only now that the step is done
             if interval is not None and (state.iteration - 1) % interval == 0:
@@ -313,8 +322,8 @@ class Trainer:
         model, loss = self.model, 0.0
         if len(x):  # a rank may have no row of a small batch
             loss = model.forward(x, t)
-            if loss is None:
-                raise TypeError(f"Trainer.fit: {type(model).__name__}.forward(x, t) must return the loss, got None")
+            if run.changes is not None:
+                _check_loss(model, loss)
             model.backward()
         params, grads = run.tied.sum_tied_gradients(model.params, model.grads)
         stops = run.signals.pending, self.state.stop
@@ -322,6 +331,9 @@ class Trainer:
         if run.max_grad is not None:
             clip_grads(grads, run.max_grad)
         self.optimizer.update(params, grads)
+        if run.changes is not None:
+            run.changes.pop_all()
+            run.changes = self._callback_states = None  # only now: after an error before it, fit may be called again
         return loss
 
     def resume(self, path: str | Path) -> Path:
@@ -362,6 +374,8 @@ class Trainer:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless `load_state_dict` can load `state`."""
+        if self._running:
+            raise RuntimeError("Trainer: a checkpoint cannot be loaded while fit runs; load model and optimizer only")
         TrainState.from_dict(state)
         check_state(as_generator(self.rng), state["rng"])
         saved = state["callbacks"]
@@ -370,8 +384,9 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, which `state_dict` returned."""
-        self.state, self._callback_states = TrainState.from_dict(state), state["callbacks"]
+        self.check_state(state)
         set_state(as_generator(self.rng), state["rng"])
+        self.state, self._callback_states = TrainState.from_dict(state), state["callbacks"]
 
     def stop(self) -> None:
         """End `fit` after the current epoch; for callbacks."""
@@ -396,8 +411,8 @@ class Trainer:
         resumed = self._callback_states is not None and state.first_epoch is not None
         if resumed:
             first = state.first_epoch or 0
-            before, now = ((d.rows, d.batch_size, d.max_iter if d.rows else 0) for d in (state, data))
-            if state.iteration and before != now:
+            before, now = ((d.rows, d.batch_size, d.max_iter) for d in (state, data))
+            if state.iteration and (before[:2] != now[:2] or (before[2] != now[2] and before[2] and now[2])):
                 raise ValueError(
                     f"Trainer.fit: the saved epoch has {before[0]} rows in {before[2]} batches of {before[1]}, got "
                     f"{now[0]} rows in {now[2]} batches of {now[1]}; finish it as it began"
@@ -456,6 +471,16 @@ class Trainer:
             )
 
 
+@contextlib.contextmanager
+def _restored_on_error(model: Any, rng: Any) -> Iterator[contextlib.ExitStack]:
+    """Restore layers and random generator after an error, until the first step clears the yielded stack."""
+    with contextlib.ExitStack() as changes:
+        changes.callback(set_state, rng, get_state(rng))
+        changes.callback(snapshot(model))
+        yield changes
+        changes.pop_all()
+
+
 def _check_update(model: Any, optimizer: Any) -> None:
     """Raise what the first update would raise, before any layer has changed its state."""
     name, params = type(model).__name__, model.params
@@ -471,6 +496,17 @@ def _check_update(model: Any, optimizer: Any) -> None:
     if hasattr(optimizer, "check_update"):
         with numpy.errstate(all="ignore"):  # the gradients are stale
             optimizer.check_update(*TiedParameters(params).sum_tied_gradients(params, grads))
+
+
+def _check_loss(model: Any, loss: Any) -> None:
+    """Raise a TypeError unless the loss is one real number."""
+    kind = getattr(getattr(loss, "dtype", None), "kind", "f" if isinstance(loss, numbers.Real) else "")
+    if kind not in ("f", "i", "u") or numpy.ndim(loss):
+        shape = f" of shape {loss.shape}" if hasattr(loss, "shape") else ""
+        raise TypeError(
+            f"Trainer.fit: {type(model).__name__}.forward(x, t) must return the loss, one number, "
+            f"got {describe(loss)}{shape}"
+        )
 
 
 def _check_interface(name: str, given: Any, needed: Sequence[str]) -> None:

@@ -7,33 +7,38 @@ raises a ValueError for a state, a dict of these names, that it cannot continue 
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Iterable, Iterator
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy
 
-from nnx.device import address, asarray
+from nnx.device import address
 from nnx.np import Array, np
 
 __all__ = [
+    "SAVABLE_DTYPES",
     "TiedParameters",
-    "attribute_names",
     "check_kinds",
     "check_savable",
     "is_savable",
     "layer_states",
-    "memory_keys",
     "name_list",
     "named_arrays",
     "named_layers",
     "object_state",
     "release_batch",
     "set_state",
+    "snapshot",
     "state_errors",
     "state_mismatches",
     "to_device",
 ]
+
+
+SAVABLE_DTYPES = {"bool", "complex64", *(f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64))}
+SAVABLE_DTYPES |= {f"float{n}" for n in (16, 32, 64)}
 
 
 def memory_keys(p: Array) -> tuple[Any, Any]:
@@ -46,6 +51,7 @@ class TiedParameters:
 
     def __init__(self, params: Iterable[Array]) -> None:
         params = list(params)
+        self.count = len(params)
         groups: dict[Any, list[tuple[int, bool]]] = {}
         for i, p in enumerate(params):
             key, transposed_key = memory_keys(p)
@@ -58,6 +64,8 @@ class TiedParameters:
 
     def sum_tied_gradients(self, params: list[Array], grads: list[Array]) -> tuple[list[Array], list[Array]]:
         """Return `params` and `grads` with each shared array listed once and its gradients summed."""
+        if len(params) != self.count:  # layers were frozen or unfrozen
+            self.__init__(params)  # type: ignore[misc]
         if len(self.groups) == len(params):
             return params, grads
         merged = []
@@ -73,7 +81,8 @@ def named_layers(value: Any, path: str = "", seen: set[int] | None = None) -> It
     """Yield (path, layer) for the layers nested in attributes, lists and dicts of `value`, then `value` itself."""
     seen = set() if seen is None else seen
     several = isinstance(value, dict | list | tuple)
-    if id(value) in seen or not (several or not path or (hasattr(value, "forward") and hasattr(value, "params"))):
+    is_layer = hasattr(value, "forward") and (hasattr(value, "params") or hasattr(value, "state_names"))
+    if id(value) in seen or not (several or not path or is_layer):
         return
     seen.add(id(value))
     inside = value if isinstance(value, dict) else dict(enumerate(value)) if several else getattr(value, "__dict__", {})
@@ -92,7 +101,7 @@ def named_arrays(model: Any) -> dict[str, Array]:
     for path, layer in named_layers(model):
         names = attribute_names(layer, "param_names")
         found: list[tuple[str, Array]] = []
-        for i, p in enumerate(layer.params):
+        for i, p in enumerate(getattr(layer, "params", ())):  # optional in a loss
             key, transposed_key = memory_keys(p) if p.size else (id(p), None)
             if key not in known:
                 found.append((names[i] if i < len(names) else f"params.{i}", p))
@@ -118,8 +127,14 @@ def layer_states(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def object_state(holder: Any) -> dict[str, Any]:
-    """Return the attributes of a layer or callback that are listed in its `state_names`."""
-    return {name: getattr(holder, name) for name in attribute_names(holder, "state_names")}
+    """Return the attributes of an object that are listed in its `state_names`."""
+    names = attribute_names(holder, "state_names")
+    for name in names:
+        if not hasattr(holder, name):
+            raise TypeError(
+                f"{type(holder).__name__}: state_names lists {name!r}, which it does not have yet; set it in __init__"
+            )
+    return {name: getattr(holder, name) for name in names}
 
 
 def attribute_names(holder: Any, attribute: str) -> list[str]:
@@ -150,8 +165,15 @@ def check_savable(name: str, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
             check_savable(f"{name}.{i}", inner)
-    elif value is not None and not isinstance(value, bool | int | float | str | numpy.generic | numpy.ndarray | Array):
-        raise TypeError(f"{name} cannot be saved: expected a number, a string, an array or a list, got {value!r}")
+    elif not (value is None or isinstance(value, bool | int | float | str) or _is_plain(value)):
+        raise TypeError(f"{name} cannot be saved: expected a number, a string, an array or a list, got {value!r:.80}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether `value` is a real number of NumPy, or an array of a dtype that files can hold."""
+    if isinstance(value, numpy.generic):
+        return value.dtype.kind in "fiub" and value.itemsize <= 8
+    return isinstance(value, Array | numpy.ndarray) and value.dtype.name in SAVABLE_DTYPES
 
 
 def is_savable(value: Any) -> bool:
@@ -163,22 +185,25 @@ def is_savable(value: Any) -> bool:
     return True
 
 
-def state_mismatches(name: str, current: Any, saved: Any) -> list[str]:
-    """Describe how `saved` differs from `current` in names and types; values may differ, and None matches any type."""
-    if isinstance(current, dict) and isinstance(saved, dict):
-        path = f"{name}." if name else ""
-        return [
-            *(f"{path}{n}: in the file, but not here" for n in saved if n not in current),
-            *(f"{path}{n}: here, but not in the file" for n in current if n not in saved),
-            *(line for n in current if n in saved for line in state_mismatches(path + n, current[n], saved[n])),
-        ]
-    if current is None or saved is None or _describe(current) == _describe(saved):
-        return []
-    return [f"{name}: {_describe(current)} here, {_describe(saved)} in the file"]
+def state_mismatches(name: str, current: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """Describe how the state `saved` differs from `current` in names and kinds of values; None matches any kind."""
+    return [
+        *(f"{name}.{n}: in the file, but not here" for n in saved if n not in current),
+        *(f"{name}.{n}: here, but not in the file" for n in current if n not in saved),
+        *(
+            f"{name}.{n}: {_describe(value)} here, {_describe(saved[n])} in the file"
+            for n, value in current.items()
+            if n in saved and value is not None and saved[n] is not None and _describe(value) != _describe(saved[n])
+        ),
+    ]
 
 
 def state_errors(name: str, holder: Any, state: dict[str, Any]) -> list[str]:
-    """Return why `holder` cannot continue from `state`, if its `check_state` says so: no line or one."""
+    """Return why `holder` cannot continue from `state`: by its `check_state`, or because it cannot be assigned."""
+    for attribute in state:
+        descriptor = getattr(type(holder), attribute, None)
+        if isinstance(descriptor, property) and descriptor.fset is None:
+            return [f"{name}.{attribute}: a property without a setter here"]
     try:
         if hasattr(holder, "check_state"):
             holder.check_state(state)
@@ -191,23 +216,38 @@ def to_device(value: Any) -> Any:
     """Return `value` with the host arrays in it, also in lists and dicts, moved to the device."""
     if isinstance(value, dict):
         return {name: to_device(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [to_device(inner) for inner in value]
-    return asarray(value) if isinstance(value, numpy.ndarray) else value
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(inner) for inner in value)
+    return np.asarray(value) if isinstance(value, numpy.ndarray) else value
 
 
 def set_state(holder: Any, state: dict[str, Any]) -> None:
-    """Assign the values of `state` to the attributes of `holder`, unless it has a method `load_state_dict`."""
-    if hasattr(holder, "load_state_dict"):
-        holder.load_state_dict(state)
-        return
+    """Assign the values of `state` to the attributes of `holder`."""
     for name, value in state.items():
         setattr(holder, name, value)
 
 
-def check_kinds(state: dict[str, Any], kind: type = numbers.Real, *names: str) -> None:
-    """Raise a ValueError unless the values `names` of `state` are of the class `kind`."""
-    for name in names:
+def snapshot(model: Any) -> Callable[[], None]:
+    """Return a function that restores the present state of the layers of `model`, without their parameters."""
+    states = [(layer, object_state(layer)) for _, layer in named_layers(model)]
+    copied = [
+        {name: a.copy() if isinstance(a, Array) else copy.deepcopy(a) for name, a in s.items()} for _, s in states
+    ]
+
+    def restore() -> None:
+        for (layer, state), values in zip(states, copied, strict=True):
+            for name, value in values.items():
+                if isinstance(value, Array):  # the layer's array itself, which others may refer to
+                    state[name][...] = value
+                    value = state[name]
+                setattr(layer, name, value)
+
+    return restore
+
+
+def check_kinds(state: dict[str, Any], kind: type, *names: str) -> None:
+    """Raise a ValueError unless the values `names` of `state`, if it has them, are of the class `kind`."""
+    for name in state.keys() & set(names):
         if not isinstance(state[name], kind) or isinstance(state[name], bool):
             raise ValueError(f"{name} must be {kind.__name__}, got {state[name]!r:.80}")
 
@@ -216,7 +256,8 @@ def release_batch(model: Any) -> None:
     """Delete what the layers of `model` keep of the last batch for backward, listed in their `batch_names`."""
     for _, layer in named_layers(model):
         for name in getattr(layer, "batch_names", ()):
-            vars(layer).pop(name, None)
+            with contextlib.suppress(AttributeError):  # there was no forward, or it kept nothing
+                delattr(layer, name)
 
 
 def _describe(value: Any) -> str:

@@ -15,7 +15,7 @@ ORDER = [
     *("layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers"),
     *("tree", "optimizer", "dataset.spiral", "dataset", "models", "plotting"),
-    *("checkpoint", "callbacks", "signals", "distributed", "batches", "trainer", "util", "testing"),
+    *("checkpoint", "signals", "batches", "distributed", "callbacks", "trainer", "util", "testing"),
 ]
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.rglob("*.py")}
 COMPILED = {"kernels.native"}  # written in C

@@ -9,6 +9,7 @@ import nnx
 from nnx import SGD, Affine, MeanSquaredError, Sequential, SoftmaxWithLoss, Trainer, TwoLayerNet, np
 from nnx import batches as module
 from nnx.distributed import Comm
+from nnx.trainer import TrainState
 
 ROWS, D, C = 70, 12, 3
 
@@ -102,7 +103,7 @@ def test_a_transposed_file_is_gathered_in_c_order(rng, tmp_path):
     order = rng.permutation(ROWS)
     data = module.ArrayData(x, t, 16, drop_last=False)
     data.to_device()
-    parts = list(data.batches(order, 0, Comm(), "float32"))
+    parts = list(data.batches(TrainState(permutation=order), Comm(), "float32"))
     assert all(xs.flags.c_contiguous and xs.dtype == "float32" for xs, _, _ in parts)
     numpy.testing.assert_array_equal(nnx.to_cpu(np.concatenate([xs for xs, _, _ in parts])), x[order].astype("f"))
 
@@ -170,7 +171,7 @@ def test_a_gather_copies_only_its_rows(rng):
     data.bytes_at_once = 1
 
     def epoch():
-        for _ in data.batches(data.permutation(rng), 0, Comm(), None):
+        for _ in data.batches(TrainState(permutation=data.permutation(rng)), Comm(), None):
             pass
 
     assert peak(epoch) < x.nbytes / 4

@@ -506,6 +506,147 @@ def test_error_names_what_cannot_be_saved(tmp_path):
     assert not path.exists()
 
 
+class Growing(MatMul):
+    """A layer whose state is set, and grows, in training."""
+
+    state_names = ("mean", "seen", "pair")
+
+    def __init__(self, W):
+        super().__init__(W)
+        self.mean, self.seen, self.pair = None, {}, (1, numpy.float32(0.1))
+
+
+def test_state_may_be_set_and_grow_in_training(tmp_path):
+    path, model, fresh = tmp_path / "net.safetensors", *(Sequential([Growing(np.ones((2, 2)))]) for _ in range(2))
+    layer = model.layers[0]
+    layer.mean, layer.seen = np.arange(3.0), {"e1": 1, "e2": [np.ones(2), (1, 2)]}
+    checkpoint.save(path, model)
+    checkpoint.load(path, fresh)
+    loaded = fresh.layers[0]
+    numpy.testing.assert_array_equal(to_cpu(loaded.mean), numpy.arange(3.0))
+    assert loaded.seen["e1"] == 1
+    assert loaded.seen["e2"][1] == (1, 2)
+    assert loaded.pair == (1, numpy.float32(0.1))
+    assert isinstance(loaded.pair[1], numpy.float32)
+
+
+class Wrapper:
+    """A user-defined optimizer that holds another one."""
+
+    def __init__(self):
+        self.inner = nnx.Momentum(0.1)
+
+    def update(self, params, grads):
+        self.inner.update(params, grads)
+
+
+class Private(nnx.SGD):
+    """Has hyperparameters that are properties, and names private state."""
+
+    state_names = ("_seen",)
+
+    def __init__(self):
+        self._rate, self._seen = 0.1, 0
+        super().__init__(0.1)
+
+    @property
+    def lr(self):
+        return self._rate
+
+    @lr.setter
+    def lr(self, value):
+        self._rate = value
+
+
+def test_no_state_of_an_optimizer_is_lost(tmp_path):
+    path, model = tmp_path / "net.safetensors", TwoLayerNet(2, 10, 3)
+    with pytest.raises(TypeError, match=r"Wrapper\.inner: the state of an optimizer within another is not saved"):
+        checkpoint.save(path, model, Wrapper())
+    saved, loaded = Private(), Private()
+    saved.lr, saved._seen = 0.025, 7
+    checkpoint.save(path, model, saved)
+    checkpoint.load(path, model, loaded)
+    assert (loaded.lr, loaded._seen) == (0.025, 7)
+
+
+def test_a_state_that_cannot_be_assigned_changes_nothing(tmp_path):
+    class Fixed(MatMul):
+        state_names = ("n",)
+        n = property(lambda self: 3)
+
+    path, models = tmp_path / "net.safetensors", [Sequential([Fixed(np.full((2, 2), v))]) for v in (1.0, 2.0)]
+    checkpoint.save(path, models[0])
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.n: a property without a setter here"):
+        checkpoint.load(path, models[1])
+    assert (to_cpu(models[1].params[0]) == 2).all()
+
+
+def test_layers_in_attributes_named_like_the_parts_of_a_file_are_compared(tmp_path):
+    class Net:
+        def __init__(self, layers):
+            self.model = Sequential([MatMul(np.ones((2, 2))) for _ in range(layers)])
+            self.params, self.grads = self.model.params, self.model.grads
+
+    path = tmp_path / "net.safetensors"
+    checkpoint.save(path, Net(3))
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.W: in the file, but not in the model"):
+        checkpoint.load(path, Net(2))
+
+
+def test_a_loss_without_params_may_have_state(tmp_path):
+    class Counting(nnx.SoftmaxWithLoss):
+        state_names = ("count",)
+
+        def __init__(self, count):
+            super().__init__()
+            del self.params
+            self.count = count
+
+    path, nets = tmp_path / "net.safetensors", [Sequential([MatMul(np.ones((2, 2)))], Counting(n)) for n in (4, 2)]
+    checkpoint.save(path, nets[0])
+    checkpoint.load(path, nets[1])
+    assert nets[1].loss_layer.count == 4
+
+
+def test_subclasses_may_have_more_state_and_less(tmp_path):
+    class Noted(Dropout):
+        state_names = (*Dropout.state_names, "note")
+        note = "x"
+
+    class History(nnx.callbacks.EarlyStopping):
+        state_names = (*nnx.callbacks.EarlyStopping.state_names, "history")
+        history = ()
+
+    class Light(nnx.callbacks.BestWeights):
+        state_names = ("best_loss", "epoch")
+
+    first, sigmoid, last = TwoLayerNet(2, 4, 3).layers
+    trainer = nnx.Trainer(Sequential([first, sigmoid, Noted(0.5), last], nnx.SoftmaxWithLoss()), nnx.SGD())
+    x, t = nnx.spiral.load_data()
+    options = {"validation": (x, t), "verbose": False}
+    trainer.fit(x, t, 1, 100, callbacks=[History(), Light(), Checkpoint(tmp_path)], **options)
+    trainer.resume(tmp_path)
+    trainer.fit(x, t, 2, 100, callbacks=[History(), Light()], **options)
+    assert trainer.current_epoch == 2
+
+
+def test_files_of_another_format_are_not_set_aside(tmp_path, monkeypatch):
+    fit(new_trainer(), Checkpoint(tmp_path))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    monkeypatch.setattr(checkpoint, "_FORMAT", "2")
+    with pytest.raises(ValueError, match="this version of nnx loads format 2, got '1'"):
+        new_trainer().resume(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_state_too_long_to_be_loaded_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MAX_METADATA", 10)
+    with pytest.raises(
+        OSError, match=r"not saved: the state has \d+ characters, more than 10; keep long lists in arrays"
+    ):
+        checkpoint.save(tmp_path / "net.safetensors", new_model())
+
+
 # Failed saves
 
 

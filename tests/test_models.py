@@ -195,6 +195,40 @@ def test_a_layer_that_holds_layers_which_take_train_flg_must_pass_it_on():
         Sequential([Sigmoid(), Block()])
 
 
+class Passing(Block):
+    """Passes its options on."""
+
+    def forward(self, x, **options):
+        x = self.norms[0].forward(self.affine.forward(x), **options)
+        return self.last["dropout"].forward(x, **options)
+
+
+class Neighbour(nnx.ReLU):
+    """Refers to a layer of the same model without calling it."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+
+def test_layers_that_need_not_pass_train_flg_on_are_accepted(rng):
+    norm, x = nnx.BatchNorm(np.ones(4), np.zeros(4)), np.asarray(rng.standard_normal((6, 4)))
+    Sequential([norm, Neighbour(norm)])
+    passing = Passing()
+    net = Sequential([passing])
+    once = to_cpu(net.predict(x))
+    assert (to_cpu(net.predict(x)) == once).all()
+    assert passing.last["dropout"].calls == 0
+    with pytest.raises(TypeError, match=r"Sequential: layers\[0\] must be a layer, .*; NoneType has no params"):
+        Sequential([None])
+    with pytest.raises(TypeError, match=r"Sequential: layers must be a list of layers, got ReLU; pass \[layer, ...\]"):
+        Sequential(nnx.ReLU(), nnx.ReLU())
+    with pytest.raises(TypeError, match=r"Sequential: layers\[1\] is a loss, SoftmaxWithLoss; pass it as loss_layer"):
+        Sequential([nnx.ReLU(), SoftmaxWithLoss()])
+    with pytest.raises(TypeError, match=r"Sequential: loss_layer must be a loss with forward\(x, t\), got ReLU"):
+        Sequential([nnx.ReLU()], nnx.ReLU())
+
+
 class PredictingBlock(Block):
     def predict(self, x):
         x = copy.copy(self.affine).forward(x)

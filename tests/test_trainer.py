@@ -405,7 +405,7 @@ def test_an_epoch_of_batches_is_resumed_after_those_it_has_trained_on(tmp_path):
     second.fit(rest, max_epoch=2, verbose=False)
     numpy.testing.assert_array_equal(to_cpu(second.model.params[0]), to_cpu(expected.model.params[0]))
     second.resume(tmp_path)
-    with pytest.raises(ValueError, match="the saved epoch has 0 rows in 0 batches of 0, got 300 rows in 10"):
+    with pytest.raises(ValueError, match="the saved epoch has 0 rows in 10 batches of 0, got 300 rows in 10"):
         second.fit(*spiral(), 2, 30, verbose=False)
 
 
@@ -435,6 +435,157 @@ def test_an_iterator_of_batches_is_enough_for_one_epoch(capsys, monkeypatch):
     trainer.fit(iter(Batches(7)), max_epoch=1)
     assert trainer.max_iter == 7
     assert "7step" in capsys.readouterr().err  # a bar without an end
+
+
+def test_an_error_before_the_first_step_restores_layers_and_generator():
+    model = Sequential(fragile().layers, SoftmaxWithLoss())
+    before, trainer = remembered(model), Trainer(model, SGD(0.1), rng=5)
+    with pytest.raises(ValueError, match="SoftmaxWithLoss"):
+        trainer.fit([(numpy.ones((4, 2), "float32"), [0, 1, 2, 9])], max_epoch=1, verbose=False)
+    assert remembered(model) == before
+
+    class Fails(SoftmaxWithLoss):
+        def backward(self, dout=1):
+            raise MemoryError
+
+    model.loss_layer = Fails()
+    with pytest.raises(MemoryError):
+        trainer.fit(*spiral(), 1, 30, verbose=False)
+    assert remembered(model) == before
+    model.loss_layer = SoftmaxWithLoss()
+    fresh = Trainer(fragile(), SGD(0.1), rng=5)
+    for each in (trainer, fresh):
+        each.fit(*spiral(), 1, 30, verbose=False)
+    assert remembered(model) == remembered(fresh.model)
+
+
+def test_an_error_before_the_first_step_keeps_what_was_resumed(tmp_path):
+    pytest.importorskip("safetensors")
+    expected, trainer = new_trainer(), new_trainer()
+    batches = [tuple(a[i : i + 30] for a in spiral()) for i in range(0, 300, 30)]
+    expected.fit(batches, max_epoch=2, verbose=False)
+    with pytest.raises(MemoryError):
+        trainer.fit(batches, max_epoch=2, verbose=False, callbacks=[Checkpoint(tmp_path, every_steps=1), At(14, fail)])
+    trainer.resume(tmp_path)
+    wrong = [*batches[:4], (numpy.ones((3, 7)), batches[0][1][:3]), *batches[5:]]
+    with pytest.raises(ValueError, match="Affine: x must have shape"):
+        trainer.fit(wrong, max_epoch=2, verbose=False)
+    trainer.fit(batches, max_epoch=2, verbose=False)
+    assert trainer.current_epoch == 2
+    numpy.testing.assert_array_equal(to_cpu(trainer.model.params[0]), to_cpu(expected.model.params[0]))
+
+
+def test_a_trainer_cannot_be_loaded_while_it_runs(tmp_path):
+    pytest.importorskip("safetensors")
+    trainer = new_trainer()
+    saves = [Checkpoint(tmp_path), At(12, lambda: trainer.resume(tmp_path))]
+    with pytest.raises(
+        RuntimeError, match="a checkpoint cannot be loaded while fit runs; load model and optimizer only"
+    ):
+        trainer.fit(*spiral(), 2, 30, verbose=False, callbacks=saves)
+    assert trainer.current_epoch == 1
+
+
+def test_a_signal_in_the_fit_of_a_callback_saves_the_outer_one(tmp_path, ctrl_c):
+    pytest.importorskip("safetensors")
+    expected, outer, resumed = new_trainer(), new_trainer(), new_trainer()
+
+    class Search:
+        def on_step(self, trainer):
+            if trainer.iteration == 2:
+                new_trainer().fit(*spiral(), 5, 30, verbose=False, callbacks=[At(2, ctrl_c)])
+
+    def callbacks(*others):
+        return [*others, LearningRateScheduler(step_decay(1.0, 3)), Checkpoint(tmp_path)]
+
+    expected.fit(*spiral(), 1, 30, verbose=False, callbacks=callbacks()[:1])
+    with pytest.raises(KeyboardInterrupt, match=r"from .*epoch-0000-step-000002\.safetensors with resume"):
+        outer.fit(*spiral(), 1, 30, verbose=False, callbacks=callbacks(Search()))
+    resumed.resume(tmp_path)
+    resumed.fit(*spiral(), 1, 30, verbose=False, callbacks=callbacks())
+    numpy.testing.assert_array_equal(to_cpu(resumed.model.params[0]), to_cpu(expected.model.params[0]))
+
+
+def test_layers_may_be_frozen_and_unfrozen_in_a_callback():
+    model = TwoLayerNet(2, 10, 3, rng=0)
+    params, grads = model.params, model.grads
+
+    class Freeze:
+        def on_epoch(self, trainer):
+            first = 2 if trainer.current_epoch == 1 else 0
+            model.params, model.grads = params[first:], grads[first:]
+            seen.append(to_cpu(params[0]).copy())
+
+    seen = []
+    Trainer(model, SGD(0.5), rng=0).fit(*spiral(), 3, 30, verbose=False, callbacks=[Freeze()])
+    assert (seen[0] == seen[1]).all()
+    assert (seen[1] != seen[2]).any()
+
+
+@pytest.mark.parametrize("loss", [None, numpy.ones(1), (1.0,), "low", 1j])
+def test_the_loss_must_be_one_number(loss):
+    class Odd(TwoLayerNet):
+        def forward(self, x, t):
+            super().forward(x, t)
+            return loss
+
+    model = Odd(2, 10, 3, rng=0)
+    before = to_cpu(model.params[0]).copy()
+    with pytest.raises(TypeError, match=r"Odd.forward\(x, t\) must return the loss, one number, got"):
+        Trainer(model, SGD(0.5)).fit(*spiral(), 1, 30, verbose=False)
+    assert (to_cpu(model.params[0]) == before).all()
+
+
+def test_evaluate_must_return_loss_and_accuracy():
+    class Odd(TwoLayerNet):
+        def evaluate(self, x, t):
+            return 0.5
+
+    with pytest.raises(TypeError, match=r"Odd.evaluate must return \(loss, accuracy\), got 0.5"):
+        Trainer(Odd(2, 10, 3), SGD(0.5)).fit(*spiral(), 1, 30, validation=spiral(), verbose=False)
+
+
+def test_the_first_row_of_the_validation_data_may_be_ignored():
+    x, t = spiral()[0], spiral()[1].argmax(axis=1)
+    t[0] = -1
+    model = Sequential(TwoLayerNet(2, 10, 3, rng=0).layers, SoftmaxWithLoss(ignore_label=-1))
+    trainer = Trainer(model, SGD(0.5))
+    trainer.fit(x, t, 1, 30, validation=(x, t), verbose=False)
+    assert len(trainer.val_list) == 1
+
+
+class Unsized:
+    """Has __len__ that raises, as a loader of an endless data set."""
+
+    def __iter__(self):
+        return iter(Batches(3))
+
+    def __len__(self):
+        raise TypeError("unknown")
+
+
+class Indexed:
+    """Can be iterated over by its indices only."""
+
+    def __getitem__(self, i):
+        if i == 3:
+            raise IndexError
+        return tuple(a[i : i + 30] for a in spiral())
+
+
+@pytest.mark.parametrize("kind", [Unsized, Indexed])
+def test_batches_need_only_be_iterable(kind):
+    trainer = new_trainer()
+    trainer.fit(kind(), max_epoch=2, verbose=False)
+    assert (trainer.current_epoch, trainer.max_iter) == (2, 3)
+
+
+def test_callbacks_may_be_frozen_dataclasses():
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Callback):
+        setting: int = 1
+
+    new_trainer().fit(*spiral(), 1, 30, verbose=False, callbacks=[Frozen()])
 
 
 def test_regression_fits_a_line(rng):
@@ -823,7 +974,7 @@ class OwnLoop:
         (None, {"batch_size": "32"}, TypeError, "batch_size must be an integer, got '32'"),
         (None, {"eval_interval": 2.5}, TypeError, "eval_interval must be an integer, got 2.5"),
         (Sequential(TwoLayerNet(2, 10, 3).layers), {}, ValueError, "Sequential has no loss_layer to learn from"),
-        (OwnLoop(), {}, TypeError, r"OwnLoop.forward\(x, t\) must return the loss, got None"),
+        (OwnLoop(), {}, TypeError, r"OwnLoop.forward\(x, t\) must return the loss, one number, got NoneType"),
         (OwnLoop(), {"validation": spiral()}, TypeError, r"validation needs a model with evaluate\(x, t\)"),
     ],
 )

@@ -50,7 +50,7 @@ class Dropout:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless the state is two integers of 64 bits."""
-        for name, value in state.items():
+        for name, value in ((name, state[name]) for name in Dropout.state_names if name in state):
             if type(value) is not int or not 0 <= value < 1 << 64:
                 raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}")
 
