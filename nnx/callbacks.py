@@ -13,14 +13,14 @@ import numbers
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from nnx import checkpoint
-from nnx.checks import check_integer
+from nnx.checks import check_integer, check_list
 from nnx.np import Array
 from nnx.signals import NestedInterrupt
 from nnx.tree import (
@@ -369,9 +369,7 @@ class CallbackList:
     """
 
     def __init__(self, callbacks: Any) -> None:
-        if not isinstance(callbacks, Iterable):
-            raise TypeError(f"Trainer.fit: callbacks must be a list of callbacks, got {callbacks!r}; pass [callback]")
-        self.callbacks = list(callbacks)
+        self.callbacks = check_list("Trainer.fit: callbacks", callbacks, "callbacks")
         for callback in self.callbacks:
             if isinstance(callback, type):
                 kind = callback.__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from typing import Any
@@ -15,14 +16,17 @@ from nnx.np import Array, np
 __all__ = [
     "as_floating",
     "as_scores",
+    "check_bool",
     "check_grad_output",
     "check_integer",
+    "check_list",
     "check_number",
     "check_range",
     "check_same_length",
     "check_weights",
     "class_indices",
     "loss_grad",
+    "takes_arguments",
 ]
 
 _FLOAT32, _FLOAT64, _INT64 = map(numpy.dtype, ("float32", "float64", "int64"))
@@ -90,9 +94,38 @@ def check_integer(name: str, value: Any, low: int = 1) -> int:
     """Return `value` as an int; raise unless it is an integer of at least `low`. `name` is a prefix."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r:.80}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return int(value)
+    number = int(value)
+    if not low <= number < 1 << 63:
+        raise ValueError(f"{name} must be at least {low}{' and below 2**63' if number >= low else ''}, got {number}")
+    return number
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return `value` as a bool; raise unless it is one, or an integer. `name` is a prefix."""
+    if not isinstance(value, numbers.Integral | numpy.bool_):
+        raise TypeError(f"{name} must be a bool, got {value!r:.80}")
+    return bool(value)
+
+
+def check_list(name: str, value: Any, of: str) -> list[Any]:
+    """Return the elements of an iterable; raise a TypeError for others, strings and dicts. `name` is a prefix."""
+    try:
+        if isinstance(value, str | bytes | dict):
+            raise TypeError
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of {of}, got {value!r:.80}") from None
+
+
+def takes_arguments(function: Any, count: int) -> bool:
+    """Return whether `function` can be called with `count` arguments; True if it has no signature, as one in C."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
 
 
 def loss_grad(layer: Any, dout: Any) -> Any:

@@ -47,13 +47,13 @@ def cross_entropy_error(y: Any, t: Any) -> Scalar:
     Parameters
     ----------
     y : (N, C) or (C,)
-        Probabilities. A probability of exactly 0 at the label gives an infinite loss; the book adds 1e-7
-        inside the logarithm. `layers.SoftmaxWithLoss` computes the loss from scores and needs neither.
+        Probabilities. One of exactly 0 at the label gives an infinite loss, a negative one NaN; the book adds
+        1e-7 inside the logarithm. `layers.SoftmaxWithLoss` computes the loss from scores and needs neither.
     t : (N,) or (N, C); for one row an integer or (C,)
         Labels, as for `class_indices`.
     """
     y = as_floating(y, None, "cross_entropy_error")
     t = class_indices(t, y.shape, "cross_entropy_error")
     picked = np.take_along_axis(y, t[..., None], -1)
-    with numpy.errstate(divide="ignore", under="ignore"):
+    with numpy.errstate(divide="ignore", invalid="ignore", under="ignore"):
         return -np.log(picked).mean()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from nnx.checks import check_integer, check_number
+from nnx.checks import check_integer, check_list, check_number
 from nnx.device import asarray
 from nnx.np import Array
 from nnx.rng import as_generator
@@ -78,13 +78,22 @@ def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: 
             f"{name}: dtype must be float16, float32 or float64, got {dtype!r}; "
             "for another dtype convert the result with astype(...)"
         )
-    shape = tuple(check_integer(f"{name}: shape", n, 0) for n in (shape if isinstance(shape, Iterable) else (shape,)))
-    return asarray(std * as_generator(rng).standard_normal(shape), known)
+    sizes = [check_integer(f"{name}: shape", n, 0) for n in _as_sizes(name, shape)]
+    with numpy.errstate(over="ignore"):
+        samples = (std * as_generator(rng).standard_normal(sizes)).astype(known)
+    if not numpy.isfinite(samples).all():
+        raise ValueError(f"{name}: std must be smaller, got {std:g}, with which {known} overflows")
+    return asarray(samples)
+
+
+def _as_sizes(name: str, shape: Any) -> list[Any]:
+    """Return the axes of `shape`, an integer or an iterable."""
+    return [shape] if isinstance(shape, numbers.Integral) else check_list(f"{name}: shape", shape, "integers")
 
 
 def _fans(name: str, shape: Any) -> tuple[int, int]:
     """Return D and H, the fan-in and fan-out of a weight of `shape`."""
-    axes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    axes = tuple(_as_sizes(name, shape))
     if len(axes) != 2 or not all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in axes):
         raise ValueError(
             f"{name}: shape must be (D, H), both integers of at least 1, got {axes!r:.80}; for other shapes pass a "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from nnx.checks import class_indices
+from nnx.checks import check_integer, check_list, check_number, class_indices
 from nnx.device import as_real_array, to_cpu
 
 if TYPE_CHECKING:
@@ -38,13 +38,29 @@ def plot_loss(
     ax: Axes | None = None,
     path: str | Path | None = None,
 ) -> Axes:
-    """Plot `loss_list` over the iterations; each entry is the loss of `interval` iterations."""
-    losses = [float(loss) for loss in loss_list]
+    """Plot `loss_list` over the iterations; each entry is the loss of `interval` iterations.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `loss_list` holds anything but numbers, `interval` is not an integer of at least 1, or `ylim` not a pair of
+        finite numbers.
+    """
+    losses = []
+    for loss in check_list("plot_loss: loss_list", loss_list, "numbers"):
+        if not isinstance(loss, Real) and getattr(loss, "shape", None) != ():
+            raise TypeError(f"plot_loss: loss_list must be a list of numbers, got {loss!r:.80} in it")
+        losses.append(float(loss))
+    check_integer("plot_loss: interval", interval)
+    if ylim is not None:
+        limits = [check_number("plot_loss: ylim", y) for y in check_list("plot_loss: ylim", ylim, "two numbers")]
+        if len(limits) != 2:
+            raise ValueError(f"plot_loss: ylim must be a list of two numbers, got {len(limits)}")
     with _axes(ax, path) as ax:
         ax.plot(range(len(losses)), losses)
         ax.set(xlabel=f"iterations (x{interval})", ylabel="loss")
         if ylim is not None:
-            ax.set_ylim(*ylim)
+            ax.set_ylim(*limits)
     return ax
 
 
@@ -102,8 +118,8 @@ def plot_decision_regions(
     predict = getattr(predict, "predict", predict)
     if not callable(predict):
         raise TypeError(f"plot_decision_regions: predict must be a model or a function, got {type(predict).__name__}")
-    if step is not None and not (isinstance(step, Real) and 0 < step < math.inf):
-        raise ValueError(f"plot_decision_regions: step must be a positive number or None, got {step!r}")
+    if step is not None and (isinstance(step, bool) or not (isinstance(step, Real) and 0 < step < math.inf)):
+        raise ValueError(f"plot_decision_regions: step must be a positive number or None, got {step!r:.80}")
     with _axes(ax, path) as ax:
         columns, rows = _grid(x, ax, step)
         classes, index = numpy.unique(_predict_grid(predict, columns, rows), return_inverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from typing import Any
 
 import numpy
@@ -16,10 +17,16 @@ def as_generator(rng: Any = None) -> Any:
         return numpy.random
     if isinstance(rng, numpy.random.Generator | numpy.random.RandomState):
         return rng
-    try:
-        return numpy.random.default_rng(rng)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"rng must be a seed, a numpy.random.Generator or None, got {rng!r} ({error})") from error
+    plain = rng.tolist() if isinstance(rng, numpy.ndarray) else rng  # NumPy crashes at a numpy.matrix
+    parts = plain if isinstance(plain, list | tuple) and plain else [plain]
+    seeds = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 0 for n in parts)
+    if not seeds and not isinstance(rng, numpy.random.SeedSequence | numpy.random.BitGenerator):
+        kind = ValueError if isinstance(rng, numbers.Integral) and not isinstance(rng, bool) else TypeError
+        raise kind(
+            f"rng must be a seed, a numpy.random.Generator or None, got {rng!r:.80}; a seed is an integer of at least "
+            "0, or a list of these"
+        )
+    return numpy.random.default_rng(plain)
 
 
 def get_state(rng: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nnx.batches import (
     prepare_data,
 )
 from nnx.callbacks import CallbackList, Checkpoint
-from nnx.checks import check_weights
+from nnx.checks import check_bool, check_weights, takes_arguments
 from nnx.device import describe, is_writable
 from nnx.distributed import Comm
 from nnx.kernels import all_finite
@@ -238,7 +238,8 @@ class Trainer:
         """
         if self._running:
             raise RuntimeError("Trainer.fit: called from one of its own callbacks; use another Trainer there")
-        hooks = CallbackList(callbacks)
+        hooks, drop_last = CallbackList(callbacks), check_bool("Trainer.fit: drop_last", drop_last)
+        verbose = None if verbose is None else check_bool("Trainer.fit: verbose", verbose)
         _check_update(self.model, self.optimizer)
         settings: dict[str, Any] = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
         settings["eval_interval"] = eval_interval
@@ -514,7 +515,11 @@ def _check_interface(name: str, given: Any, needed: Sequence[str]) -> None:
     if isinstance(given, type):
         kind = given.__name__
         raise TypeError(f"Trainer: {name} must be an object, got the class {kind}; make one with {kind}(...)")
-    if not all(hasattr(given, attribute.partition("(")[0]) for attribute in needed):
+    names = [attribute.partition("(")[0] for attribute in needed]
+    arguments = {"forward": 2, "update": 2}  # of x and t, or params and grads
+    if isinstance(given, dict | set) or not all(
+        hasattr(given, n) and (n not in arguments or takes_arguments(getattr(given, n), arguments[n])) for n in names
+    ):
         raise TypeError(f"Trainer: {name} must be an object with {', '.join(needed)}, got {given!r}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy
 
+from nnx.checks import check_integer
+
 __all__ = ["load_data"]
 
 _POINTS, _CLASSES = 100, 3
@@ -20,6 +22,8 @@ def load_data(seed: int = 1984) -> tuple[numpy.ndarray, numpy.ndarray]:
     x : (300, 2) float64
     t : (300, 3) int32, one-hot
     """
+    if check_integer("load_data: seed", seed, 0) >= 1 << 32:
+        raise ValueError(f"load_data: seed must be below 2**32, got {seed}")
     noise = numpy.random.RandomState(seed).randn(_CLASSES, _POINTS)
     arm = numpy.arange(_CLASSES)[:, None]
     radius = numpy.arange(_POINTS) / _POINTS
