@@ -84,7 +84,7 @@ def as_real_array(x: Any, name: str) -> Array:
             f"{name}: expected real numbers, got strings; make labels integers with "
             "classes, t = numpy.unique(labels, return_inverse=True)"
         )
-    if x.dtype.kind not in "fiub":
+    if x.dtype.kind not in "fiub" or (GPU and x.dtype.itemsize > 8):  # CuPy has no longdouble
         raise TypeError(f"{name}: expected real numbers, got {x.dtype}; convert them, or remove such columns")
     return x
 

@@ -600,9 +600,8 @@ def judge(call, arguments, overflows):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", message="BatchNorm: a batch of one row")
-            if overflows:
-                warnings.filterwarnings("ignore", message="overflow encountered|invalid value encountered")
-            result = call.function(**arguments)
+            with numpy.errstate(**dict.fromkeys(("over", "invalid"), "ignore") if overflows else {}):
+                result = call.function(**arguments)
     except (TypeError, ValueError) as error:
         if state(call.objects) != before:
             return "changed state", describe(error)

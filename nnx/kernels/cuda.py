@@ -369,8 +369,8 @@ def softmax_loss_grad(y: Array, t: Array, dout: Any, weight: Array | None) -> Ar
 
 
 def embedding(W: Array, idx: Array) -> Array:
-    idx = _integers(idx)
-    y = Array((*idx.shape, W.shape[1]), W.dtype)
+    shape, idx = idx.shape, _integers(idx)  # which gives a single number an axis
+    y = Array((*shape, W.shape[1]), W.dtype)
     _launch(_columns, "embedding", y, (_contiguous(W), idx, y), len(W), idx.itemsize)
     return y
 
