@@ -279,8 +279,7 @@ class Trainer:
                 f"iterations; continue from these weights with fit, or from {saved} with resume"
             ) from None
         state.first_epoch, state.stop, state.losses = None, False, WeightedMean()
-        state.permutation = numpy.zeros(0, numpy.int64)
-        self._callbacks = self._callback_states = None
+        state.permutation, self._callbacks, self._callback_states = state.permutation[:0].copy(), None, None
 
     def _run_epoch(self, run: _FitContext) -> None:
         """Run an epoch, or the rest of one that was resumed."""
@@ -303,7 +302,7 @@ class Trainer:
             self._check_finite(state.losses.value())
         state.max_iter, state.epoch, state.iteration = state.iteration, state.epoch + 1, 0
         if self.validation is not None:
-            state.val_list.append(self._evaluate(*self.validation))
+            state.val_list.append(_evaluate(self.model, self.comm, *self.validation))
         self._after_step(run, "on_epoch")
 
     def _after_step(self, run: _FitContext, event: str) -> None:
@@ -447,16 +446,6 @@ class Trainer:
         """Agree with the other ranks on the signal to deliver, and on whether to stop."""
         run.signal, self.state.stop = self.comm.exchange_stops((run.signals.pending, self.state.stop))
 
-    def _evaluate(self, x: Any, t: Any) -> tuple[float, float | None]:
-        """Return the result of `model.evaluate`; each rank evaluates its shard, unless rows have weights."""
-        if getattr(getattr(self.model, "loss_layer", None), "is_weighted", False):
-            return self.model.evaluate(x, t)
-        part = self.comm.shard(len(x))
-        rows = part.stop - part.start
-        loss, accuracy = self.model.evaluate(*((x[part], t[part]) if rows else (x[:1], t[:1])))
-        loss, hits = self.comm.all_sum(loss * rows / len(x), (accuracy or 0) * rows / len(x))
-        return loss, None if accuracy is None else hits
-
     def _log_loss(self) -> None:
         """Append the mean loss since the last evaluation to `loss_list`."""
         self.loss_list.append(self.state.losses.pop())
@@ -480,6 +469,17 @@ def _restored_on_error(model: Any, rng: Any) -> Iterator[contextlib.ExitStack]:
         changes.callback(snapshot(model))
         yield changes
         changes.pop_all()
+
+
+def _evaluate(model: Any, comm: Comm, x: Any, t: Any) -> tuple[float, float | None]:
+    """Return the result of `model.evaluate`; each rank evaluates its shard, unless rows have weights."""
+    if getattr(getattr(model, "loss_layer", None), "is_weighted", False):
+        return model.evaluate(x, t)
+    part = comm.shard(len(x))
+    rows = part.stop - part.start
+    loss, accuracy = model.evaluate(*((x[part], t[part]) if rows else (x[:1], t[:1])))
+    loss, hits = comm.all_sum(loss * rows / len(x), (accuracy or 0) * rows / len(x))
+    return loss, None if accuracy is None else hits
 
 
 def _check_update(model: Any, optimizer: Any) -> None:

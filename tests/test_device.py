@@ -5,6 +5,7 @@ import pytest
 
 import nnx
 from nnx import asarray, np, to_cpu, to_gpu
+from nnx.device import as_real_array
 
 
 def test_asarray_returns_arrays_of_the_array_module():
@@ -120,3 +121,30 @@ def test_large_arrays_are_transferred_like_small_ones(dtype, layout, kind, rng, 
     assert type(y) is np.ndarray
     assert (y.dtype, y.strides) == (small.dtype, small.strides)
     numpy.testing.assert_array_equal(to_cpu(y), x)
+
+
+def test_tables_name_the_column_that_holds_no_numbers():
+    pandas = pytest.importorskip("pandas")
+    for bad in (["x", "y"], pandas.Categorical(["x", "y"]), [object(), 2]):
+        with pytest.raises(TypeError, match=r"x: column 'b' holds (str|object|category), not real numbers; encode it"):
+            as_real_array(pandas.DataFrame({"a": [1, 2], "b": bad}), "x")
+    with pytest.raises(ValueError, match=r"x: pandas.DataFrame has missing values; fill or remove them"):
+        as_real_array(pandas.DataFrame({"a": pandas.array([1, None], dtype="Int64"), "b": [1, 2]}), "x")
+
+
+def test_nullable_columns_without_missing_values_are_numbers():
+    pandas = pytest.importorskip("pandas")
+    columns = {"a": pandas.array([1, 2], dtype="Int64"), "b": pandas.array([0.5, 2], dtype="Float64")}
+    numpy.testing.assert_array_equal(as_real_array(pandas.DataFrame(columns), "x"), [[1, 0.5], [2, 2]])
+    labels = as_real_array(pandas.Series([1, 0], dtype="Int64"), "t")
+    assert labels.dtype == "int64"
+
+
+def test_strings_are_told_to_be_made_integers():
+    for labels in (["cat", "dog"], numpy.array(["cat", "dog"])):
+        with pytest.raises(TypeError, match=r"t: .* got strings; make labels integers with .*numpy.unique\(labels"):
+            as_real_array(labels, "t")
+
+
+def test_a_matrix_is_taken_as_an_array():
+    assert type(as_real_array(numpy.eye(2).view(numpy.matrix), "x")) is numpy.ndarray

@@ -239,3 +239,33 @@ def test_normalization_when_the_variance_overflows_float16(rng, layer):
     for half, single in zip(*results, strict=True):
         assert half.dtype == np.float16
         numpy.testing.assert_allclose(to_cpu(half), to_cpu(single), rtol=4e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [nnx.Sigmoid, nnx.ReLU, nnx.Tanh, nnx.GELU, lambda: nnx.Dropout(0.5, rng=0)])
+@pytest.mark.parametrize("x", [0.5, 2, numpy.float32(0.5), numpy.array(-0.5)])
+def test_elementwise_layers_take_one_number(kind, x):
+    layer, row = kind(), kind()
+    out = layer.forward(x)
+    assert isinstance(out, np.ndarray)
+    assert out.shape == layer.backward(x).shape == ()
+    assert float(out) == pytest.approx(float(row.forward(numpy.asarray(x)[None])[0]), rel=1e-6)
+    assert float(layer.backward(1)) == pytest.approx(float(row.backward(numpy.ones(1))[0]), rel=1e-6)
+
+
+def test_layers_without_features_give_no_columns():
+    x = np.zeros((4, 2, 0))
+    assert nnx.Affine(np.zeros((0, 3)), np.ones(3)).forward(x).shape == (4, 2, 3)
+    embedding = nnx.Embedding(np.zeros((2, 0)))
+    assert embedding.forward([0, 1]).shape == (2, 0)
+    embedding.backward(np.zeros((2, 0)))
+    model = nnx.Sequential([nnx.Affine(np.zeros((0, 3)), np.zeros(3))], nnx.SoftmaxWithLoss())
+    nnx.Trainer(model, nnx.SGD(0.1), rng=0).fit(numpy.zeros((40, 0)), numpy.arange(40) % 3, 1, 4, verbose=False)
+    for kind in (nnx.LayerNorm, nnx.BatchNorm):
+        with pytest.raises(ValueError, match="gamma and beta must have one axis, of one or more features"):
+            kind(np.zeros(0), np.zeros(0))
+
+
+def test_wrong_number_of_columns_is_reported_for_all_rows():
+    model = nnx.TwoLayerNet(64, 4, 3)
+    with pytest.raises(ValueError, match=r"Affine: x must have shape \(N, 64\) to match W \(64, 4\), got \(285, 10\)"):
+        nnx.Trainer(model, nnx.SGD(0.1)).fit(numpy.zeros((285, 10)), numpy.zeros(285, int))

@@ -93,6 +93,11 @@ class BatchNorm(_Norm):
         Of the running averages: running = momentum * running + (1 - momentum) * batch.
     eps : float
 
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter, setting or input is invalid. Values whose squares overflow the dtype give NaN.
+
     Attributes
     ----------
     running_mean, running_var : (D,)
