@@ -167,12 +167,10 @@ class Trainer:
         self.model: Any = model
         self.optimizer: Any = optimizer
         self.rng = None if rng is None else as_generator(rng)  # not NumPy's module, which cannot be copied
-        self.comm = comm or Comm()  # one rank
-        self.state = TrainState()
-        self.max_epoch = 0
+        self.comm, self.state = comm or Comm(), TrainState()
+        self.max_epoch, self._running = 0, False
         self.eval_interval: int | None = None
         self.validation: tuple[Any, Any] | None = None
-        self._running = False
         self._callbacks: CallbackList | None = None  # of the fit that is not finished
         self._callback_states: list[Any] | None = None  # from a checkpoint, for the next fit
 
