@@ -169,7 +169,8 @@ class EarlyStopping(Callback):
     state_names = ("best_loss", "epochs_without_improvement")
 
     def __init__(self, patience: int = 5) -> None:
-        self.patience = check_integer("EarlyStopping: patience", patience)
+        self.patience = patience
+        self.on_begin(None)
         self.reset()
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -179,6 +180,10 @@ class EarlyStopping(Callback):
     def reset(self) -> None:
         """Discard the lowest loss."""
         self.best_loss, self.epochs_without_improvement = math.inf, 0
+
+    def on_begin(self, trainer: Any) -> None:
+        """Check `patience`, which may have been assigned."""
+        check_integer("EarlyStopping: patience", self.patience)
 
     def _bind_model(self, model: Any, *, resumed: bool) -> None:
         super()._bind_model(model, resumed=resumed)
@@ -283,13 +288,17 @@ class Checkpoint(Callback):
         keep: int = 3,
         best: bool = True,
     ) -> None:
-        for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps), ("keep", keep)):
-            if value is not None or name == "keep":
-                check_integer(f"Checkpoint: {name}", value)
         self.folder = Path(folder).expanduser().absolute()  # independent of the working directory
         self.every_epochs, self.every_steps, self.keep, self.best = every_epochs, every_steps, keep, best
         self.best_loss = math.inf
         self.path: Path | None = None
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        for name in ("every_epochs", "every_steps", "keep"):
+            value = getattr(self, name)
+            if value is not None or name == "keep":
+                check_integer(f"Checkpoint: {name}", value)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless the lowest loss is a number."""
@@ -303,6 +312,7 @@ class Checkpoint(Callback):
         """Create the folder, check that it holds no other run, and remove the temporary files of a killed save."""
         import shutil  # noqa: PLC0415 - importing nnx imports nothing that only files need
 
+        self._check_settings()
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         checkpoint.import_safetensors()

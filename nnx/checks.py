@@ -26,6 +26,7 @@ __all__ = [
     "check_weights",
     "class_indices",
     "loss_grad",
+    "setting",
     "takes_arguments",
 ]
 
@@ -88,6 +89,14 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
             allowed = f"in [{low:g}, {high:g}{')' if float(f'{high:g}') > high else ']'}"
         raise ValueError(f"{name} must be {allowed}, got {number}")
     return number
+
+
+def setting(owner: Any, name: str, high: float = math.inf) -> float:
+    """Return the attribute `name` of `owner`, a number in [0, high] that may have been assigned, as a Python float."""
+    value = getattr(owner, name)
+    if type(value) is float and 0 <= value <= high and value < math.inf:
+        return value
+    return check_number(f"{type(owner).__name__}: {name}", value, 0, high)
 
 
 def check_integer(name: str, value: Any, low: int = 1) -> int:

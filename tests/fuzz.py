@@ -317,6 +317,33 @@ def setting_calls():
         yield f"{name}.update", update
 
 
+ASSIGNED = {
+    "Dropout": (lambda: nnx.Dropout(0.5, rng=0), {"dropout_ratio": number(0, 1)}),
+    "BatchNorm": (lambda: norm(nnx.BatchNorm), {"momentum": number(0, 1), "eps": number(0)}),
+    "LayerNorm": (lambda: norm(nnx.LayerNorm), {"eps": number(0)}),
+}
+
+
+def assigned_calls():
+    """Assign settings of layers, which the next forward checks."""
+    for name, (make, valid) in ASSIGNED.items():
+
+        def assigned(make=make, valid=valid):
+            layer = make()
+
+            def forward(**settings):
+                before = vars(layer).copy()
+                vars(layer).update(settings)
+                try:
+                    layer.forward(X)
+                finally:
+                    vars(layer).update({n: before[n] for n in settings})
+
+            return Call(forward, {n: getattr(layer, n) for n in valid}, valid, None, (layer,))
+
+        yield f"{name}, assigned", assigned
+
+
 def simple(function, valid, reference=None, **arguments):
     return lambda: Call(function, arguments, valid, reference)
 
@@ -573,6 +600,7 @@ CALLS = {
     "Sequential.predict": predict_call,
     **dict(forward_calls()),
     **dict(setting_calls()),
+    **dict(assigned_calls()),
     **dict(loss_calls()),
     **dict(constructor_calls()),
     **dict(function_calls()),

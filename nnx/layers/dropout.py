@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nnx.checks import as_floating, check_grad_output, check_number
+from nnx.checks import as_floating, check_grad_output, setting
 from nnx.device import quiet
 from nnx.kernels import dropout
 from nnx.np import Array, np
 from nnx.rng import as_generator
 
 __all__ = ["Dropout"]
+
+_BELOW_1 = math.nextafter(1, 0)
 
 
 class Dropout:
@@ -41,10 +43,10 @@ class Dropout:
     state_names = ("seed", "calls")
 
     def __init__(self, dropout_ratio: float = 0.5, *, rng: Any = None) -> None:
-        check_number("Dropout: dropout_ratio", dropout_ratio, 0, math.nextafter(1, 0))
         self.params: list[Array] = []
         self.grads: list[Array] = []
         self.dropout_ratio = dropout_ratio
+        self._ratio = setting(self, "dropout_ratio", _BELOW_1)  # of the last forward
         self.seed = int.from_bytes(as_generator(rng).bytes(8), "little")
         self.calls = 0
 
@@ -57,24 +59,25 @@ class Dropout:
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x * mask with a new mask, or x * (1 - dropout_ratio) if train_flg is False."""
         x = as_floating(x, None, "Dropout")
+        self._ratio = setting(self, "dropout_ratio", _BELOW_1)
         self.shape, self.dtype, self.train_flg = x.shape, x.dtype, train_flg
         if not train_flg:
             return self._scale(x)
         self.calls += 1
-        return dropout(x, self.dropout_ratio, self.seed, self.calls)
+        return dropout(x, self._ratio, self.seed, self.calls)
 
     def backward(self, dout: Any) -> Array:
         """Return dout times the mask, or the scale, of the last forward."""
         dout = check_grad_output(self, dout, self.shape, self.dtype)
         if not self.train_flg:
             return self._scale(dout)
-        return dropout(dout, self.dropout_ratio, self.seed, self.calls)
+        return dropout(dout, self._ratio, self.seed, self.calls)
 
     @quiet
     def _scale(self, x: Array) -> Array:
-        return np.multiply(x, 1 - self.dropout_ratio, dtype=x.dtype)
+        return np.multiply(x, 1 - self._ratio, dtype=x.dtype)
 
     @property
     def mask(self) -> Array:
         """The mask of the last forward in training mode, recomputed: 1 where an element was kept, else 0."""
-        return dropout(np.ones(self.shape, self.dtype), self.dropout_ratio, self.seed, self.calls)
+        return dropout(np.ones(self.shape, self.dtype), self._ratio, self.seed, self.calls)

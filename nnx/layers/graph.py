@@ -37,7 +37,7 @@ class Repeat:
         if x.ndim == 0 or len(x) != 1:
             raise ValueError(f"Repeat: axis 0 of x must have length 1, got shape {x.shape}; take a row with x[:1]")
         self.x = x
-        return np.repeat(x, self.N, axis=0)
+        return np.repeat(x, check_integer("Repeat: N", self.N), axis=0)
 
     def backward(self, dout: Any) -> Array:
         """Return the sum of dout over axis 0, kept with length 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from nnx.checks import as_floating, check_grad_output, check_number, check_weights
+from nnx.checks import as_floating, check_grad_output, check_weights, setting
 from nnx.device import quiet
 from nnx.kernels import accumulation_dtype, batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
 from nnx.np import Array, np
@@ -32,7 +32,8 @@ class _Norm:
             )
         self.params = [gamma, beta]
         self.grads = [np.zeros(gamma.shape, gamma.dtype), np.zeros(beta.shape, beta.dtype)]
-        self.eps = check_number(f"{name}: eps", eps, 0)
+        self.eps = eps
+        setting(self, "eps")
 
     def _rows(self, x: Any) -> Array:
         """Return `x` checked, as (N, D), and store its shape."""
@@ -71,7 +72,7 @@ class LayerNorm(_Norm):
     def forward(self, x: Any) -> Array:
         """Return x normalized by the mean and variance of each row, times gamma, plus beta."""
         self.x = self._rows(x)
-        y, self.mean, self.rstd = layer_norm(self.x, self.params[0], self.params[1], self.eps)
+        y, self.mean, self.rstd = layer_norm(self.x, self.params[0], self.params[1], setting(self, "eps"))
         return y if len(self.shape) == 2 else y.reshape(self.shape)
 
     def backward(self, dout: Any) -> Array:
@@ -119,21 +120,21 @@ class BatchNorm(_Norm):
 
     def __init__(self, gamma: Array, beta: Array, momentum: float = 0.9, eps: float = 1e-5) -> None:
         super().__init__(gamma, beta, eps)
-        self.momentum = check_number("BatchNorm: momentum", momentum, 0, 1)
+        self.momentum = momentum
+        setting(self, "momentum", 1)
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
         self.running_var = np.ones(gamma.shape, accumulation_dtype(gamma.dtype))
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x normalized by the batch statistics, or by the running ones if train_flg is False."""
         x, (gamma, beta) = self._rows(x), self.params
+        momentum, eps = setting(self, "momentum", 1), setting(self, "eps")
         if train_flg:
             if len(x) < 2:
                 self._check_rows(x)
-            y, self.mean, self.rstd = batch_norm(
-                x, gamma, beta, self.running_mean, self.running_var, self.momentum, self.eps
-            )
+            y, self.mean, self.rstd = batch_norm(x, gamma, beta, self.running_mean, self.running_var, momentum, eps)
         else:
-            self.mean, self.rstd = self.running_mean, 1 / np.sqrt(self.running_var + self.eps)
+            self.mean, self.rstd = self.running_mean, 1 / np.sqrt(self.running_var + eps)
             y = self._predict(x)
         self.x, self.train_flg = x, train_flg
         return y if len(self.shape) == 2 else y.reshape(self.shape)
