@@ -89,3 +89,11 @@ def test_take_apart_lists_the_parts_in_execution_order():
     ]
     assert sum(seconds for _, seconds, _ in parts) > 0  # a single part may be shorter than the clock's overhead
     assert [products != 0 for name, _, products in parts] == ["Affine" in name for name, _, _ in parts]
+
+
+@pytest.mark.parametrize("script", ["compare", "curves", "host", "parts", "peers", "ranks", "report"])
+def test_every_script_explains_itself(script):
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"benchmarks.{script}" in done.stdout
