@@ -386,7 +386,7 @@ class CallbackList:
                 raise TypeError(f"Trainer.fit: a callback must be an object, got the class {kind}; pass {kind}(...)")
             if not any(hasattr(callback, event) for event in _EVENTS):
                 raise TypeError(f"Trainer.fit: a callback needs one of {', '.join(_EVENTS)}, {callback!r} has none")
-            check_savable(type(callback).__name__, object_state(callback))
+            check_savable(type(callback).__name__, object_state(callback, unset_ok=True))
         self._hooks = {event: [*self._find_hooks(event)] for event in _EVENTS}
 
     def _find_hooks(self, event: str) -> Iterator[Callable[[Any], Any]]:
@@ -431,10 +431,11 @@ class CallbackList:
         """
         remaining, plan, mismatches = list(saved or ()), [], []
         for callback in self.callbacks:
-            kind, current = type(callback).__name__, object_state(callback)
+            kind, current = type(callback).__name__, object_state(callback, unset_ok=True)
             state = next((s for s in remaining if s[0] == kind), None)
-            if state is not None and current:
+            if state is not None and getattr(callback, "state_names", ()):
                 remaining.remove(state)
+                current = dict.fromkeys(callback.state_names) | current  # None, for one not set yet, matches any kind
                 mismatches += state_mismatches(kind, current, state[1]) or state_errors(kind, callback, state[1])
                 plan.append((callback, state[1]))
         if mismatches:

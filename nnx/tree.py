@@ -126,15 +126,15 @@ def layer_states(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {path: (layer, state) for path, (layer, state) in states.items() if state}
 
 
-def object_state(holder: Any) -> dict[str, Any]:
-    """Return the attributes of an object that are listed in its `state_names`."""
+def object_state(holder: Any, *, unset_ok: bool = False) -> dict[str, Any]:
+    """Return the attributes of an object that are listed in its `state_names`; if `unset_ok`, without unset ones."""
     names = attribute_names(holder, "state_names")
     for name in names:
-        if not hasattr(holder, name):
+        if not (unset_ok or hasattr(holder, name)):
             raise TypeError(
                 f"{type(holder).__name__}: state_names lists {name!r}, which it does not have yet; set it in __init__"
             )
-    return {name: getattr(holder, name) for name in names}
+    return {name: getattr(holder, name) for name in names if hasattr(holder, name)}
 
 
 def attribute_names(holder: Any, attribute: str) -> list[str]:
@@ -229,7 +229,7 @@ def set_state(holder: Any, state: dict[str, Any]) -> None:
 
 def snapshot(model: Any) -> Callable[[], None]:
     """Return a function that restores the present state of the layers of `model`, without their parameters."""
-    states = [(layer, object_state(layer)) for _, layer in named_layers(model)]
+    states = [(layer, object_state(layer, unset_ok=True)) for _, layer in named_layers(model)]
     copied = [
         {name: a.copy() if isinstance(a, Array) else copy.deepcopy(a) for name, a in s.items()} for _, s in states
     ]
@@ -240,7 +240,8 @@ def snapshot(model: Any) -> Callable[[], None]:
                 if isinstance(value, Array):  # the layer's array itself, which others may refer to
                     state[name][...] = value
                     value = state[name]
-                setattr(layer, name, value)
+                with contextlib.suppress(AttributeError):  # a property without a setter
+                    setattr(layer, name, value)
 
     return restore
 

@@ -1,5 +1,6 @@
 """Trainer.fit: training, reports, errors and side effects."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -1253,3 +1254,42 @@ def test_last_batch_of_one_row_does_not_update_the_variance(rng):
     assert len(caught) == 1
     numpy.testing.assert_allclose(to_cpu(model.layers[1].running_var)[:2], x.var(axis=0, ddof=1), rtol=0.1)
     Trainer(fragile(), SGD(0.0), rng=0).fit(x, t, 2, 64, drop_last=True, validation=(x[:1], t[:1]), verbose=False)
+
+
+def test_state_of_a_layer_may_be_set_in_forward_or_be_a_property():
+    class Late(nnx.ReLU):
+        state_names = ("seen", "fixed")
+        fixed = property(lambda self: 3)
+
+        def forward(self, x):
+            self.seen = len(x)
+            return super().forward(x)
+
+    first, _, last = TwoLayerNet(2, 10, 3, rng=0).layers
+    trainer = Trainer(Sequential([first, Late(), last], SoftmaxWithLoss()), SGD(0.1), rng=0)
+    for t, raises in (
+        ("wrong", pytest.raises(ValueError, match="SoftmaxWithLoss")),
+        ("right", contextlib.nullcontext()),
+    ):
+        with raises:
+            trainer.fit([(numpy.ones((3, 2)), [0, 1, 9 if t == "wrong" else 2])], max_epoch=1, verbose=False)
+    assert trainer.current_epoch == 1
+
+
+def test_state_of_a_callback_may_be_set_when_fit_begins(tmp_path):
+    pytest.importorskip("safetensors")
+
+    class Counts(Callback):
+        state_names = ("count",)
+
+        def on_begin(self, trainer):
+            self.count = getattr(self, "count", 0)
+
+        def on_step(self, trainer):
+            self.count += 1
+
+    trainer, counts = new_trainer(), Counts()
+    trainer.fit(*spiral(), 1, 30, verbose=False, callbacks=[Counts(), Checkpoint(tmp_path)])
+    trainer.resume(tmp_path)
+    trainer.fit(*spiral(), 2, 30, verbose=False, callbacks=[counts])
+    assert counts.count == 20
