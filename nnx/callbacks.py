@@ -24,6 +24,7 @@ from nnx.checks import check_integer, check_list
 from nnx.np import Array
 from nnx.signals import NestedInterrupt
 from nnx.tree import (
+    attribute_names,
     check_kinds,
     check_savable,
     named_arrays,
@@ -433,9 +434,10 @@ class CallbackList:
         for callback in self.callbacks:
             kind, current = type(callback).__name__, object_state(callback, unset_ok=True)
             state = next((s for s in remaining if s[0] == kind), None)
-            if state is not None and getattr(callback, "state_names", ()):
+            names = attribute_names(callback, "state_names")
+            if state is not None and names:
                 remaining.remove(state)
-                current = dict.fromkeys(callback.state_names) | current  # None, for one not set yet, matches any kind
+                current = dict.fromkeys(names) | current  # None, for one not set yet, matches any kind
                 mismatches += state_mismatches(kind, current, state[1]) or state_errors(kind, callback, state[1])
                 plan.append((callback, state[1]))
         if mismatches:

@@ -20,6 +20,7 @@ from nnx.np import Array, np
 __all__ = [
     "SAVABLE_DTYPES",
     "TiedParameters",
+    "attribute_names",
     "check_kinds",
     "check_savable",
     "is_savable",
