@@ -142,6 +142,7 @@ WEIRD: dict[str, Callable[[], Any]] = {
 }
 
 OVERFLOWS = {"infinity among floats", "NaN among floats", "huge floats", "1e+308", "-1e+308", repr(10**30)}
+OVERFLOWS |= {"inf", "-inf", "nan", f"NumPy {numpy.float16(numpy.inf)!r}"}
 
 
 # What a value that was accepted must be.
