@@ -75,7 +75,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
     A NumPy scalar would affect dtype promotion. NaN is in no interval.
     """
-    value = value[()] if isinstance(value, numpy.ndarray) and value.ndim == 0 else value
+    value = value.item() if isinstance(value, Array | numpy.ndarray) and value.ndim == 0 else value
     if not isinstance(value, numbers.Real) or isinstance(value, bool | numpy.bool_):
         raise TypeError(f"{name} must be a number, got {value!r:.80}")
     try:

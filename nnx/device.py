@@ -54,6 +54,8 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
         If `x` is a ragged list.
     """
     x = as_real_array(x, name)
+    if GPU and dtype is None and x.dtype.itemsize > 8:  # CuPy has no longdouble
+        raise TypeError(f"{name}: expected real numbers of at most 64 bits, got {x.dtype}; convert them")
     if GPU and isinstance(x, numpy.ndarray) and x.nbytes > _LARGE:
         native = numpy.dtype(x.dtype if dtype is None else dtype).newbyteorder("=")
         x = numpy.asarray(x, native, order="A")
@@ -84,7 +86,7 @@ def as_real_array(x: Any, name: str) -> Array:
             f"{name}: expected real numbers, got strings; make labels integers with "
             "classes, t = numpy.unique(labels, return_inverse=True)"
         )
-    if x.dtype.kind not in "fiub" or (GPU and x.dtype.itemsize > 8):  # CuPy has no longdouble
+    if x.dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected real numbers, got {x.dtype}; convert them, or remove such columns")
     return x
 
