@@ -134,7 +134,7 @@ class BatchData:
 
     rows = batch_size = 0
 
-    def __init__(self, batches: Any, max_epoch: int) -> None:
+    def __init__(self, batches: Any, max_epoch: int, model: Any) -> None:
         try:
             if isinstance(batches, numpy.ndarray | Array | str | dict):
                 raise TypeError
@@ -149,6 +149,8 @@ class BatchData:
                 "an object whose __iter__ starts again, such as a list"
             )
         self.iterable, self.max_iter = batches, 0
+        # A loss of nnx checks labels on the host before it moves them.
+        self.moves_targets = not hasattr(getattr(model, "loss_layer", None), "prepare_targets")
         with contextlib.suppress(TypeError):  # no length
             self.max_iter = len(batches)
 
@@ -164,7 +166,7 @@ class BatchData:
         for data in itertools.islice(iter(self.iterable), state.iteration, None):
             x, t = check_same_length("Trainer.fit: a batch", *_pair("Trainer.fit: a batch", data))
             part = comm.shard(len(x))
-            xs, ts = asarray(x[part]), asarray(t[part])
+            xs, ts = asarray(x[part]), asarray(t[part]) if self.moves_targets else t[part]
             yield _cast(xs, _step_dtype(xs, dtype)), _cast(ts, _step_dtype(ts, dtype)), len(x)
 
 
@@ -194,7 +196,7 @@ def prepare_data(
         )
     if t is None:
         _check_settings(None, max_epoch, batch_size, **settings)
-        return BatchData(x, max_epoch)
+        return BatchData(x, max_epoch, model)
     x, t = check_data("Trainer.fit", model, (x, t))
     _check_settings(len(x), max_epoch, batch_size, **settings)
     return ArrayData(x, t, batch_size, drop_last)
