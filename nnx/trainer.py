@@ -224,7 +224,8 @@ class Trainer:
         Raises
         ------
         TypeError, ValueError
-            If the model cannot be trained on these data; nothing has been changed.
+            If the model cannot be trained on these data, or an argument is invalid; an error before the first step
+            leaves model, optimizer and random generator as they were.
         FloatingPointError
             If the loss or a parameter is infinite or NaN at an evaluation or at the end of an epoch.
         KeyboardInterrupt

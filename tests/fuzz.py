@@ -611,8 +611,7 @@ CALLS = {
 }
 if importlib.util.find_spec("matplotlib"):
     CALLS |= dict(plot_calls())
-# What NumPy says well, or Python of an argument that no signature has.
-WORDS = ("rng must be", "only length-1 arrays")
+WORDS = ("rng must be",)  # clear, though the function that takes rng is not named
 
 
 def describe(error):
