@@ -1,19 +1,20 @@
-"""Training data: validation, batching and sharding over ranks; and the weighted mean of batch losses."""
+"""Training data: validation, batching and sharding over ranks."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import mmap
 import numbers
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy
 
-from nnx.checks import check_integer, check_same_length
-from nnx.device import asarray, chunk_bytes, fits_on_device, quiet, to_cpu
+from nnx.checks import check_integer, check_metrics, check_same_length, takes_arguments
+from nnx.device import as_real_array, asarray, chunk_bytes, fits_on_device, quiet, to_cpu
 from nnx.kernels import gather
 from nnx.models import Sequential
 from nnx.np import Array, np
@@ -21,7 +22,6 @@ from nnx.np import Array, np
 __all__ = [
     "ArrayData",
     "BatchData",
-    "WeightedMean",
     "check_data",
     "check_validation",
     "checksum",
@@ -33,100 +33,61 @@ _PIECE_BYTES = 1 << 22  # data checked, cast and copied at a time
 _COLUMN_CHUNK_BYTES = 1 << 24  # rows gathered at a time from a file in Fortran order; each gather reads all its pages
 
 
-class WeightedMean:
-    """The mean of batch losses, weighted by batch size and accumulated on the device.
-
-    There is one total per batch size, so that a step costs one addition.
-    """
-
-    def __init__(self, state: Iterable[Any] = ()) -> None:
-        state = list(state)
-        self.totals: dict[int, Any] = {int(rows): _float64(total) for rows, total, _ in state}
-        self.counts: dict[int, int] = {int(rows): int(count) for rows, _, count in state}
-
-    def state(self) -> numpy.ndarray:
-        """Return one row (batch size, sum of losses, number of losses) per batch size."""
-        rows = [(n, float(total), self.counts[n]) for n, total in self.totals.items()]
-        return numpy.array(rows, numpy.float64).reshape(-1, 3)
-
-    def add(self, loss: Any, rows: int) -> None:
-        """Add the mean loss of a batch of `rows` rows."""
-        if rows in self.totals:
-            self.totals[rows] += loss
-            self.counts[rows] += 1
-        else:
-            self.totals[rows] = _float64(loss)
-            self.counts[rows] = 1
-
-    def value(self) -> float:
-        """Return the mean of all losses since the last `pop`."""
-        total = sum(rows * float(total) for rows, total in self.totals.items())
-        return total / sum(rows * count for rows, count in self.counts.items())
-
-    def pop(self) -> float:
-        """Return the mean and reset it."""
-        mean = self.value()
-        self.totals, self.counts = {}, {}
-        return mean
-
-
-def _float64(loss: Any) -> Any:
-    """Return `loss` in float64: a NumPy scalar, whose addition is faster than an array's, or a CuPy array."""
-    return np.array(loss, np.float64)[()]
-
-
 class ArrayData:
-    """The arrays x and t of a fit, in batches of rows that each epoch shuffles anew.
+    """The arrays of a fit, in batches of rows that each epoch shuffles anew.
 
     Attributes
     ----------
+    arrays : list of arrays
+        x and t, and the weights of the rows if there are any.
     rows, batch_size, max_iter : int
         The number of rows, of rows per batch, and of batches per epoch.
     """
 
-    def __init__(self, x: Array, t: Array, batch_size: int, drop_last: bool) -> None:
-        self.x, self.t, self.rows, self.batch_size = x, t, len(x), int(batch_size)
-        self.max_iter = len(x) // batch_size if drop_last else -(-len(x) // batch_size)
+    def __init__(self, arrays: Sequence[Array], batch_size: int, drop_last: bool) -> None:
+        self.arrays, self.rows, self.batch_size = list(arrays), len(arrays[0]), int(batch_size)
+        self.max_iter = self.rows // batch_size if drop_last else -(-self.rows // batch_size)
 
     def to_device(self) -> None:
         """Move the arrays to the device if they fit, and determine how many rows to gather at a time."""
-        move = asarray if fits_on_device(self.x, self.t) else to_cpu
-        self.x, self.t = move(self.x), move(self.t)
-        self.bytes_at_once = chunk_bytes(self.x)
-        if _is_mapped_in_columns(self.x) or _is_mapped_in_columns(self.t):
+        move = asarray if fits_on_device(*self.arrays) else to_cpu
+        self.arrays = [move(a) for a in self.arrays]
+        self.bytes_at_once = chunk_bytes(self.arrays[0])
+        if any(map(_is_mapped_in_columns, self.arrays)):
             self.bytes_at_once = max(self.bytes_at_once, _COLUMN_CHUNK_BYTES)
 
     def permutation(self, rng: Any) -> numpy.ndarray:
         """Return the rows of an epoch, in random order."""
         return rng.permutation(self.rows)[: self.max_iter * self.batch_size]
 
-    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[Array, Array, int]]:
+    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[tuple[Array, ...], int]]:
         """Yield this process's shard of each batch of the permutation, and the number of rows of the whole batch.
 
         As many shards as fit in `bytes_at_once` are gathered together and yielded as slices, the last one as a copy:
         a model keeps its last input, and a slice would keep all of the gathered rows in memory. Floating data are
-        cast to `dtype`. A shard is empty if the batch has fewer rows than there are processes.
+        cast to `dtype`, except weights. A shard is empty if the batch has fewer rows than there are processes.
         """
-        x, t, batch_size, order = self.x, self.t, self.batch_size, state.permutation
+        arrays, batch_size, order = self.arrays, self.batch_size, state.permutation
         full = len(order) // batch_size * batch_size
         shard, last = comm.shard(batch_size), comm.shard(len(order) - full)
         rows = numpy.concatenate([order[:full].reshape(-1, batch_size)[:, shard].reshape(-1), order[full:][last]])
-        rows = rows if isinstance(x, numpy.ndarray) else asarray(rows)
+        rows = rows if isinstance(arrays[0], numpy.ndarray) else asarray(rows)
         size = max(1, shard.stop - shard.start)
-        chunk = max(1, self.bytes_at_once // max(1, (x.nbytes + t.nbytes) // len(x) * size)) * size
+        chunk = max(1, self.bytes_at_once // max(1, sum(a.nbytes for a in arrays) // self.rows * size)) * size
+        dtypes = [dtype, dtype, None]
         totals = itertools.chain(itertools.repeat(batch_size, full // batch_size), [len(order) - full])
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
-            xs, ts = _gather_rows(x, part, dtype), _gather_rows(t, part, dtype)
-            before = (len(xs) - 1) // size * size  # the rows before the last batch, in whole batches
+            gathered = [_gather_rows(a, part, d) for a, d in zip(arrays, dtypes, strict=False)]
+            before = (len(part) - 1) // size * size  # the rows before the last batch, in whole batches
             if before:
-                whole = (a[:before].reshape(before // size, size, *a.shape[1:]) for a in (xs, ts))
-                yield from zip(*whole, totals, strict=False)  # at C speed
-                xs, ts = xs[before:].copy(), ts[before:].copy()
-            yield xs, ts, next(totals)
+                whole = (a[:before].reshape(before // size, size, *a.shape[1:]) for a in gathered)
+                yield from zip(zip(*whole, strict=True), totals, strict=False)  # at C speed
+                gathered = [a[before:].copy() for a in gathered]
+            yield tuple(gathered), next(totals)
         for total in totals:  # the batches without a row for this process
             if total:
-                yield x[:0], t[:0], total
+                yield tuple(a[:0] for a in arrays), total
 
 
 class BatchData:
@@ -161,13 +122,13 @@ class BatchData:
         """Return no rows: the user's batches come in their own order."""
         return numpy.zeros(0, numpy.int64)
 
-    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[Array, Array, int]]:
+    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[tuple[Array, ...], int]]:
         """Yield this process's shard of each batch after those of `iteration`, and the rows of the whole batch."""
         for data in itertools.islice(iter(self.iterable), state.iteration, None):
             x, t = check_same_length("Trainer.fit: a batch", *_pair("Trainer.fit: a batch", data))
             part = comm.shard(len(x))
             xs, ts = asarray(x[part]), asarray(t[part]) if self.moves_targets else t[part]
-            yield _cast(xs, _step_dtype(xs, dtype)), _cast(ts, _step_dtype(ts, dtype)), len(x)
+            yield (_cast(xs, _step_dtype(xs, dtype)), _cast(ts, _step_dtype(ts, dtype))), len(x)
 
 
 def _gather_rows(data: Array, rows: Array, dtype: Any) -> Array:
@@ -187,7 +148,7 @@ def _cast(data: Array, dtype: Any) -> Array:
 
 
 def prepare_data(
-    model: Any, x: Any, t: Any, drop_last: bool, *, max_epoch: int, batch_size: int, **settings: Any
+    model: Any, x: Any, t: Any, weight: Any, drop_last: bool, *, max_epoch: int, batch_size: int, **settings: Any
 ) -> ArrayData | BatchData:
     """Return the data of a fit of `model`; raise the errors of fit for invalid data and settings."""
     if getattr(type(model), "forward", None) is Sequential.forward and model.loss_layer is None:
@@ -196,15 +157,34 @@ def prepare_data(
         )
     if t is None:
         _check_settings(None, max_epoch, batch_size, **settings)
+        if weight is not None:
+            raise ValueError("Trainer.fit: sample_weight needs the arrays x and t, got an iterable of batches")
         return BatchData(x, max_epoch, model)
     x, t = check_data("Trainer.fit", model, (x, t))
     _check_settings(len(x), max_epoch, batch_size, **settings)
-    return ArrayData(x, t, batch_size, drop_last)
+    weights = [] if weight is None else [_check_sample_weight(model, weight, len(x))]
+    return ArrayData([x, t, *weights], batch_size, drop_last)
 
 
-def check_validation(model: Any, validation: Any) -> Sequence[Array]:
+def _check_sample_weight(model: Any, weight: Any, rows: int) -> Array:
+    """Return the weights of the rows as a host array; raise if they are invalid, or the model takes none."""
+    weight = to_cpu(as_real_array(weight, "Trainer.fit: sample_weight"))
+    if weight.shape != (rows,):
+        raise ValueError(f"Trainer.fit: sample_weight must have one number for each of {rows} rows, got {weight.shape}")
+    if not (numpy.isfinite(weight).all() and (weight >= 0).all() and weight.any()):
+        raise ValueError("Trainer.fit: sample_weight must hold finite numbers of at least 0, not only zeros")
+    for owner in (model, getattr(model, "loss_layer", model)):
+        if not takes_arguments(owner.forward, 3):
+            raise TypeError(f"Trainer.fit: sample_weight needs {type(owner).__name__}.forward(x, t, weight)")
+    return weight
+
+
+def check_validation(model: Any, validation: Any, metrics: Any) -> Sequence[Array]:
     """Return the validation data, checked; raise now what `model.evaluate` would raise after an epoch."""
+    check_metrics("Trainer.fit", metrics)
     if validation is None:
+        if metrics:
+            raise ValueError("Trainer.fit: metrics are those of validation data; pass validation=(x, t)")
         return ()
     checked = check_data("Trainer.fit: validation", model, validation, copy=False)
     if not hasattr(model, "evaluate"):
@@ -214,6 +194,10 @@ def check_validation(model: Any, validation: Any) -> Sequence[Array]:
     if not (isinstance(result, tuple | list) and len(result) == 2):
         raise TypeError(
             f"Trainer.fit: {type(model).__name__}.evaluate must return (loss, accuracy), got {result!r:.80}"
+        )
+    if metrics and "metrics" not in inspect.signature(model.evaluate).parameters:
+        raise TypeError(
+            f"Trainer.fit: metrics need a model with evaluate(x, t, metrics=...), got {type(model).__name__}"
         )
     return checked
 

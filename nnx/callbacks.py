@@ -20,7 +20,8 @@ from typing import Any
 import numpy
 
 from nnx import checkpoint
-from nnx.checks import check_integer, check_list
+from nnx.arguments import format_repr
+from nnx.checks import check_integer, check_list, takes_arguments
 from nnx.np import Array
 from nnx.signals import NestedInterrupt
 from nnx.tree import (
@@ -35,7 +36,16 @@ from nnx.tree import (
     to_device,
 )
 
-__all__ = ["BestWeights", "Callback", "Checkpoint", "EarlyStopping", "LearningRateScheduler", "PrintLog", "ProgressBar"]
+__all__ = [
+    "BestWeights",
+    "Callback",
+    "Checkpoint",
+    "EarlyStopping",
+    "LearningRateScheduler",
+    "Log",
+    "PrintLog",
+    "ProgressBar",
+]
 
 _EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_checkpoint", "on_interrupt", "on_end")
 
@@ -45,6 +55,9 @@ class Callback:
 
     state_names: tuple[str, ...] = ()
     _model: Callable[[], Any] | None = None  # a weak reference to the one that the last fit trained
+
+    def __repr__(self) -> str:
+        return format_repr(self)
 
     def reset(self) -> None:
         """Discard what was learned from a model; called when the callback is reused with another model."""
@@ -82,7 +95,7 @@ class Callback:
 
 
 class PrintLog(Callback):
-    """Prints the book's line of text at every evaluation."""
+    """Prints the book's line of text at every evaluation, and with validation a line at the end of every epoch."""
 
     def on_begin(self, trainer: Any) -> None:
         """Start the clock."""
@@ -95,13 +108,32 @@ class PrintLog(Callback):
             f"| time {time.perf_counter() - self.start:.0f}[s] | loss {trainer.loss_list[-1]:.2f}"
         )
 
+    def on_epoch(self, trainer: Any) -> None:
+        """Print the losses and metrics of the epoch."""
+        row = trainer.history[-1]
+        if "val_loss" in row:
+            print(" | ".join([f"| epoch {row['epoch']}", *_format_losses(row)]))  # noqa: T201 - its purpose
+
+
+def _format_losses(row: dict[str, float]) -> list[str]:
+    """Return the losses and metrics in a row of the history as text."""
+    return [f"{key} {value:.4g}" for key, value in row.items() if key == "loss" or key.startswith("val_")]
+
+
+def print_line(text: str) -> None:
+    """Print `text` above the progress bars that are open."""
+    from tqdm import tqdm  # noqa: PLC0415 - importing nnx imports nothing that only training needs
+
+    with tqdm.external_write_mode():
+        print(text)  # noqa: T201 - its purpose
+
 
 class ProgressBar(Callback):
-    """Shows a tqdm progress bar over all steps, with epoch and loss."""
+    """Shows a tqdm progress bar over all steps, with the losses and metrics of the last epoch."""
 
     def on_begin(self, trainer: Any) -> None:
         """Open the bar."""
-        from tqdm import tqdm  # noqa: PLC0415 - importing nnx imports nothing that only a terminal needs
+        from tqdm.auto import tqdm  # noqa: PLC0415 - as in print_line
 
         steps = (trainer.max_epoch - trainer.current_epoch) * trainer.max_iter
         self.bar = tqdm(total=steps or None, initial=trainer.iteration, unit="step")
@@ -111,13 +143,40 @@ class ProgressBar(Callback):
         self.bar.update()
 
     def on_evaluate(self, trainer: Any) -> None:
-        """Show epoch and loss."""
-        text = f"epoch {trainer.current_epoch + 1}, loss {trainer.loss_list[-1]:.2f}"
-        self.bar.set_postfix_str(text, refresh=False)
+        """Show the loss of the first epoch before its end."""
+        if not trainer.history:
+            self.bar.set_postfix_str(f"epoch 1, loss {trainer.loss_list[-1]:.4g}", refresh=False)
+
+    def on_epoch(self, trainer: Any) -> None:
+        """Show the losses and metrics of the epoch."""
+        row = trainer.history[-1]
+        self.bar.set_postfix_str(", ".join([f"epoch {row['epoch']}", *_format_losses(row)]), refresh=False)
 
     def on_end(self, trainer: Any) -> None:
         """Close the bar."""
         self.bar.close()
+
+
+class Log(Callback):
+    """Calls a function with a copy of each new row of `trainer.history`, a dict of numbers, at the end of its epoch.
+
+    With several ranks only on rank 0.
+
+    Parameters
+    ----------
+    function : function of a dict
+        For example `wandb.log`, `mlflow.log_metrics`, or `writerow` of a csv.DictWriter.
+    """
+
+    def __init__(self, function: Callable[[dict[str, float]], Any]) -> None:
+        if not callable(function) or not takes_arguments(function, 1):
+            raise TypeError(f"Log: function must be a function of a dict, got {function!r:.80}")
+        self.function = function
+
+    def on_epoch(self, trainer: Any) -> None:
+        """Call the function."""
+        if trainer.comm.rank == 0:
+            self.function(dict(trainer.history[-1]))
 
 
 class LearningRateScheduler(Callback):
@@ -198,6 +257,10 @@ class EarlyStopping(Callback):
         self.best_loss = min(self.best_loss, loss)
         if self.epochs_without_improvement >= self.patience:
             trainer.stop()
+            trainer.log(
+                f"EarlyStopping: stopped after epoch {trainer.current_epoch}; val_loss has not been below "
+                f"{self.best_loss:.4g} for {self.patience} epochs"
+            )
 
 
 class BestWeights(Callback):
@@ -251,6 +314,8 @@ class BestWeights(Callback):
         """Restore the best weights."""
         for a, best in zip(named_arrays(trainer.model).values(), self.weights, strict=bool(self.weights)):
             a[...] = best
+        if self.weights:
+            trainer.log(f"BestWeights: restored the weights of epoch {self.epoch}, val_loss {self.best_loss:.4g}")
 
 
 class Checkpoint(Callback):
@@ -346,6 +411,12 @@ class Checkpoint(Callback):
             for old in checkpoint.list_checkpoints(self.folder)[: -self.keep]:
                 self._remove(old)
 
+    def on_end(self, trainer: Any) -> None:
+        """Say which files were saved."""
+        if self.path is not None:
+            best = f", and val_loss {self.best_loss:.4g} as best.safetensors" if self.best_loss < math.inf else ""
+            trainer.log(f"Checkpoint: saved {self.path}{best}")
+
     def _remove(self, old: Path) -> None:
         try:
             old.unlink(missing_ok=True)
@@ -409,7 +480,8 @@ class CallbackList:
         """Return these callbacks after one that shows progress, unless `verbose` is False; None is as in fit."""
         if verbose is False:
             return self
-        return CallbackList([ProgressBar() if verbose is None and _is_terminal() else PrintLog(), *self.callbacks])
+        bar = verbose is None and (_is_terminal() or _is_notebook())
+        return CallbackList([ProgressBar() if bar else PrintLog(), *self.callbacks])
 
     def handles(self, *events: str) -> bool:
         """Return whether any callback has a method for one of `events`."""
@@ -474,3 +546,9 @@ def _is_terminal() -> bool:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):
         return False
+
+
+def _is_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config

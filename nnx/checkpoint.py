@@ -26,13 +26,16 @@ from typing import Any
 import numpy
 
 from nnx._version import __version__
+from nnx.arguments import constructor_arguments
 from nnx.device import to_cpu
 from nnx.np import Array, np
 from nnx.tree import (
     SAVABLE_DTYPES,
+    check_kinds,
     check_savable,
     is_savable,
     layer_states,
+    memory_keys,
     name_list,
     named_arrays,
     named_layers,
@@ -46,7 +49,7 @@ from nnx.tree import (
 __all__ = ["latest_checkpoint", "load", "save"]
 
 TEMP_PREFIX = ".saving-"  # of the temporary folder next to the target of a save
-_FORMAT = "1"
+_FORMAT = "2"
 _MAX_METADATA = 1 << 24  # characters; parsed JSON takes many times as many bytes
 _NUMBERED = re.compile(r"epoch-(\d{4,})-step-(\d{6,})\.safetensors")
 _DTYPES = {  # of the files; NumPy has no others of them
@@ -259,12 +262,50 @@ def _set_aside(path: Path, error: Exception) -> None:
 
 
 def layer_config(model: Any) -> dict[str, Any]:
-    """Return the class and the plain settings of every layer, for users who inspect a file."""
+    """Return class, module, settings and parameters of every layer by path, from which `models.load` builds them."""
+    names: dict[Any, str] = {}
+    for name, array in named_arrays(model).items():
+        key, transposed_key = memory_keys(array)
+        names |= {transposed_key: f"{name}.T", key: name}  # in this order: they are equal for a vector
     return {
-        path.removesuffix("."): {"class": type(layer).__name__}
-        | {n: v for n, v in getattr(layer, "__dict__", {}).items() if isinstance(v, bool | int | float | str)}
+        path.removesuffix("."): {
+            "class": type(layer).__name__,
+            "module": type(layer).__module__,
+            "params": [names.get(memory_keys(p)[0], "") for p in getattr(layer, "params", ())],
+            **_plain_settings(layer),
+        }
         for path, layer in named_layers(model)
     }
+
+
+def _plain_settings(layer: Any) -> dict[str, Any]:
+    """Return the constructor arguments that a layer has as plain attributes; of nnx's own layers also small arrays."""
+    settings = {}
+    for name, value in constructor_arguments(layer).items():
+        if isinstance(value, Array | numpy.generic) and type(layer).__module__.startswith("nnx."):
+            settings[name] = to_cpu(np.asarray(value)).tolist()
+        elif isinstance(value, bool | int | float | str | None):
+            settings[name] = value
+    return settings
+
+
+def read_config(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Return the `layer_config` in a file of `save`, and dtype and shape of its arrays by name.
+
+    Raises
+    ------
+    OSError, ValueError
+        As `load`, and a ValueError for a file that has no such part.
+    """
+    file = _read(path)
+    if not file.is_checkpoint:
+        raise ValueError(
+            f"{path}: was not written by checkpoint.save; build the model yourself and use checkpoint.load"
+        )
+    for config in file.layers.values():
+        check_kinds(config, str, "class", "module")
+        check_kinds(config, list, "params")
+    return file.layers, file.arrays
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
@@ -449,6 +490,7 @@ class _Reader:
     is_checkpoint : bool
         Whether `save` has written the file.
     states : dict of name to state
+    layers : dict of path to class and settings of a layer
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -460,13 +502,15 @@ class _Reader:
         self.read: Callable[[str], numpy.ndarray] = file.get_tensor
         self.is_checkpoint = any(key.startswith("nnx") for key in metadata)
         self.states: dict[str, Any] = {}
+        self.layers: dict[str, Any] = {}
         if self.is_checkpoint:
             if (version := metadata.get("nnx.format")) != _FORMAT:
                 raise ValueError(f"{path}: this version of nnx loads format {_FORMAT}, got {version!r:.80}")
             arrays = {name: file.get_tensor(name) for name in slices}
             if metadata.pop("nnx.digest", None) != _digest(metadata, arrays):
                 raise _DamagedFileError(f"{path}: damaged: the digest does not match the contents")
-            self.read, self.states = arrays.__getitem__, _parse_states(path, metadata.get("nnx.state", ""))
+            self.read = arrays.__getitem__
+            self.states, self.layers = (_parse_objects(path, metadata.get(n, "")) for n in ("nnx.state", "nnx.layers"))
 
 
 def _read(path: Path) -> _Reader:
@@ -489,16 +533,16 @@ def _read(path: Path) -> _Reader:
         raise _DamagedFileError(f"{path}: damaged, or not a safetensors file: {error}") from error
 
 
-def _parse_states(path: Path, text: str) -> dict[str, Any]:
+def _parse_objects(path: Path, text: str) -> dict[str, Any]:
     if len(text) > _MAX_METADATA:
         raise ValueError(f"{path}: its state of {len(text)} characters exceeds the limit of {_MAX_METADATA}")
     try:
-        states = json.loads(text)
+        objects = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _DamagedFileError(f"{path}: its state is not valid JSON: {error}") from error
-    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+    if not isinstance(objects, dict) or not all(isinstance(value, dict) for value in objects.values()):
         raise _DamagedFileError(f"{path}: its state must be a JSON object of objects")
-    return states
+    return objects
 
 
 def _atomic_save(path: Path, arrays: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:

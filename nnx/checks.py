@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import numpy
@@ -20,6 +21,7 @@ __all__ = [
     "check_grad_output",
     "check_integer",
     "check_list",
+    "check_metrics",
     "check_number",
     "check_range",
     "check_same_length",
@@ -124,6 +126,17 @@ def check_list(name: str, value: Any, of: str) -> list[Any]:
         return list(value)
     except TypeError:
         raise TypeError(f"{name} must be a list of {of}, got {value!r:.80}") from None
+
+
+def check_metrics(name: str, metrics: Any) -> None:
+    """Raise a TypeError unless `metrics` is None or a dict of functions of two arguments. `name` is a prefix."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
+        raise TypeError(f"{name}: metrics must be a dict of functions by name, or None, got {metrics!r:.80}")
+    for key, function in metrics.items():
+        if not callable(function) or not takes_arguments(function, 2):
+            raise TypeError(f"{name}: metrics: {key} must be a function of (scores, t), got {function!r:.80}")
 
 
 def takes_arguments(function: Any, count: int) -> bool:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import numpy
 
@@ -18,6 +18,8 @@ from nnx.np import Array
 from nnx.rng import as_generator
 
 __all__ = ["he", "normal", "xavier"]
+
+Initializer: TypeAlias = Callable[..., Array]
 
 
 def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.float32, rng: Any = None) -> Array:
@@ -66,6 +68,15 @@ def he(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Arr
     """
     D, H = _fans("he", shape)
     return _normal("he", (D, H), math.sqrt(2 / D), dtype, rng)
+
+
+def draw_weight(name: str, initializer: Initializer, dtype: Any, rng: Any, **sizes: int) -> Array:
+    """Return a weight of the `sizes` drawn by `initializer`; `name` is the prefix of the error messages."""
+    if not callable(initializer):
+        raise TypeError(
+            f"{name}: initializer must be a function of a shape, such as nnx.initializers.he, got {initializer!r:.80}"
+        )
+    return initializer([check_integer(f"{name}: {n}", size) for n, size in sizes.items()], dtype=dtype, rng=rng)
 
 
 def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: Any) -> Array:

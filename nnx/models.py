@@ -1,25 +1,30 @@
-"""Models: sequences of layers, and the two-layer net of the chapter. N rows, D inputs, H hidden, C classes."""
+"""Models: sequences of layers, from sizes or from a file. N rows, D inputs, H hidden, C classes."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy
 
-from nnx.checks import check_integer, check_list, check_same_length, takes_arguments
-from nnx.device import asarray
-from nnx.initializers import normal
-from nnx.layers import Affine, Sigmoid, SoftmaxWithLoss
+from nnx import checkpoint, layers
+from nnx.checks import check_bool, check_integer, check_list, check_metrics, check_same_length, takes_arguments
+from nnx.device import as_real_array, asarray, to_cpu
+from nnx.initializers import he, normal, xavier
+from nnx.layers import GELU, Affine, BatchNorm, Dropout, ReLU, Sigmoid, SoftmaxWithLoss, Tanh
 from nnx.np import Array, np
 from nnx.protocols import Layer, LossLayer
 from nnx.rng import as_generator
 from nnx.tree import TiedParameters, named_layers
 
-__all__ = ["Sequential", "TwoLayerNet"]
+__all__ = ["Sequential", "TwoLayerNet", "load", "mlp"]
+
+_ACTIVATIONS = {"relu": (ReLU, he), "gelu": (GELU, he), "sigmoid": (Sigmoid, xavier), "tanh": (Tanh, xavier)}
 
 
 class Sequential:
@@ -60,13 +65,18 @@ class Sequential:
         self.params: list[Array] = [p for layer in layers for p in layer.params]
         self.grads: list[Array] = [g for layer in layers for g in layer.grads]
 
-    def predict(self, x: Any) -> Array:
+    def predict(self, x: Any, batch_size: int | None = None) -> Array:
         """Return the output of the last layer for `x`, without the loss.
+
+        With `batch_size`, the rows go through the layers that many at a time, so that their activations and a host
+        array `x` may be larger than the memory of the device.
 
         Layers with a `train_flg` argument are called with train_flg=False. The layers run as shallow copies, so no
         activations are kept and a pending `backward` is unaffected. A layer that holds other layers shares them with
         its copy: define `predict` in it, which is called instead, if a `backward` may be pending.
         """
+        if batch_size is not None:
+            return self._predict_in_batches(x, batch_size)
         for layer in self.layers:
             if hasattr(layer, "predict"):
                 x = layer.predict(x)
@@ -76,13 +86,50 @@ class Sequential:
                 x = copy.copy(layer).forward(x)
         return x
 
-    def forward(self, x: Any, t: Any = None) -> Array:
-        """Return the loss for the inputs `x` and targets `t`; without a loss layer, the output of the last layer."""
+    def _predict_in_batches(self, x: Any, batch_size: int) -> Array:
+        name = f"{type(self).__name__}.predict"
+        x = as_real_array(x, f"{name}: x")
+        check_integer(f"{name}: batch_size", batch_size)
+        if not x.ndim or len(x) <= batch_size:
+            return self.predict(asarray(x))
+        y: Any = None
+        for start in range(0, len(x), batch_size):
+            part = asarray(x[start : start + batch_size])
+            scores = self.predict(part)
+            if not scores.ndim or len(scores) != len(part):
+                raise ValueError(
+                    f"{name}: with batch_size there must be one row of output for each row of x, got shape "
+                    f"{scores.shape} for {len(part)} rows"
+                )
+            y = np.empty((len(x), *scores.shape[1:]), scores.dtype) if y is None else y
+            y[start : start + len(part)] = scores
+        return y
+
+    def predict_proba(self, x: Any, batch_size: int | None = None) -> Array:
+        """Return the probabilities of the classes for `x`: those of the loss layer, for the scores of `predict`.
+
+        Raises
+        ------
+        TypeError
+            If the loss layer has no method `probabilities(scores)`, which SoftmaxWithLoss and SigmoidWithLoss have.
+        """
+        if not hasattr(self.loss_layer, "probabilities"):
+            raise TypeError(
+                f"{type(self).__name__}.predict_proba: {type(self.loss_layer).__name__} has no probabilities(scores); "
+                "use a loss layer that has, such as SoftmaxWithLoss, or predict"
+            )
+        return self.loss_layer.probabilities(self.predict(x) if batch_size is None else self.predict(x, batch_size))
+
+    def forward(self, x: Any, t: Any = None, weight: Any = None) -> Array:
+        """Return the loss for the inputs `x` and targets `t`; without a loss layer, the output of the last layer.
+
+        `weight` holds the weights of the rows in the mean that is the loss, as in `nnx.layers.SoftmaxWithLoss`.
+        """
         for layer in self.layers:
             x = layer.forward(x)
         if self.loss_layer is None:
             return x
-        return self.loss_layer.forward(x, t)
+        return self.loss_layer.forward(x, t) if weight is None else self.loss_layer.forward(x, t, weight)
 
     def backward(self, dout: Any = 1) -> Array | None:
         """Compute all gradients of the last forward; return that of the input, or None if the first layer skips it."""
@@ -92,8 +139,13 @@ class Sequential:
             dout = layer.backward(dout)
         return dout
 
-    def evaluate(self, x: Any, t: Any, batch_size: int = 1024) -> tuple[float, float | None]:
+    def evaluate(
+        self, x: Any, t: Any, batch_size: int = 1024, *, metrics: Mapping[str, Callable[..., Any]] | None = None
+    ) -> Any:
         """Return the mean loss and the accuracy, the fraction of rows whose largest score is at the label.
+
+        With `metrics`, a dict of functions by name, the result is (loss, accuracy, a dict of their results by name).
+        Each function is called once with the scores of all rows and `t`, as NumPy arrays, and returns a number.
 
         If the loss layer weights rows or ignores labels, both are weighted over all rows, independent of the
         batch size. The accuracy is None for a loss layer without a method `accuracy`, as in regression.
@@ -103,13 +155,16 @@ class Sequential:
             raise ValueError(f"{type(self).__name__}.evaluate: there is no loss layer; pass one to the constructor")
         x, t = check_same_length(f"{type(self).__name__}.evaluate", x, t)
         check_integer(f"{type(self).__name__}.evaluate: batch_size", batch_size)
+        check_metrics(f"{type(self).__name__}.evaluate", metrics)
+        scores: list[numpy.ndarray] = []
         loss = hits = total = counted = numpy.float64(0)  # sums over all rows may overflow float16
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             layer, part = copy.copy(self.loss_layer), t[rows]
             if not hasattr(layer, "prepare_targets"):  # which checks labels on the host before it moves them
                 part = asarray(part)
-            mean = layer.forward(self.predict(asarray(x[rows])), part)
+            y = self.predict(asarray(x[rows]))
+            mean = layer.forward(y, part)
             weight = getattr(layer, "weight_sum", None)
             weight = numpy.float64(len(part)) if weight is None else weight
             with numpy.errstate(under="ignore"):
@@ -118,11 +173,12 @@ class Sequential:
                 kept = getattr(layer, "kept", None)
                 count = len(part) if kept is None else kept.sum()
                 hits, counted = hits + layer.accuracy() * count, counted + count
+            if metrics:
+                scores.append(to_cpu(y))
         if not total > 0:
             raise ValueError(f"{type(self).__name__}.evaluate: all labels are ignored or have weight 0")
-        return float(loss) / float(total), float(hits) / float(counted) if hasattr(
-            self.loss_layer, "accuracy"
-        ) else None
+        result = float(loss) / float(total), float(hits) / float(counted) if counted > 0 else None
+        return (*result, _apply_metrics(metrics, numpy.concatenate(scores), to_cpu(t))) if metrics else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for group in TiedParameters(self.params).groups:
@@ -136,12 +192,14 @@ class Sequential:
 
     def __repr__(self) -> str:
         layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers
-        rows = []
-        for layer in layers:
-            params = getattr(layer, "params", ())  # optional in a user-defined loss
-            shapes = ", ".join(str(p.shape) for p in params)
-            count = sum(p.size for p in params)
-            rows.append(f"  {type(layer).__name__:16}  {shapes:24}  {count:>12,}")
+        names = [repr(layer).replace("\n", "\n  ") for layer in layers]
+        width = max([len(name) for name in names if "\n" not in name], default=0)
+        rows = [
+            f"  {name}"
+            if "\n" in name
+            else f"  {name:{width}}  {sum(p.size for p in getattr(layer, 'params', ())):>12,}"
+            for name, layer in zip(names, layers, strict=True)  # params are optional in a user-defined loss
+        ]
         dtypes = ", ".join(sorted({str(p.dtype) for p in self.params})) or "no weights"
         total = sum(self.params[group[0][0]].size for group in TiedParameters(self.params).groups)  # shared ones once
         return "\n".join([f"{type(self).__name__}(", *rows, f") {total:,} parameters, {dtypes}"])
@@ -190,6 +248,132 @@ class TwoLayerNet(Sequential):
             ],
             SoftmaxWithLoss(),
         )
+
+
+def mlp(
+    sizes: Iterable[int],
+    *,
+    activation: str | None = "relu",
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+    loss_layer: LossLayer | None = None,
+    dtype: Any = numpy.float32,
+    rng: Any = None,
+) -> Sequential:
+    """Return a multi-layer perceptron: Affine layers, and between them BatchNorm, activation and Dropout.
+
+    Parameters
+    ----------
+    sizes : iterable of int
+        The number of inputs, of units in each hidden layer, and of outputs: [784, 512, 10].
+    activation : "relu", "gelu", "sigmoid", "tanh" or None
+        Of the hidden layers. Their weights are drawn by `initializers.he` for relu and gelu, and by `xavier` otherwise,
+        as are those of the last layer. None makes the layers linear.
+    batch_norm : bool
+        Whether to normalize the inputs of the activations.
+    dropout : float
+        The probability of dropping a hidden unit.
+    loss_layer : layer or None
+        None is SoftmaxWithLoss(); use MeanSquaredError() for regression.
+    dtype : float16, float32 or float64
+    rng : seed, numpy.random.Generator or None
+        Draws the weights and the seeds of the dropout layers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is invalid.
+    """
+    *hidden, last = check_list("mlp: sizes", sizes, "integers") or [None]
+    if not hidden:
+        raise ValueError(f"mlp: sizes must hold the number of inputs and of outputs, at least two, got {sizes!r:.80}")
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise ValueError(f"mlp: activation must be one of {', '.join(_ACTIVATIONS)}, or None, got {activation!r:.80}")
+    make, initializer = _ACTIVATIONS[activation] if activation else (None, xavier)
+    check_bool("mlp: batch_norm", batch_norm)
+    rng = as_generator(rng)
+    sequence: list[Any] = []
+    for D, H in itertools.pairwise(hidden):
+        sequence.append(Affine.init(D, H, initializer=initializer, dtype=dtype, rng=rng, input_grad=bool(sequence)))
+        if batch_norm:
+            sequence.append(BatchNorm.init(H, dtype=dtype))
+        if make:
+            sequence.append(make())
+        if dropout:
+            sequence.append(Dropout(dropout, rng=rng))
+    sequence.append(Affine.init(hidden[-1], last, dtype=dtype, rng=rng, input_grad=bool(sequence)))
+    return Sequential(sequence, SoftmaxWithLoss() if loss_layer is None else loss_layer)
+
+
+def load(path: str | Path) -> Sequential:
+    """Return the model saved in a checkpoint: a Sequential of layers of nnx, built anew, with its weights and state.
+
+    The file names the classes of the layers and their settings; only the layers and models of nnx are built, and no
+    code of the file is run. Weights that layers share are shared again.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If the file is damaged or was not written by `checkpoint.save`, or a layer cannot be built, such as one of a
+        user-defined class; the message names it. Build such a model yourself and use `checkpoint.load`.
+    ImportError
+        If safetensors is not installed, as `nnx-array[checkpoint]` does.
+    """
+    path = Path(path).expanduser()
+    configs, arrays = checkpoint.read_config(path)
+    made = {name: np.zeros(shape, dtype) for name, (dtype, shape) in arrays.items() if dtype.startswith("float")}
+    try:
+        model = _build(path, configs, made, "")
+    except RecursionError as error:
+        raise ValueError(f"{path}: the layers are nested too deeply") from error
+    checkpoint.load(path, model)
+    return model
+
+
+def _build(path: Path, configs: Mapping[str, Any], arrays: Mapping[str, Array], name: str) -> Any:
+    """Return the layer `name` of a file, with `arrays` as its parameters; the empty name is the model."""
+    config = dict(configs.get(name, {}))
+    kind, module = config.pop("class", ""), config.pop("module", "")
+    inside = f"{name}." if name else ""
+    where = f"{path}: {name or 'the model'}"
+    if module.partition(".")[0] == "nnx" and kind in ("Sequential", "TwoLayerNet"):
+        model = object.__new__(TwoLayerNet if kind == "TwoLayerNet" else Sequential)
+        count = sum(key.rpartition(".")[0] == f"{inside}layers" for key in configs)
+        loss = f"{inside}loss_layer"
+        Sequential.__init__(
+            model,
+            [_build(path, configs, arrays, f"{inside}layers.{i}") for i in range(count)],
+            _build(path, configs, arrays, loss) if loss in configs else None,
+        )
+        return model
+    if module.partition(".")[0] != "nnx" or kind not in layers.__all__:
+        raise ValueError(
+            f"{where} is of the class {module}.{kind}, which nnx cannot build; build the model yourself and use "
+            "checkpoint.load"
+        )
+    try:
+        layer = getattr(layers, kind)
+        params = [arrays[n.removesuffix(".T")].T if n.endswith(".T") else arrays[n] for n in config.pop("params", [])]
+        if "rng" in inspect.signature(layer).parameters:
+            config["rng"] = 0  # instead of NumPy's global generator; what it draws is loaded
+        return layer(*params, **config)
+    except (TypeError, ValueError, LookupError) as error:
+        raise ValueError(f"{where} cannot be built: {error}") from error
+
+
+def _apply_metrics(
+    metrics: Mapping[str, Callable[..., Any]], scores: numpy.ndarray, t: numpy.ndarray
+) -> dict[str, float]:
+    results = {}
+    for name, function in metrics.items():
+        value = function(scores, t)
+        try:
+            results[name] = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"metrics: {name} must return a number, got {value!r:.80}") from None
+    return results
 
 
 def _check_layer(name: str, layer: Any, layers: list[Any]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nnx import kernels
+from nnx.arguments import format_repr
 from nnx.checks import check_integer, check_number, check_weights
 from nnx.device import check_unmasked, is_writable, quiet
 from nnx.np import Array, np
@@ -56,6 +57,9 @@ class _Optimizer:
             setattr(self, name, value)
         self._check_settings()
         self.reset()
+
+    def __repr__(self) -> str:
+        return format_repr(self)
 
     def reset(self) -> None:
         """Discard the state; the next update may use other parameters."""

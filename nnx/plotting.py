@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from nnx.device import as_real_array, to_cpu
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_data", "plot_decision_regions", "plot_loss"]
+__all__ = ["plot_data", "plot_decision_regions", "plot_history", "plot_loss"]
 
 _MARKERS = "ox^s*Dv+P"  # 9 markers and 20 colours: 180 distinct classes
 _BATCH = 10_000  # grid points per call of predict
@@ -52,16 +52,49 @@ def plot_loss(
             raise TypeError(f"plot_loss: loss_list must be a list of numbers, got {loss!r:.80} in it")
         losses.append(float(loss))
     check_integer("plot_loss: interval", interval)
-    if ylim is not None:
-        limits = [check_number("plot_loss: ylim", y) for y in check_list("plot_loss: ylim", ylim, "two numbers")]
-        if len(limits) != 2:
-            raise ValueError(f"plot_loss: ylim must be a list of two numbers, got {len(limits)}")
+    limits = _check_limits("plot_loss", ylim)
     with _axes(ax, path) as ax:
         ax.plot(range(len(losses)), losses)
-        ax.set(xlabel=f"iterations (x{interval})", ylabel="loss")
-        if ylim is not None:
-            ax.set_ylim(*limits)
+        ax.set(xlabel=f"iterations (x{interval})", ylabel="loss", ylim=limits)
     return ax
+
+
+def plot_history(
+    history: Iterable[Mapping[str, float]],
+    *,
+    ylim: tuple[float, float] | None = None,
+    ax: Axes | None = None,
+    path: str | Path | None = None,
+) -> Axes:
+    """Plot the losses of training and validation over the epochs, from `trainer.history`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `history` is not a list of dicts with "epoch" and "loss", or `ylim` is not a pair of finite numbers.
+    """
+    rows = check_list("plot_history: history", history, "dicts")
+    for row in rows:
+        if not isinstance(row, Mapping) or not {"epoch", "loss"} <= row.keys():
+            raise TypeError(f'plot_history: history must be a list of dicts with "epoch" and "loss", got {row!r:.80}')
+    limits = _check_limits("plot_history", ylim)
+    with _axes(ax, path) as ax:
+        for key, label in (("loss", "training"), ("val_loss", "validation")):
+            if points := [(row["epoch"], row[key]) for row in rows if key in row]:
+                ax.plot(*zip(*points, strict=True), label=label)
+        ax.set(xlabel="epochs", ylabel="loss", ylim=limits)
+        if rows:
+            ax.legend()
+    return ax
+
+
+def _check_limits(name: str, ylim: Any) -> list[float] | None:
+    if ylim is None:
+        return None
+    limits = [check_number(f"{name}: ylim", y) for y in check_list(f"{name}: ylim", ylim, "two numbers")]
+    if len(limits) != 2:
+        raise ValueError(f"{name}: ylim must be a list of two numbers, got {len(limits)}")
+    return limits
 
 
 def plot_data(x: Any, t: Any, *, ax: Axes | None = None, path: str | Path | None = None) -> Axes:

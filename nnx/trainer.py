@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,100 +17,26 @@ from nnx import checkpoint
 from nnx.batches import (
     ArrayData,
     BatchData,
-    WeightedMean,
     check_validation,
     checksum,
     parameter_dtype,
     prepare_data,
 )
-from nnx.callbacks import CallbackList, Checkpoint
+from nnx.callbacks import CallbackList, Checkpoint, print_line
 from nnx.checks import check_bool, check_weights, takes_arguments
 from nnx.device import describe, is_writable
 from nnx.distributed import Comm
 from nnx.kernels import all_finite
 from nnx.np import Array
 from nnx.optimizer import clip_grads
-from nnx.plotting import plot_loss
+from nnx.plotting import plot_history, plot_loss
 from nnx.protocols import Callback, Model, Optimizer
 from nnx.rng import as_generator, check_state, get_state, set_state
 from nnx.signals import DeferredSignals, defer_signals
-from nnx.tree import TiedParameters, check_kinds, release_batch, snapshot
+from nnx.train_state import TrainState
+from nnx.tree import TiedParameters, release_batch, snapshot
 
-__all__ = ["TrainState", "Trainer", "remove_duplicate"]
-
-
-_COUNTS = ("epoch", "iteration", "first_epoch", "rows", "batch_size", "max_iter", "stop")
-
-
-@dataclasses.dataclass
-class TrainState:
-    """The progress of a training, which checkpoints hold.
-
-    Attributes
-    ----------
-    epoch, iteration : int
-        The epochs finished over all fits, and the steps finished in this epoch.
-    first_epoch : int or None
-        The epoch in which the fit began that is not finished.
-    rows, batch_size, max_iter : int
-        Of this epoch: the rows, the rows per batch and the steps; 0 rows for batches of the user's.
-    stop : bool
-        Whether the fit ends after this epoch.
-    permutation : array of int64
-        The rows of this epoch in their order, or of what remains of it after a resume.
-    losses : WeightedMean
-        Since the last evaluation.
-    loss_list, val_list : lists
-        Of `Trainer`.
-    """
-
-    epoch: int = 0
-    iteration: int = 0
-    first_epoch: int | None = None
-    rows: int = 0
-    batch_size: int = 0
-    max_iter: int = 0
-    stop: bool = False
-    permutation: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros(0, numpy.int64))
-    losses: WeightedMean = dataclasses.field(default_factory=WeightedMean)
-    loss_list: list[float] = dataclasses.field(default_factory=list)
-    val_list: list[tuple[float, float | None]] = dataclasses.field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state as numbers and arrays."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        return {
-            **{name: self.epoch if value is None else int(value) for name, value in counts.items()},
-            "loss_list": numpy.array(self.loss_list, numpy.float64),
-            "val_list": numpy.array(self.val_list, numpy.float64).reshape(-1, 2),  # None, no accuracy, is NaN
-            "losses": self.losses.state(),
-            "permutation": self.permutation[len(self.permutation) - self._rows_left() :],
-        }
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> TrainState:
-        """Return the state that `to_dict` returned as `state`; raise a ValueError if it is not valid."""
-        check_kinds(state, int, *_COUNTS)
-        check_kinds(state, numpy.ndarray, "loss_list", "val_list", "losses", "permutation")
-        pairs, losses = state["val_list"], state["losses"]
-        if pairs.shape[1:] != (2,) or losses.shape[1:] != (3,) or not numpy.isfinite(losses[:, ::2]).all():
-            raise ValueError("invalid losses")
-        self = cls(**{name: state[name] for name in _COUNTS})
-        self.stop, self.permutation, self.losses = bool(self.stop), state["permutation"], WeightedMean(losses)
-        self.loss_list = state["loss_list"].tolist()
-        self.val_list = [(loss, None if math.isnan(hits) else hits) for loss, hits in pairs.tolist()]
-        limit = self.max_iter if self.rows else 1 << 62
-        if not all(0 <= state[name] < 1 << 62 for name in _COUNTS) or self.iteration > limit:
-            raise ValueError("invalid counters")
-        order = self.permutation
-        if len(order) != self._rows_left() or not ((order >= 0) & (order < self.rows)).all():
-            raise ValueError("invalid permutation of the remaining rows of the epoch")
-        return self
-
-    def _rows_left(self) -> int:
-        """Return the number of rows that remain in an epoch that has begun."""
-        rows = min(self.rows, self.max_iter * self.batch_size)
-        return max(0, rows - self.iteration * self.batch_size) if self.iteration else 0
+__all__ = ["Trainer", "remove_duplicate"]
 
 
 @dataclasses.dataclass
@@ -119,6 +46,7 @@ class _FitContext:
     data: ArrayData | BatchData
     max_grad: float | None
     callbacks: CallbackList
+    metrics: Mapping[str, Callable[..., Any]] | None
     signals: DeferredSignals
     tied: TiedParameters
     changes: contextlib.ExitStack | None  # restores, until the first step is done, what an error would leave changed
@@ -151,6 +79,13 @@ class Trainer:
         The mean loss since the previous evaluation, one number per evaluation, over all calls of fit.
     val_list : list of (loss, accuracy)
         The results of `model.evaluate` on the validation data, one pair per epoch.
+    history : list of dict
+        One row per epoch, over all calls of fit, of plain numbers: "epoch", counted from 1; "loss", the mean over all
+        rows of the epoch, each before the step that it contributed to; "lr", the learning rate at the beginning of the
+        epoch; "seconds", the duration of its steps; and with validation "val_loss", "val_accuracy" unless the model
+        has none, and "val_" followed by the name of each of `metrics`. pandas.DataFrame(trainer.history) is a table.
+    verbose : bool or None
+        That of the last fit; False on ranks other than 0.
     current_epoch, max_epoch : int
         The number of epochs finished over all calls of fit, and the number at which this call ends.
     iteration, max_iter : int
@@ -159,7 +94,7 @@ class Trainer:
     """
 
     current_epoch, iteration, max_iter = map(_state_attribute, ("epoch", "iteration", "max_iter"))
-    loss_list, val_list = map(_state_attribute, ("loss_list", "val_list"))
+    loss_list, val_list, history = map(_state_attribute, ("loss_list", "val_list", "history"))
 
     def __init__(self, model: Model, optimizer: Optimizer, *, rng: Any = None, comm: Comm | None = None) -> None:
         _check_interface("model", model, ("params", "forward(x, t)", "backward()"))
@@ -170,6 +105,7 @@ class Trainer:
         self.comm, self.state = comm or Comm(), TrainState()
         self.max_epoch, self._running = 0, False
         self.eval_interval: int | None = None
+        self.verbose: bool | None = None
         self.validation: tuple[Any, Any] | None = None
         self._callbacks: CallbackList | None = None  # of the fit that is not finished
         self._callback_states: list[Any] | None = None  # from a checkpoint, for the next fit
@@ -184,6 +120,8 @@ class Trainer:
         eval_interval: int | None = 20,
         *,
         validation: tuple[Any, Any] | None = None,
+        metrics: Mapping[str, Callable[..., Any]] | None = None,
+        sample_weight: Any = None,
         drop_last: bool = False,
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
@@ -213,11 +151,18 @@ class Trainer:
             The number of steps between two evaluations, which report the mean loss and check that it and the
             parameters are finite. The end of an epoch checks this too.
         validation : (x, t) or None
-            Evaluated after each epoch; the results are appended to `val_list`.
+            Evaluated after each epoch; the results are appended to `val_list` and stand in `history`.
+        metrics : dict of functions by name, or None
+            Each is called after each epoch with the scores of all validation rows and their targets, NumPy arrays, and
+            returns a number, which stands in `history` as "val_" and the name: {"f1": lambda scores, t: ...}.
+        sample_weight : (N,) or None
+            Weights of the rows, at least 0: the loss of a batch is the mean weighted by them. `loss_list` and `history`
+            weight batches by their numbers of rows.
         drop_last : bool
             Whether to drop a last batch with fewer rows.
         verbose : bool or None
-            None shows a progress bar on a terminal and prints lines elsewhere; True prints lines, False nothing.
+            None shows a progress bar on a terminal and in a notebook, and prints lines elsewhere; True prints lines,
+            False nothing.
         callbacks : iterable of callbacks
             See `nnx.callbacks`.
 
@@ -242,14 +187,15 @@ class Trainer:
         _check_update(self.model, self.optimizer)
         settings: dict[str, Any] = {"max_epoch": max_epoch, "batch_size": batch_size, "max_grad": max_grad}
         settings["eval_interval"] = eval_interval
-        data = prepare_data(self.model, x, t, drop_last, **settings)
-        checked = check_validation(self.model, validation)
+        data = prepare_data(self.model, x, t, sample_weight, drop_last, **settings)
+        checked = check_validation(self.model, validation, metrics)
         hooks.check_validation(validation)
         if self.comm.size > 1:
             self._setup_ranks(data, checked, **settings, drop_last=drop_last, max_iter=data.max_iter)
         self._begin(hooks, max_epoch, data)
         self.eval_interval, self.validation = eval_interval, validation
-        hooks = hooks.with_progress(verbose if self.comm.rank == 0 else False)
+        self.verbose = verbose if self.comm.rank == 0 else False
+        hooks = hooks.with_progress(self.verbose)
         data.to_device()
         self._running = True
         try:
@@ -258,7 +204,8 @@ class Trainer:
                 _restored_on_error(self.model, as_generator(self.rng)) as changes,
                 hooks.running(self),
             ):
-                self._run(_FitContext(data, max_grad, hooks, signals, TiedParameters(self.model.params), changes))
+                tied = TiedParameters(self.model.params)
+                self._run(_FitContext(data, max_grad, hooks, metrics, signals, tied, changes))
         finally:
             self._running = False
             release_batch(self.model)
@@ -277,18 +224,18 @@ class Trainer:
                 f"Trainer.fit: interrupted in epoch {state.epoch + 1} after {state.iteration} of {state.max_iter} "
                 f"iterations; continue from these weights with fit, or from {saved} with resume"
             ) from None
-        state.first_epoch, state.stop, state.losses = None, False, WeightedMean()
-        state.permutation, self._callbacks, self._callback_states = state.permutation[:0].copy(), None, None
+        state.end()
+        self._callbacks = self._callback_states = None
 
     def _run_epoch(self, run: _FitContext) -> None:
         """Run an epoch, or the rest of one that was resumed."""
-        state, interval = self.state, self.eval_interval
+        state, interval, start = self.state, self.eval_interval, time.perf_counter()
         if not state.iteration:
-            state.permutation = run.data.permutation(as_generator(self.rng))
+            state.begin_epoch(run.data.permutation(as_generator(self.rng)), getattr(self.optimizer, "lr", None))
             self.comm.broadcast([state.permutation])
         dtype, hooks = parameter_dtype(self.model), run.callbacks.handles("on_step", "on_checkpoint")
-        for x, t, rows in run.data.batches(state, self.comm, dtype):
-            state.losses.add(self._train_step(run, x, t, rows), rows)
+        for batch, rows in run.data.batches(state, self.comm, dtype):
+            state.losses.add(self._train_step(run, batch, rows), rows)
             state.iteration += 1  # only now that the step is done
             if interval is not None and (state.iteration - 1) % interval == 0:
                 self._log_loss()
@@ -299,9 +246,9 @@ class Trainer:
             raise ValueError("Trainer.fit: the iterable of batches is empty")
         if state.losses.totals:
             self._check_finite(state.losses.value())
-        state.max_iter, state.epoch, state.iteration = state.iteration, state.epoch + 1, 0
+        state.end_epoch(time.perf_counter() - start)
         if self.validation is not None:
-            state.val_list.append(_evaluate(self.model, self.comm, *self.validation))
+            state.add_validation(*_evaluate(self.model, self.comm, *self.validation, run.metrics))
         self._after_step(run, "on_epoch")
 
     def _after_step(self, run: _FitContext, event: str) -> None:
@@ -316,17 +263,19 @@ class Trainer:
             self.comm.barrier()  # until rank 0 has saved
             run.signals.deliver()
 
-    def _train_step(self, run: _FitContext, x: Array, t: Array, rows: int) -> Any:
+    def _train_step(self, run: _FitContext, batch: tuple[Array, ...], rows: int) -> Any:
         """Take a step and return its loss: forward, backward, the sum over ranks, clipping, update."""
         model, loss = self.model, 0.0
-        if len(x):  # a rank may have no row of a small batch
-            loss = model.forward(x, t)
+        if len(batch[0]):  # a rank may have no row of a small batch
+            loss = model.forward(*batch)
             if run.changes is not None:
                 _check_loss(model, loss)
             model.backward()
         params, grads = run.tied.sum_tied_gradients(model.params, model.grads)
         stops = run.signals.pending, self.state.stop
-        grads, loss, (run.signal, self.state.stop) = self.comm.reduce_step(grads, loss, len(x), rows, model, stops)
+        grads, loss, (run.signal, self.state.stop) = self.comm.reduce_step(
+            grads, loss, len(batch[0]), rows, model, stops
+        )
         if run.max_grad is not None:
             clip_grads(grads, run.max_grad)
         self.optimizer.update(params, grads)
@@ -336,7 +285,7 @@ class Trainer:
         return loss
 
     def resume(self, path: str | Path) -> Path:
-        """Load a checkpoint: model, optimizer, random generator, counters, `loss_list` and `val_list`.
+        """Load a checkpoint: model, optimizer, random generator, counters, `loss_list`, `val_list` and `history`.
 
         The next `fit`, called with the data and arguments of the interrupted one, continues it and reproduces it
         bit for bit. Callbacks of the same classes continue as well, in their order. Returns the file.
@@ -357,6 +306,9 @@ class Trainer:
             file = self.comm.main_process_first(lambda: checkpoint.latest_checkpoint(file))
         checkpoint.load(file, self.model, self.optimizer, self)
         return file
+
+    def __repr__(self) -> str:
+        return f"Trainer({type(self.model).__name__}, {self.optimizer!r}, current_epoch={self.current_epoch})"
 
     @property
     def is_last_epoch(self) -> bool:
@@ -387,16 +339,25 @@ class Trainer:
         set_state(as_generator(self.rng), state["rng"])
         self.state, self._callback_states = TrainState.from_dict(state), state["callbacks"]
 
+    def log(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one; nothing if `verbose` is False; for callbacks."""
+        if self.verbose is not False:
+            print_line(text)
+
     def stop(self) -> None:
         """End `fit` after the current epoch; for callbacks."""
         self.state.stop = True
 
     def plot(self, ylim: tuple[float, float] | None = None, **options: Any) -> Any:
-        """Draw `loss_list` and return the Axes; the options are those of `plotting.plot_loss`.
+        """Draw `loss_list` as in the book, or with validation both losses of `history`, and return the Axes.
 
-        As in the book, a window opens if there is a display and neither `ax` nor `path` is given.
+        The options are those of `plotting.plot_loss`. As in the book, a window opens if there is a display and neither
+        `ax` nor `path` is given.
         """
-        axes = plot_loss(self.loss_list, interval=self.eval_interval or 1, ylim=ylim, **options)
+        if any("val_loss" in row for row in self.history):
+            axes = plot_history(self.history, ylim=ylim, **options)
+        else:
+            axes = plot_loss(self.loss_list, interval=self.eval_interval or 1, ylim=ylim, **options)
         if options.get("ax") is None and options.get("path") is None:
             from matplotlib import pyplot  # noqa: PLC0415 - an extra
 
@@ -406,31 +367,18 @@ class Trainer:
 
     def _begin(self, callbacks: CallbackList, max_epoch: int, data: ArrayData | BatchData) -> None:
         """Start a fit, or continue the one of a checkpoint."""
-        state, first = self.state, self.state.epoch
-        resumed = self._callback_states is not None and state.first_epoch is not None
+        state, resumed = self.state, self._callback_states is not None and self.state.first_epoch is not None
+        sizes = data.rows, data.batch_size, data.max_iter
         if resumed:
-            first = state.first_epoch or 0
-            before, now = ((d.rows, d.batch_size, d.max_iter) for d in (state, data))
-            if state.iteration and (before[:2] != now[:2] or (before[2] != now[2] and before[2] and now[2])):
-                raise ValueError(
-                    f"Trainer.fit: the saved epoch has {before[0]} rows in {before[2]} batches of {before[1]}, got "
-                    f"{now[0]} rows in {now[2]} batches of {now[1]}; finish it as it began"
-                )
-            begun = state.epoch + (state.iteration > 0) - first
-            if begun > max_epoch:
-                raise ValueError(
-                    f"Trainer.fit: the saved fit has begun {begun} epochs; max_epoch counts these too, got {max_epoch}"
-                )
+            state.check_resume(*sizes, max_epoch)
         callbacks.restore_states(self.model, self._callback_states if resumed else None)
-        if not resumed:
-            state.iteration, state.losses, state.stop = 0, WeightedMean(), False
-        state.rows, state.batch_size, state.max_iter = data.rows, data.batch_size, data.max_iter
-        state.first_epoch, self._callbacks, self.max_epoch = first, callbacks, first + max_epoch
+        state.begin(*sizes, resumed=resumed)
+        self._callbacks, self.max_epoch = callbacks, (state.first_epoch or 0) + max_epoch
 
     def _setup_ranks(self, data: Any, validation: Sequence[Array], **settings: Any) -> None:
         """Check that all ranks have the same data and arguments, and broadcast the weights of rank 0."""
         numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
-        arrays = {name: checksum(getattr(data, name)) for name in ("x", "t") if hasattr(data, name)}
+        arrays = dict(zip(("x", "t", "sample_weight"), map(checksum, getattr(data, "arrays", ())), strict=False))
         self.comm.assert_equal_on_ranks(
             "Trainer.fit",
             **arrays,
@@ -447,7 +395,7 @@ class Trainer:
 
     def _log_loss(self) -> None:
         """Append the mean loss since the last evaluation to `loss_list`."""
-        self.loss_list.append(self.state.losses.pop())
+        self.loss_list.append(self.state.mean_loss())
         self._check_finite(self.loss_list[-1])
 
     def _check_finite(self, loss: float) -> None:
@@ -470,8 +418,10 @@ def _restored_on_error(model: Any, rng: Any) -> Iterator[contextlib.ExitStack]:
         changes.pop_all()
 
 
-def _evaluate(model: Any, comm: Comm, x: Any, t: Any) -> tuple[float, float | None]:
+def _evaluate(model: Any, comm: Comm, x: Any, t: Any, metrics: Any) -> Any:
     """Return the result of `model.evaluate`; each rank evaluates its shard, unless rows have weights."""
+    if metrics:
+        return model.evaluate(x, t, metrics=metrics)
     if getattr(getattr(model, "loss_layer", None), "is_weighted", False):
         return model.evaluate(x, t)
     part = comm.shard(len(x))

@@ -25,6 +25,7 @@ __all__ = [
     "check_savable",
     "is_savable",
     "layer_states",
+    "memory_keys",
     "name_list",
     "named_arrays",
     "named_layers",

@@ -9,13 +9,24 @@ import nnx
 
 ROOT = Path(nnx.__file__).parent
 ORDER = [
-    *("_version", "config", "np", "device", "protocols", "rng"),
+    *("_version", "config", "np", "device", "protocols", "arguments", "rng"),
     *("kernels.portable", "kernels.native", "kernels.cuda", "kernels"),
     *("checks", "info", "functions", "initializers"),
-    *("layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
+    *("layers.base", "layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers"),
-    *("tree", "optimizer", "dataset.spiral", "dataset", "models", "plotting"),
-    *("checkpoint", "signals", "batches", "distributed", "callbacks", "trainer", "util", "testing"),
+    *("tree", "optimizer", "dataset.spiral", "dataset", "plotting"),
+    *(
+        "checkpoint",
+        "models",
+        "signals",
+        "train_state",
+        "batches",
+        "distributed",
+        "callbacks",
+        "trainer",
+        "util",
+        "testing",
+    ),
 ]
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.rglob("*.py")}
 COMPILED = {"kernels.native"}  # written in C

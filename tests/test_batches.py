@@ -9,7 +9,7 @@ import nnx
 from nnx import SGD, Affine, MeanSquaredError, Sequential, SoftmaxWithLoss, Trainer, TwoLayerNet, np
 from nnx import batches as module
 from nnx.distributed import Comm
-from nnx.trainer import TrainState
+from nnx.train_state import TrainState, WeightedMean
 
 ROWS, D, C = 70, 12, 3
 
@@ -101,11 +101,11 @@ def test_a_transposed_file_is_gathered_in_c_order(rng, tmp_path):
     x = mapped(rng.normal(size=(ROWS, 4, D)), tmp_path).swapaxes(1, 2)
     t = numpy.arange(ROWS)
     order = rng.permutation(ROWS)
-    data = module.ArrayData(x, t, 16, drop_last=False)
+    data = module.ArrayData([x, t], 16, drop_last=False)
     data.to_device()
     parts = list(data.batches(TrainState(permutation=order), Comm(), "float32"))
-    assert all(xs.flags.c_contiguous and xs.dtype == "float32" for xs, _, _ in parts)
-    numpy.testing.assert_array_equal(nnx.to_cpu(np.concatenate([xs for xs, _, _ in parts])), x[order].astype("f"))
+    assert all(xs.flags.c_contiguous and xs.dtype == "float32" for (xs, _), _ in parts)
+    numpy.testing.assert_array_equal(nnx.to_cpu(np.concatenate([xs for (xs, _), _ in parts])), x[order].astype("f"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed"])
@@ -166,7 +166,7 @@ def test_which_data_is_copied(rng, t, tmp_path):
 def test_a_gather_copies_only_its_rows(rng):
     x, t = column_slice(numpy.zeros((20000, 40), "float32")), numpy.zeros((20000, 2), int)[:, 1]
 
-    data = module.ArrayData(x, t, 100, drop_last=False)
+    data = module.ArrayData([x, t], 100, drop_last=False)
     data.to_device()
     data.bytes_at_once = 1
 
@@ -247,8 +247,8 @@ def test_label_errors_are_the_same_for_files_and_arrays(rng, t, tmp_path, monkey
 
 
 def test_weighted_mean_restores_its_state_from_an_iterator():
-    losses = module.WeightedMean()
+    losses = WeightedMean()
     for loss, rows in ((1.0, 30), (2.0, 30), (4.0, 10)):
         losses.add(loss, rows)
-    again = module.WeightedMean(iter(losses.state()))
-    assert again.pop() == losses.pop() == 130 / 70
+    again = WeightedMean(iter(losses.state()))
+    assert again.value() == losses.value() == 130 / 70

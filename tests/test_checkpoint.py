@@ -39,7 +39,7 @@ def test_file_contents_are_human_readable(tmp_path):
     checkpoint.save(path, trainer.model, trainer.optimizer)
     entries = header(path)
     words = {name: json.loads(text) for name, text in entries.pop("__metadata__").items() if name != "nnx.digest"}
-    assert words["nnx.format"] == 1
+    assert words["nnx.format"] == 2
     assert sorted(n for n in entries if n.startswith("layers")) == [
         "layers.0.W",
         "layers.0.b",
@@ -633,8 +633,8 @@ def test_subclasses_may_have_more_state_and_less(tmp_path):
 def test_files_of_another_format_are_not_set_aside(tmp_path, monkeypatch):
     fit(new_trainer(), Checkpoint(tmp_path))
     names = sorted(p.name for p in tmp_path.iterdir())
-    monkeypatch.setattr(checkpoint, "_FORMAT", "2")
-    with pytest.raises(ValueError, match="this version of nnx loads format 2, got '1'"):
+    monkeypatch.setattr(checkpoint, "_FORMAT", "3")
+    with pytest.raises(ValueError, match="this version of nnx loads format 3, got '2'"):
         new_trainer().resume(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 

@@ -87,7 +87,7 @@ HEADERS = {
     "no digest": lambda rng, words, name, entry: words["__metadata__"].pop("nnx.digest"),
     "no metadata": lambda rng, words, name, entry: words["__metadata__"].update({"nnx.state": 3}),
     "other metadata": lambda rng, words, name, entry: words["__metadata__"].update({"nnx.state": "{}"}),
-    "another format": lambda rng, words, name, entry: words["__metadata__"].update({"nnx.format": "2"}),
+    "another format": lambda rng, words, name, entry: words["__metadata__"].update({"nnx.format": "1"}),
     "deep": lambda rng, words, name, entry: b"[" * 100_000,
     "deep in names": lambda rng, words, name, entry: b'{"a":' * 50_000,
     "a list": lambda rng, words, name, entry: b"[]",
@@ -154,10 +154,10 @@ def _entry(begin, end, shape=(1,), dtype="F32"):
         ({"a": _entry(0, 0, [0, 1 << 61])}, 0, r"a: in the file, but not in the model"),
         ({"a": _entry(0, 3, [3], "F8_E4M3"), "b": _entry(3, 7)}, 7, "a: in the file, but not in the model"),
         ({"__metadata__": {"format": 1}}, 0, "damaged, or not"),
-        ({"__metadata__": {"nnx.model": "{}"}}, 0, "this version of nnx loads format 1, got None"),
-        ({"__metadata__": {"nnx.format": "2"}}, 0, "this version of nnx loads format 1, got '2'"),
-        ({"__metadata__": {"nnx.format": "1"}}, 0, "damaged: the digest does not match the contents"),
-        ({"__metadata__": {"nnx.format": "1"}, "a": _entry(0, 4, [2], "BF16")}, 4, "damaged, or not"),
+        ({"__metadata__": {"nnx.model": "{}"}}, 0, "this version of nnx loads format 2, got None"),
+        ({"__metadata__": {"nnx.format": "1"}}, 0, "this version of nnx loads format 2, got '1'"),
+        ({"__metadata__": {"nnx.format": "2"}}, 0, "damaged: the digest does not match the contents"),
+        ({"__metadata__": {"nnx.format": "2"}, "a": _entry(0, 4, [2], "BF16")}, 4, "damaged, or not"),
     ],
 )
 def test_invalid_files_without_a_digest_are_rejected(words, data, reason, tmp_path):
@@ -237,7 +237,7 @@ def forge(path, change):
     arrays = {name: file.read(name) for name in file.arrays}
     change(file.states, arrays)
     text = "[" * 100_000 if not file.states else json.dumps(file.states)
-    checkpoint._atomic_save(path, arrays, {"nnx.format": "1", "nnx.state": text})
+    checkpoint._atomic_save(path, arrays, {"nnx.format": "2", "nnx.state": text, "nnx.layers": "{}"})
 
 
 @pytest.mark.parametrize("what", FORGED)
@@ -343,7 +343,7 @@ def test_the_digest_is_that_of_the_arrays_used(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("old", "new"), [(b'"F64"', b'"I64"'), (b"[2,3]", b"[3,2]"), (b"numbers", b"letters")])
 def test_digest_covers_dtypes_shapes_and_metadata(old, new, tmp_path):
     path = tmp_path / "net.safetensors"
-    metadata = {"nnx.format": "1", "nnx.state": "{}", "what": "numbers"}
+    metadata = {"nnx.format": "2", "nnx.state": "{}", "nnx.layers": "{}", "what": "numbers"}
     checkpoint._atomic_save(path, {"a": numpy.ones((2, 3))}, metadata)
     data = path.read_bytes()
     assert data.count(old) == 1

@@ -1185,7 +1185,7 @@ def test_constructor_rejects_invalid_models_and_optimizers(model, optimizer, mes
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        (EarlyStopping(), "callbacks must be a list of callbacks, got <.*EarlyStopping.*>"),
+        (EarlyStopping(), "callbacks must be a list of callbacks, got EarlyStopping.*"),
         (None, "callbacks must be a list of callbacks, got None"),
         (
             [EarlyStopping],

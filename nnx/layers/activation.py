@@ -6,20 +6,17 @@ from typing import Any
 
 from nnx.checks import as_floating, as_scores, check_grad_output
 from nnx.kernels import gelu, gelu_grad, relu, relu_grad, sigmoid, sigmoid_grad, softmax, softmax_grad, tanh, tanh_grad
+from nnx.layers.base import BaseLayer
 from nnx.np import Array
 
 __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
 
 
-class Sigmoid:
+class Sigmoid(BaseLayer):
     """The logistic function y = 1 / (1 + exp(-x)), accurate in both tails."""
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass
-
-    def __init__(self) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
 
     def forward(self, x: Any) -> Array:
         """Return 1 / (1 + exp(-x))."""
@@ -32,15 +29,11 @@ class Sigmoid:
         return sigmoid_grad(check_grad_output(self, dout, y.shape, y.dtype), y)
 
 
-class ReLU:
+class ReLU(BaseLayer):
     """The rectifier y = max(x, 0); its gradient at 0 is 0."""
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass
-
-    def __init__(self) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
 
     def forward(self, x: Any) -> Array:
         """Return max(x, 0)."""
@@ -53,15 +46,11 @@ class ReLU:
         return relu_grad(check_grad_output(self, dout, y.shape, y.dtype), y)
 
 
-class Tanh:
+class Tanh(BaseLayer):
     """The hyperbolic tangent y = tanh(x)."""
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass
-
-    def __init__(self) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
 
     def forward(self, x: Any) -> Array:
         """Return tanh(x)."""
@@ -74,7 +63,7 @@ class Tanh:
         return tanh_grad(check_grad_output(self, dout, y.shape, y.dtype), y)
 
 
-class GELU:
+class GELU(BaseLayer):
     """The Gaussian error linear unit in its tanh approximation, y = x / 2 * (1 + tanh(u)).
 
     u = sqrt(2 / pi) * (x + 0.044715 * x**3); the error of the approximation is below 5e-4.
@@ -87,10 +76,6 @@ class GELU:
     batch_names = ("x",)
     x: Array  # input of the last forward pass
 
-    def __init__(self) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
-
     def forward(self, x: Any) -> Array:
         """Return x / 2 * (1 + tanh(u))."""
         self.x = as_floating(x, None, "GELU")
@@ -102,15 +87,11 @@ class GELU:
         return gelu_grad(check_grad_output(self, dout, x.shape, x.dtype), x)
 
 
-class Softmax:
+class Softmax(BaseLayer):
     """The softmax function y = exp(x) / sum(exp(x)) over the last axis."""
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass
-
-    def __init__(self) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
 
     def forward(self, x: Any) -> Array:
         """Return softmax(x)."""

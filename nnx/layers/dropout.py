@@ -8,6 +8,7 @@ from typing import Any
 from nnx.checks import as_floating, check_grad_output, setting
 from nnx.device import quiet
 from nnx.kernels import dropout
+from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
 from nnx.rng import as_generator
 
@@ -16,7 +17,7 @@ __all__ = ["Dropout"]
 _BELOW_1 = math.nextafter(1, 0)
 
 
-class Dropout:
+class Dropout(BaseLayer):
     """Zeroes each element with probability `dropout_ratio` during training: y = x * mask.
 
     As in the book, kept elements are not scaled during training; inference scales by 1 - dropout_ratio instead.
@@ -43,8 +44,7 @@ class Dropout:
     state_names = ("seed", "calls")
 
     def __init__(self, dropout_ratio: float = 0.5, *, rng: Any = None) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
+        super().__init__()
         self.dropout_ratio = dropout_ratio
         self._ratio = setting(self, "dropout_ratio", _BELOW_1)  # of the last forward
         self.seed = int.from_bytes(as_generator(rng).bytes(8), "little")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
+
 from nnx.checks import check_grad_output, check_range, check_weights
+from nnx.initializers import Initializer, draw_weight, normal
 from nnx.kernels import embedding, embedding_grad
+from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
 
 __all__ = ["Embedding"]
 
 
-class Embedding:
+class Embedding(BaseLayer):
     """Look up rows of W, such as word vectors: y = W[idx].
 
     Parameters
@@ -40,6 +44,21 @@ class Embedding:
             raise ValueError(f"Embedding: W must have two axes (vocabulary, vector), got shape {W.shape}")
         self.params = [W]
         self.grads = [np.zeros(W.shape, W.dtype)]
+
+    @classmethod
+    def init(
+        cls,
+        vocab_size: int,
+        vector_size: int,
+        *,
+        initializer: Initializer = normal,
+        dtype: Any = numpy.float32,
+        rng: Any = None,
+    ) -> Embedding:
+        """Return a layer with W (vocab_size, vector_size) of `initializer`; the options are those of `Affine.init`."""
+        return cls(
+            draw_weight(f"{cls.__name__}.init", initializer, dtype, rng, vocab_size=vocab_size, vector_size=vector_size)
+        )
 
     def forward(self, idx: Any) -> Array:
         """Return W[idx]."""

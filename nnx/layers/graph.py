@@ -7,12 +7,13 @@ from typing import Any
 from nnx.checks import as_floating, check_grad_output, check_integer
 from nnx.device import quiet
 from nnx.kernels import accumulation_dtype
+from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
 
 __all__ = ["Repeat", "Sum"]
 
 
-class Repeat:
+class Repeat(BaseLayer):
     """Repeat a row N times: y = repeat(x, N) along axis 0.
 
     Parameters
@@ -27,8 +28,7 @@ class Repeat:
     batch_names = ("x",)
 
     def __init__(self, N: int) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
+        super().__init__()
         self.N = check_integer("Repeat: N", N)
 
     def forward(self, x: Any) -> Array:
@@ -45,7 +45,7 @@ class Repeat:
         return _sum(dout)
 
 
-class Sum:
+class Sum(BaseLayer):
     """Sum over axis 0, kept with length 1.
 
     Shapes
@@ -54,10 +54,6 @@ class Sum:
     """
 
     batch_names = ("x",)
-
-    def __init__(self) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
 
     def forward(self, x: Any) -> Array:
         """Return the sum over axis 0."""

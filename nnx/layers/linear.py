@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy
 
 from nnx.checks import as_floating, check_grad_output, check_weights
+from nnx.initializers import Initializer, draw_weight, xavier
 from nnx.kernels import affine, affine_grad, input_grad
+from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
 
 __all__ = ["Affine", "MatMul"]
 
+_LinearLayer = TypeVar("_LinearLayer", bound="MatMul")
 
-class MatMul:
+
+class MatMul(BaseLayer):
     """Multiplication by a weight matrix: y = x @ W.
 
     Parameters
@@ -48,6 +54,33 @@ class MatMul:
         self.params = [W]
         self.grads = [np.zeros(W.shape, W.dtype)]
         self.input_grad = input_grad
+
+    @classmethod
+    def init(
+        cls: type[_LinearLayer],
+        input_size: int,
+        output_size: int,
+        *,
+        initializer: Initializer = xavier,
+        dtype: Any = numpy.float32,
+        rng: Any = None,
+        input_grad: bool = True,
+    ) -> _LinearLayer:
+        """Return a layer with a weight (input_size, output_size) of `initializer`, and in `Affine` a bias of zeros.
+
+        Parameters
+        ----------
+        input_size, output_size : int
+            D and H.
+        initializer : function of a shape, dtype and rng
+            See `nnx.initializers`; `functools.partial(normal, std=0.02)` chooses the standard deviation.
+        dtype, rng
+            As for the initializers.
+        input_grad : bool
+        """
+        W = draw_weight(f"{cls.__name__}.init", initializer, dtype, rng, input_size=input_size, output_size=output_size)
+        biases = [np.zeros(W.shape[1:], W.dtype) for _ in cls.param_names[1:]]
+        return cls(W, *biases, input_grad=input_grad)
 
     def forward(self, x: Any) -> Array:
         """Return x @ W, plus b in `Affine`."""

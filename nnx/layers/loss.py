@@ -16,6 +16,7 @@ import numpy
 
 from nnx.checks import as_floating, check_range, class_indices, loss_grad
 from nnx.device import as_real_array, quiet
+from nnx.functions import sigmoid, softmax
 from nnx.kernels import (
     accumulation_dtype,
     embedding,
@@ -26,12 +27,13 @@ from nnx.kernels import (
     squared_error,
     squared_error_grad,
 )
+from nnx.layers.base import BaseLayer
 from nnx.np import Array, Scalar, np
 
 __all__ = ["MeanSquaredError", "SigmoidWithLoss", "SoftmaxWithLoss"]
 
 
-class _Loss:
+class _Loss(BaseLayer):
     """Base class of the losses: no parameters, and the weights of the last forward.
 
     Attributes
@@ -47,10 +49,6 @@ class _Loss:
     t: Array
     weight: Array | None = None
     weight_sum: Scalar | None = None
-
-    def __init__(self) -> None:
-        self.params: list[Array] = []
-        self.grads: list[Array] = []
 
     def _set_weight(self, weight: Any, elements: Array | None = None) -> None:
         """Store `weight`, None or of the leading axes of t, times `elements`, None or one weight per element of t."""
@@ -180,6 +178,10 @@ class SoftmaxWithLoss(_ClassLoss):
         """Return (y - onehot(t)) * dout / N, a new array at every call."""
         return softmax_loss_grad(self.y, self.t, loss_grad(self, dout), self.weight)
 
+    def probabilities(self, x: Any) -> Array:
+        """Return softmax(x), the probabilities of the classes for the scores x."""
+        return softmax(x)
+
     def accuracy(self) -> Scalar:
         """Return the fraction of rows of the last forward whose largest score is at the label."""
         return self._hit_rate(self.x.argmax(axis=-1) == self.t)
@@ -235,6 +237,10 @@ class SigmoidWithLoss(_ClassLoss):
     def backward(self, dout: Any = 1) -> Array:
         """Return (y - t) * dout / size, a new array at every call."""
         return sigmoid_loss_grad(self.y, self.t, loss_grad(self, dout), self.weight)
+
+    def probabilities(self, x: Any) -> Array:
+        """Return sigmoid(x), the probability of label 1 for each score in x."""
+        return sigmoid(x)
 
     def accuracy(self) -> Scalar:
         """Return the fraction of elements of the last forward whose prediction (1 if x >= 0) equals the label."""

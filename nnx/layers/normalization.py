@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
-from nnx.checks import as_floating, check_grad_output, check_weights, setting
+import numpy
+
+from nnx.checks import as_floating, check_grad_output, check_integer, check_weights, setting
 from nnx.device import quiet
 from nnx.kernels import accumulation_dtype, batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
+from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
 
 __all__ = ["BatchNorm", "LayerNorm"]
 
+_NormLayer = TypeVar("_NormLayer", bound="_Norm")
 
-class _Norm:
+
+class _Norm(BaseLayer):
     """y = gamma * (x - mean) * rstd + beta, rstd = 1 / sqrt(var + eps)."""
 
     batch_names = ("x", "mean", "rstd")
@@ -34,6 +39,12 @@ class _Norm:
         self.grads = [np.zeros(gamma.shape, gamma.dtype), np.zeros(beta.shape, beta.dtype)]
         self.eps = eps
         setting(self, "eps")
+
+    @classmethod
+    def init(cls: type[_NormLayer], size: int, *, dtype: Any = numpy.float32, **settings: float) -> _NormLayer:
+        """Return a layer for `size` features, with gamma 1 and beta 0; `settings` are those of the constructor."""
+        check_integer(f"{cls.__name__}.init: size", size)
+        return cls(np.ones(size, dtype), np.zeros(size, dtype), **settings)
 
     def _rows(self, x: Any) -> Array:
         """Return `x` checked, as (N, D), and store its shape."""
