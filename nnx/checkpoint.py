@@ -31,7 +31,6 @@ from nnx.device import to_cpu
 from nnx.np import Array, np
 from nnx.tree import (
     SAVABLE_DTYPES,
-    check_kinds,
     check_savable,
     is_savable,
     layer_states,
@@ -71,6 +70,7 @@ def save(
     *,
     keys: Mapping[str, str | None] | None = None,
     transpose: Iterable[str] = (),
+    layout: str | None = None,
 ) -> None:
     """Save the arrays of `model`, and the state of `optimizer` and `trainer`, to the safetensors file `path`.
 
@@ -89,6 +89,8 @@ def save(
         Renames arrays, as in `load`.
     transpose : iterable of names in the file
         Arrays to save transposed.
+    layout : "torch" or None
+        In place of `keys` and `transpose`, those of `load`.
 
     Raises
     ------
@@ -98,11 +100,13 @@ def save(
     ImportError
         If safetensors is not installed, as `nnx-array[checkpoint]` does.
     ValueError
-        If `keys` or `transpose` contain unknown names, or two arrays of a layer have the same name.
+        If `keys` or `transpose` contain unknown names, `layout` is unknown or has no name for an array, or two arrays
+        of a layer have the same name.
     TypeError
         If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is refused.
     """
     path = Path(path).expanduser()
+    keys, transpose = _apply_layout(path, model, layout, keys, transpose)
     tensors = rename_arrays(path, named_arrays(model), keys, transpose)
     states = {name: state for name, (_, state) in _states(model, optimizer, trainer).items()}
     for name, state in states.items():
@@ -137,6 +141,7 @@ def load(
     *,
     keys: Mapping[str, str | None] | None = None,
     transpose: Iterable[str] = (),
+    layout: str | None = None,
 ) -> None:
     """Load the safetensors file `path` into the arrays of `model`, and into `optimizer` and `trainer`.
 
@@ -155,6 +160,11 @@ def load(
         For names that differ. None in place of the model's name ignores that array of the file.
     transpose : iterable of names in the file
         Arrays stored transposed in the file.
+    layout : "torch" or None
+        In place of `keys` and `transpose`, the names of a torch.nn.Sequential, "0.weight", whose layers stand at the
+        same positions as those of `model`: Linear as Affine, or MatMul without a bias, Embedding, BatchNorm1d (whose
+        momentum is 1 minus that of BatchNorm), LayerNorm, and layers without arrays. Sequentials may be nested. An
+        array that layers share has the name of the first.
 
     Raises
     ------
@@ -163,11 +173,12 @@ def load(
     ValueError
         If the file is damaged or does not match the objects; the message lists all differences. Nothing is changed.
     TypeError
-        For `keys` or `transpose`, as in `save`.
+        For `keys`, `transpose` or `layout`, as in `save`.
     ImportError
         If safetensors is not installed, as `nnx-array[checkpoint]` does.
     """
     path = Path(path).expanduser()
+    keys, transpose = _apply_layout(path, model, layout, keys, transpose)
     file = _read(path)
     targets = rename_arrays(path, named_arrays(model), keys, transpose)
     ignored = {name for name, model_name in (keys or {}).items() if model_name is None}
@@ -302,9 +313,6 @@ def read_config(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[
         raise ValueError(
             f"{path}: was not written by checkpoint.save; build the model yourself and use checkpoint.load"
         )
-    for config in file.layers.values():
-        check_kinds(config, str, "class", "module")
-        check_kinds(config, list, "params")
     return file.layers, file.arrays
 
 
@@ -381,6 +389,30 @@ def rename_arrays(
     if unknown := set(transpose) - named.keys():
         raise ValueError(f"{path}: transpose names {_join(unknown)}, and the file has {_join(named)}")
     return {name: array.T if name in transpose else array for name, array in named.items()}
+
+
+def _apply_layout(
+    path: Path, model: Any, layout: str | None, keys: Mapping[str, str | None] | None, transpose: Iterable[str]
+) -> tuple[Mapping[str, str | None] | None, Iterable[str]]:
+    """Return `keys` and `transpose`, or those of `layout`."""
+    if layout is None:
+        return keys, transpose
+    if layout != "torch" or keys is not None or transpose != ():
+        raise ValueError(f'{path}: layout must be "torch" or None, and takes no keys and transpose; got {layout!r:.80}')
+    layers = dict(named_layers(model))
+    keys, transpose = {}, []
+    for name in named_arrays(model):
+        place, array = name[: name.rindex(".") + 1], name.rpartition(".")[2]
+        torch_name = getattr(layers.get(place), "torch_names", {}).get(array)
+        if torch_name is None:
+            raise ValueError(f'{path}: {name} has no name in the layout "torch"; pass keys')
+        module = place.replace("layers.", "")
+        keys[module + torch_name.removesuffix(".T")] = name
+        if torch_name.endswith(".T"):
+            transpose.append(module + torch_name.removesuffix(".T"))
+        if array == "running_mean":
+            keys[f"{module}num_batches_tracked"] = None
+    return keys, transpose
 
 
 def _join(names: Collection[str]) -> str:

@@ -5,6 +5,7 @@ Weights are drawn on the host in float64, then cast and moved. D inputs (fan-in)
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -72,23 +73,33 @@ def he(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Arr
 
 def draw_weight(name: str, initializer: Initializer, dtype: Any, rng: Any, **sizes: int) -> Array:
     """Return a weight of the `sizes` drawn by `initializer`; `name` is the prefix of the error messages."""
-    if not callable(initializer):
+    shape = [check_integer(f"{name}: {n}", size) for n, size in sizes.items()]
+    try:
+        inspect.signature(initializer).bind(shape, dtype=dtype, rng=rng)
+    except (TypeError, ValueError):
         raise TypeError(
-            f"{name}: initializer must be a function of a shape, such as nnx.initializers.he, got {initializer!r:.80}"
-        )
-    return initializer([check_integer(f"{name}: {n}", size) for n, size in sizes.items()], dtype=dtype, rng=rng)
+            f"{name}: initializer must be a function of (shape, dtype, rng), such as nnx.initializers.he, "
+            f"got {initializer!r:.80}"
+        ) from None
+    return initializer(shape, dtype=check_dtype(name, dtype), rng=rng)
 
 
-def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: Any) -> Array:
+def check_dtype(name: str, dtype: Any) -> numpy.dtype:
+    """Return `dtype`; raise unless it is float16, float32 or float64. `name` is a prefix."""
     try:
         known = numpy.dtype(dtype)
     except (TypeError, ValueError):
         known = None
     if known not in (numpy.float16, numpy.float32, numpy.float64):  # excludes non-native byte order
         raise TypeError(
-            f"{name}: dtype must be float16, float32 or float64, got {dtype!r}; "
+            f"{name}: dtype must be float16, float32 or float64, got {dtype!r:.80}; "
             "for another dtype convert the result with astype(...)"
         )
+    return known
+
+
+def _normal(name: str, shape: int | Iterable[int], std: float, dtype: Any, rng: Any) -> Array:
+    known = check_dtype(name, dtype)
     sizes = [check_integer(f"{name}: shape", n, 0) for n in _as_sizes(name, shape)]
     with numpy.errstate(over="ignore"):
         samples = (std * as_generator(rng).standard_normal(sizes)).astype(known)

@@ -13,7 +13,15 @@ from typing import Any
 import numpy
 
 from nnx import checkpoint, layers
-from nnx.checks import check_bool, check_integer, check_list, check_metrics, check_same_length, takes_arguments
+from nnx.checks import (
+    check_bool,
+    check_integer,
+    check_list,
+    check_metrics,
+    check_number,
+    check_same_length,
+    takes_arguments,
+)
 from nnx.device import as_real_array, asarray, to_cpu
 from nnx.initializers import he, normal, xavier
 from nnx.layers import GELU, Affine, BatchNorm, Dropout, ReLU, Sigmoid, SoftmaxWithLoss, Tanh
@@ -287,10 +295,11 @@ def mlp(
     *hidden, last = check_list("mlp: sizes", sizes, "integers") or [None]
     if not hidden:
         raise ValueError(f"mlp: sizes must hold the number of inputs and of outputs, at least two, got {sizes!r:.80}")
-    if activation is not None and activation not in _ACTIVATIONS:
+    if activation is not None and not (isinstance(activation, str) and activation in _ACTIVATIONS):
         raise ValueError(f"mlp: activation must be one of {', '.join(_ACTIVATIONS)}, or None, got {activation!r:.80}")
     make, initializer = _ACTIVATIONS[activation] if activation else (None, xavier)
     check_bool("mlp: batch_norm", batch_norm)
+    check_number("mlp: dropout", dropout, 0)
     rng = as_generator(rng)
     sequence: list[Any] = []
     for D, H in itertools.pairwise(hidden):
@@ -325,42 +334,34 @@ def load(path: str | Path) -> Sequential:
     configs, arrays = checkpoint.read_config(path)
     made = {name: np.zeros(shape, dtype) for name, (dtype, shape) in arrays.items() if dtype.startswith("float")}
     try:
-        model = _build(path, configs, made, "")
-    except RecursionError as error:
-        raise ValueError(f"{path}: the layers are nested too deeply") from error
+        model = _build(configs, made, "")
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: the model cannot be built: {error}") from error
     checkpoint.load(path, model)
     return model
 
 
-def _build(path: Path, configs: Mapping[str, Any], arrays: Mapping[str, Array], name: str) -> Any:
+def _build(configs: Mapping[str, Any], arrays: Mapping[str, Array], name: str) -> Any:
     """Return the layer `name` of a file, with `arrays` as its parameters; the empty name is the model."""
-    config = dict(configs.get(name, {}))
-    kind, module = config.pop("class", ""), config.pop("module", "")
+    settings = dict(configs[name])
+    kind, module, params = (settings.pop(key) for key in ("class", "module", "params"))
     inside = f"{name}." if name else ""
-    where = f"{path}: {name or 'the model'}"
-    if module.partition(".")[0] == "nnx" and kind in ("Sequential", "TwoLayerNet"):
-        model = object.__new__(TwoLayerNet if kind == "TwoLayerNet" else Sequential)
-        count = sum(key.rpartition(".")[0] == f"{inside}layers" for key in configs)
-        loss = f"{inside}loss_layer"
-        Sequential.__init__(
-            model,
-            [_build(path, configs, arrays, f"{inside}layers.{i}") for i in range(count)],
-            _build(path, configs, arrays, loss) if loss in configs else None,
-        )
-        return model
-    if module.partition(".")[0] != "nnx" or kind not in layers.__all__:
+    if module.partition(".")[0] != "nnx" or kind not in (*layers.__all__, "Sequential", "TwoLayerNet"):
         raise ValueError(
-            f"{where} is of the class {module}.{kind}, which nnx cannot build; build the model yourself and use "
-            "checkpoint.load"
+            f"{name or 'it'} is of the class {module}.{kind}, which nnx does not have; build the model yourself and "
+            "use checkpoint.load"
         )
-    try:
+    if kind in layers.__all__:
         layer = getattr(layers, kind)
-        params = [arrays[n.removesuffix(".T")].T if n.endswith(".T") else arrays[n] for n in config.pop("params", [])]
         if "rng" in inspect.signature(layer).parameters:
-            config["rng"] = 0  # instead of NumPy's global generator; what it draws is loaded
-        return layer(*params, **config)
-    except (TypeError, ValueError, LookupError) as error:
-        raise ValueError(f"{where} cannot be built: {error}") from error
+            settings["rng"] = 0  # instead of NumPy's global generator; what it draws is loaded
+        return layer(*(arrays[n.removesuffix(".T")].T if n.endswith(".T") else arrays[n] for n in params), **settings)
+    count = sum(key.rpartition(".")[0] == f"{inside}layers" for key in configs)
+    sequence = [_build(configs, arrays, f"{inside}layers.{i}") for i in range(count)]
+    loss = f"{inside}loss_layer"
+    model = object.__new__(TwoLayerNet if kind == "TwoLayerNet" else Sequential)
+    Sequential.__init__(model, sequence, _build(configs, arrays, loss) if loss in configs else None)
+    return model
 
 
 def _apply_metrics(

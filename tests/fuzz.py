@@ -361,10 +361,12 @@ def fit_call():
 
     arguments = {"x": X, "t": T, "max_epoch": 1, "batch_size": 2, "max_grad": 1.0, "eval_interval": 1}
     arguments |= {"validation": (X, T), "drop_last": False, "callbacks": [], "verbose": False}
+    arguments |= {"metrics": {"rows": lambda scores, t: len(t)}, "sample_weight": numpy.ones(4)}
     valid = {"x": lambda v: real(v) and numpy.shape(v) == (4, 3) and numpy.isfinite(numpy.asarray(v, float)).all()}
     valid |= {"t": labels, "max_epoch": integer(0), "batch_size": lambda v: integer()(v) and v <= 4}
     valid |= {"max_grad": lambda v: v is None or v == math.inf or (number(0)(v) and v > 0)}
     valid |= {"eval_interval": optional(integer()), "validation": pair, "drop_last": anything, "verbose": anything}
+    valid |= {"metrics": metrics, "sample_weight": optional(row_weights)}
     valid["callbacks"] = lambda v: all(not isinstance(c, type) and hasattr(c, "on_epoch") for c in v)
 
     def fit(max_epoch, **others):
@@ -374,15 +376,24 @@ def fit_call():
     return Call(fit, arguments, valid, None, (trainer, trainer.model, trainer.optimizer))
 
 
+def metrics(v):
+    return v is None or (isinstance(v, dict) and all(map(callable, v.values())))
+
+
+def row_weights(v):
+    return real(v) and numpy.shape(v) == (4,) and (numpy.asarray(v, float) >= 0).all() and numpy.any(v)
+
+
 def evaluate_call():
     net = model()
-    valid = {"x": real, "t": labels, "batch_size": integer()}
-    return Call(net.evaluate, {"x": X, "t": T, "batch_size": 2}, valid, None, (net,))
+    valid = {"x": real, "t": labels, "batch_size": integer(), "metrics": metrics}
+    return Call(net.evaluate, {"x": X, "t": T, "batch_size": 2, "metrics": None}, valid, None, (net,))
 
 
-def predict_call():
+def predict_call(name="predict"):
     net = model()
-    return Call(net.predict, {"x": X}, {"x": real}, None, (net,))
+    valid = {"x": real, "batch_size": optional(integer())}
+    return Call(getattr(net, name), {"x": X, "batch_size": 3}, valid, None, (net,))
 
 
 def loss_calls():
@@ -441,6 +452,20 @@ def constructor_calls():
         simple(nnx.Affine, {"W": weights, "b": array_weights((3,)), "input_grad": anything}, W=W, b=b, input_grad=True),
     )
     yield "MatMul", simple(nnx.MatMul, {"W": weights}, W=W)
+    options = {"initializer": callable, "dtype": plain_dtype, "rng": seed}
+    chosen = {"initializer": initializers.he, "dtype": "float32", "rng": 0}
+    for kind, names in ((nnx.Affine, ("input_size", "output_size")), (nnx.Embedding, ("vocab_size", "vector_size"))):
+        valid = dict.fromkeys(names, integer()) | options
+        yield f"{kind.__name__}.init", simple(kind.init, valid, **dict.fromkeys(names, 2), **chosen)
+    for kind in (nnx.LayerNorm, nnx.BatchNorm):
+        valid = {"size": integer(), "dtype": plain_dtype, "eps": number(0)}
+        yield f"{kind.__name__}.init", simple(kind.init, valid, size=2, dtype="float32", eps=1e-5)
+    valid = {"sizes": lambda v: all(map(integer(), v)), "batch_norm": anything, "dropout": number(0, 1)}
+    valid |= {"activation": lambda v: v in ("relu", None), "dtype": plain_dtype, "rng": seed}
+    valid["loss_layer"] = optional(lambda v: hasattr(v, "prepare_targets"))
+    arguments = {"sizes": [2, 3, 2], "activation": "relu", "batch_norm": True, "dropout": 0.5, "loss_layer": None}
+    yield "mlp", simple(nnx.models.mlp, valid, **arguments, dtype="float32", rng=0)
+    yield "Log", lambda: Call(callbacks.Log, {"function": len}, {"function": callable})
     yield "Embedding", simple(nnx.Embedding, {"W": weights}, W=W)
     for kind in (nnx.LayerNorm, nnx.BatchNorm):
         valid = {"gamma": array_weights((3,)), "beta": array_weights((3,)), "eps": number(0), "momentum": number(0, 1)}
@@ -579,6 +604,14 @@ def plot_calls():
             losses,
         ),
     )
+    yield (
+        "plot_history",
+        lambda: Call(
+            functools.partial(plotting.plot_history, ax=axes()),
+            {"history": [{"epoch": 1, "loss": 0.5}], "ylim": None},
+            {"history": lambda v: all(isinstance(row, dict) for row in v), "ylim": anything},
+        ),
+    )
     yield "plot_data", lambda: Call(functools.partial(plotting.plot_data, ax=axes()), {"x": pairs, "t": T}, points)
     yield (
         "plot_decision_regions",
@@ -599,6 +632,7 @@ CALLS = {
     "Trainer.fit": fit_call,
     "Sequential.evaluate": evaluate_call,
     "Sequential.predict": predict_call,
+    "Sequential.predict_proba": functools.partial(predict_call, "predict_proba"),
     **dict(forward_calls()),
     **dict(setting_calls()),
     **dict(assigned_calls()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 
@@ -35,6 +35,7 @@ class Embedding(BaseLayer):
     """
 
     param_names = ("W",)
+    torch_names: ClassVar[dict[str, str]] = {"W": "weight"}
     batch_names = ("idx",)
     idx: Array
 

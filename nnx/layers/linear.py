@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy
 
@@ -44,6 +44,7 @@ class MatMul(BaseLayer):
 
     batch_names = ("x",)
     param_names: tuple[str, ...] = ("W",)
+    torch_names: ClassVar[dict[str, str]] = {"W": "weight.T", "b": "bias"}  # see checkpoint.load; .T: stored transposed
     x: Array  # input of the last forward pass
     shape: tuple[int, ...]  # of its output
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy
 
 from nnx.checks import as_floating, check_grad_output, check_integer, check_weights, setting
 from nnx.device import quiet
+from nnx.initializers import check_dtype
 from nnx.kernels import accumulation_dtype, batch_norm, batch_norm_grad, bias_grad, layer_norm, layer_norm_grad
 from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
@@ -23,6 +24,7 @@ class _Norm(BaseLayer):
 
     batch_names = ("x", "mean", "rstd")
     param_names = ("gamma", "beta")
+    torch_names: ClassVar[dict[str, str]] = {"gamma": "weight", "beta": "bias"}
     x: Array  # input of the last forward pass, as (N, D)
     mean: Array  # statistics that its rows or columns were normalized with
     rstd: Array
@@ -43,7 +45,9 @@ class _Norm(BaseLayer):
     @classmethod
     def init(cls: type[_NormLayer], size: int, *, dtype: Any = numpy.float32, **settings: float) -> _NormLayer:
         """Return a layer for `size` features, with gamma 1 and beta 0; `settings` are those of the constructor."""
-        check_integer(f"{cls.__name__}.init: size", size)
+        name = f"{cls.__name__}.init"
+        check_integer(f"{name}: size", size)
+        dtype = check_dtype(name, dtype)
         return cls(np.ones(size, dtype), np.zeros(size, dtype), **settings)
 
     def _rows(self, x: Any) -> Array:
@@ -127,6 +131,11 @@ class BatchNorm(_Norm):
     """
 
     state_names = ("running_mean", "running_var")
+    torch_names: ClassVar[dict[str, str]] = {
+        **_Norm.torch_names,
+        "running_mean": "running_mean",
+        "running_var": "running_var",
+    }
     _warned = False  # about a batch of one row
 
     def __init__(self, gamma: Array, beta: Array, momentum: float = 0.9, eps: float = 1e-5) -> None:
