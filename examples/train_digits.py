@@ -15,8 +15,9 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import ConfusionMatrixDisplay
 from sklearn.model_selection import train_test_split
 
-from nnx import Adam, Affine, Dropout, ReLU, Sequential, SoftmaxWithLoss, Trainer, distributed, initializers, np, to_cpu
+from nnx import Adam, Trainer, distributed, to_cpu
 from nnx.callbacks import BestWeights, Checkpoint, LearningRateScheduler
+from nnx.models import mlp
 from nnx.optimizer import cosine_decay
 
 
@@ -26,26 +27,13 @@ def load():
     return train_test_split(x.astype("float32") / 16, t, test_size=0.25, stratify=t, random_state=0)
 
 
-def new_model(rng):
-    """Return the net with new weights."""
-    return Sequential(
-        [
-            Affine(initializers.he((64, 128), rng=rng), np.zeros(128, "float32"), input_grad=False),
-            ReLU(),
-            Dropout(0.2, rng=rng),
-            Affine(initializers.he((128, 10), rng=rng), np.zeros(10, "float32")),
-        ],
-        SoftmaxWithLoss(),
-    )
-
-
 def train(seed, epochs, data, folder, resume, comm, say):
     """Train one net; return its trainer and its held-out accuracy."""
     x, x_test, t, t_test = data
     # the best weights are chosen on a part of the training digits; the held-out digits are only used for testing
     validation, x, t = (x[:200], t[:200]), x[200:], t[200:]
     rng = numpy.random.default_rng(seed)
-    trainer = Trainer(new_model(rng), Adam(), rng=rng, comm=comm)
+    trainer = Trainer(mlp([64, 128, 10], dropout=0.2, rng=rng), Adam(), rng=rng, comm=comm)
     rate = LearningRateScheduler(cosine_decay(0.003, steps=epochs * math.ceil(len(x) / 64)))
     callbacks = [rate, BestWeights(), *([Checkpoint(folder)] if folder else [])]
     if resume and any(Path(folder).glob("epoch-*")):
@@ -59,11 +47,7 @@ def draw(trainer, accuracy, x_test, t_test, path):
     from matplotlib import pyplot  # noqa: PLC0415 - only needed for the picture
 
     _, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    epochs = numpy.linspace(1, len(trainer.val_list), len(trainer.loss_list))
-    axes[0].plot(epochs, trainer.loss_list, label="training")
-    axes[0].plot(range(1, len(trainer.val_list) + 1), [loss for loss, _ in trainer.val_list], label="validation")
-    axes[0].set(xlabel="epoch", ylabel="loss", yscale="log", title="loss")
-    axes[0].legend()
+    trainer.plot(ax=axes[0]).set(yscale="log", title="loss")
     predicted = to_cpu(trainer.model.predict(x_test)).argmax(axis=1)
     ConfusionMatrixDisplay.from_predictions(t_test, predicted, ax=axes[1], colorbar=False, cmap="Blues")
     axes[1].set_title(f"held-out digits, accuracy {accuracy:.3f}")

@@ -4,8 +4,23 @@ from typing import Any
 
 import numpy
 
-from nnx import SGD, Adam, Affine, BatchNorm, Dropout, ReLU, Sequential, SoftmaxWithLoss, Trainer, TwoLayerNet, np
-from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRateScheduler
+from nnx import (
+    SGD,
+    Adam,
+    Affine,
+    BatchNorm,
+    Dropout,
+    MatMul,
+    ReLU,
+    Sequential,
+    SoftmaxWithLoss,
+    Trainer,
+    TwoLayerNet,
+    np,
+)
+from nnx.callbacks import BestWeights, Checkpoint, EarlyStopping, LearningRateScheduler, Log
+from nnx.initializers import he
+from nnx.models import mlp
 from nnx.optimizer import cosine_decay
 from nnx.protocols import Layer
 from nnx.testing import check_gradients, check_layer
@@ -84,5 +99,12 @@ x, t = numpy.ones((5, 2)), numpy.ones(5, int)
 trainer.fit(x, t, callbacks=[EarlyStopping(), BestWeights(), Counter()])
 trainer.fit(x, t, callbacks=(Counter() for _ in range(2)), validation=(x, t))
 trainer.fit(x, t, callbacks=every)
+rows: list[dict[str, float]] = []
+trainer.fit(
+    x, t, validation=(x, t), metrics={"f1": lambda scores, t: 1.0}, sample_weight=t, callbacks=[Log(rows.append)]
+)
+net = mlp([2, 3, 4], activation="relu", batch_norm=True, dropout=0.2, rng=0)
+Trainer(net, SGD()).fit(net.predict(x, batch_size=2), net.predict_proba(x))
+Sequential([Affine.init(2, 3, initializer=he, dtype="float64"), BatchNorm.init(3), MatMul.init(3, 4)], net.loss_layer)
 check_gradients(Scale(np.ones(1)), x)
 check_layer(lambda dtype: Scale(np.ones(1, dtype)), x)
