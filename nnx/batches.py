@@ -9,7 +9,7 @@ import mmap
 import numbers
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 
@@ -29,6 +29,7 @@ __all__ = [
     "prepare_data",
 ]
 
+Batch: TypeAlias = tuple[Array, Array, Array | None, int]  # x, t, weights of the rows, and rows on all ranks
 _PIECE_BYTES = 1 << 22  # data checked, cast and copied at a time
 _COLUMN_CHUNK_BYTES = 1 << 24  # rows gathered at a time from a file in Fortran order; each gather reads all its pages
 
@@ -60,8 +61,8 @@ class ArrayData:
         """Return the rows of an epoch, in random order."""
         return rng.permutation(self.rows)[: self.max_iter * self.batch_size]
 
-    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[tuple[Array, ...], int]]:
-        """Yield this process's shard of each batch of the permutation, and the number of rows of the whole batch.
+    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[Batch]:
+        """Yield this process's shard of each batch of the permutation: x, t, weights, rows of the whole batch.
 
         As many shards as fit in `bytes_at_once` are gathered together and yielded as slices, the last one as a copy:
         a model keeps its last input, and a slice would keep all of the gathered rows in memory. Floating data are
@@ -81,13 +82,14 @@ class ArrayData:
             gathered = [_gather_rows(a, part, d) for a, d in zip(arrays, dtypes, strict=False)]
             before = (len(part) - 1) // size * size  # the rows before the last batch, in whole batches
             if before:
-                whole = (a[:before].reshape(before // size, size, *a.shape[1:]) for a in gathered)
-                yield from zip(zip(*whole, strict=True), totals, strict=False)  # at C speed
+                xs, ts, *weights = (a[:before].reshape(before // size, size, *a.shape[1:]) for a in gathered)
+                yield from zip(xs, ts, weights[0] if weights else itertools.repeat(None), totals, strict=False)
                 gathered = [a[before:].copy() for a in gathered]
-            yield tuple(gathered), next(totals)
+            xs, ts, *weights = gathered
+            yield xs, ts, weights[0] if weights else None, next(totals)
         for total in totals:  # the batches without a row for this process
             if total:
-                yield tuple(a[:0] for a in arrays), total
+                yield arrays[0][:0], arrays[1][:0], None, total
 
 
 class BatchData:
@@ -122,13 +124,13 @@ class BatchData:
         """Return no rows: the user's batches come in their own order."""
         return numpy.zeros(0, numpy.int64)
 
-    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[tuple[tuple[Array, ...], int]]:
-        """Yield this process's shard of each batch after those of `iteration`, and the rows of the whole batch."""
+    def batches(self, state: Any, comm: Any, dtype: Any) -> Iterator[Batch]:
+        """Yield this process's shard of each batch after those of `iteration`, as `ArrayData.batches`."""
         for data in itertools.islice(iter(self.iterable), state.iteration, None):
             x, t = check_same_length("Trainer.fit: a batch", *_pair("Trainer.fit: a batch", data))
             part = comm.shard(len(x))
             xs, ts = asarray(x[part]), asarray(t[part]) if self.moves_targets else t[part]
-            yield (_cast(xs, _step_dtype(xs, dtype)), _cast(ts, _step_dtype(ts, dtype))), len(x)
+            yield _cast(xs, _step_dtype(xs, dtype)), _cast(ts, _step_dtype(ts, dtype)), None, len(x)
 
 
 def _gather_rows(data: Array, rows: Array, dtype: Any) -> Array:

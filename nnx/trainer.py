@@ -234,8 +234,8 @@ class Trainer:
             state.begin_epoch(run.data.permutation(as_generator(self.rng)), getattr(self.optimizer, "lr", None))
             self.comm.broadcast([state.permutation])
         dtype, hooks = parameter_dtype(self.model), run.callbacks.handles("on_step", "on_checkpoint")
-        for batch, rows in run.data.batches(state, self.comm, dtype):
-            state.losses.add(self._train_step(run, batch, rows), rows)
+        for x, t, weight, rows in run.data.batches(state, self.comm, dtype):
+            state.losses.add(self._train_step(run, x, t, weight, rows), rows)
             state.iteration += 1  # only now that the step is done
             if interval is not None and (state.iteration - 1) % interval == 0:
                 self._log_loss()
@@ -263,19 +263,17 @@ class Trainer:
             self.comm.barrier()  # until rank 0 has saved
             run.signals.deliver()
 
-    def _train_step(self, run: _FitContext, batch: tuple[Array, ...], rows: int) -> Any:
+    def _train_step(self, run: _FitContext, x: Array, t: Array, weight: Array | None, rows: int) -> Any:
         """Take a step and return its loss: forward, backward, the sum over ranks, clipping, update."""
         model, loss = self.model, 0.0
-        if len(batch[0]):  # a rank may have no row of a small batch
-            loss = model.forward(*batch)
+        if len(x):  # a rank may have no row of a small batch
+            loss = model.forward(x, t) if weight is None else model.forward(x, t, weight)
             if run.changes is not None:
                 _check_loss(model, loss)
             model.backward()
         params, grads = run.tied.sum_tied_gradients(model.params, model.grads)
         stops = run.signals.pending, self.state.stop
-        grads, loss, (run.signal, self.state.stop) = self.comm.reduce_step(
-            grads, loss, len(batch[0]), rows, model, stops
-        )
+        grads, loss, (run.signal, self.state.stop) = self.comm.reduce_step(grads, loss, len(x), rows, model, stops)
         if run.max_grad is not None:
             clip_grads(grads, run.max_grad)
         self.optimizer.update(params, grads)

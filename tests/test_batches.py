@@ -104,8 +104,8 @@ def test_a_transposed_file_is_gathered_in_c_order(rng, tmp_path):
     data = module.ArrayData([x, t], 16, drop_last=False)
     data.to_device()
     parts = list(data.batches(TrainState(permutation=order), Comm(), "float32"))
-    assert all(xs.flags.c_contiguous and xs.dtype == "float32" for (xs, _), _ in parts)
-    numpy.testing.assert_array_equal(nnx.to_cpu(np.concatenate([xs for (xs, _), _ in parts])), x[order].astype("f"))
+    assert all(xs.flags.c_contiguous and xs.dtype == "float32" for xs, *_ in parts)
+    numpy.testing.assert_array_equal(nnx.to_cpu(np.concatenate([xs for xs, *_ in parts])), x[order].astype("f"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed"])
