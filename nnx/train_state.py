@@ -16,13 +16,13 @@ from nnx.tree import check_kinds
 __all__ = ["TrainState", "WeightedMean"]
 
 _COUNTS = ("epoch", "iteration", "first_epoch", "rows", "batch_size", "max_iter", "stop")
-_MEANS = ("losses", "epoch_losses", "carried_losses")
+_MEANS = ("losses", "epoch_losses", "recent_losses")
 
 
 class WeightedMean:
-    """The mean of batch losses, weighted by batch size and accumulated on the device.
+    """The mean of batch losses, weighted by batch size.
 
-    There is one total per batch size, so that a step costs one addition.
+    There is one total per batch size, on the device, so that a step costs one addition.
     """
 
     def __init__(self, state: Iterable[Any] = ()) -> None:
@@ -44,16 +44,16 @@ class WeightedMean:
             self.totals[rows] = _float64(loss)
             self.counts[rows] = 1
 
-    def merge(self, other: WeightedMean) -> None:
-        """Add the losses of `other`."""
-        for rows, total in other.totals.items():
-            self.totals[rows] = self.totals[rows] + total if rows in self.totals else total
-            self.counts[rows] = self.counts.get(rows, 0) + other.counts[rows]
+    def merge(self, state: numpy.ndarray) -> None:
+        """Add losses by their `state`, on the host."""
+        for rows, total, count in state.tolist():
+            self.totals[rows] = self.totals.get(rows, 0.0) + total
+            self.counts[rows] = self.counts.get(rows, 0) + int(count)
 
     def value(self) -> float:
-        """Return the mean; NaN without losses."""
+        """Return the mean."""
         total = sum(rows * float(total) for rows, total in self.totals.items())
-        return total / sum(rows * count for rows, count in self.counts.items()) if self.totals else math.nan
+        return total / sum(rows * count for rows, count in self.counts.items())
 
 
 def _float64(loss: Any) -> Any:
@@ -77,8 +77,8 @@ class TrainState:
         Whether the fit ends after this epoch.
     permutation : array of int64
         The rows of this epoch in their order, or of what remains of it after a resume.
-    losses, epoch_losses, carried_losses : WeightedMean
-        Of this epoch since the last evaluation, of this epoch before that evaluation, and of earlier epochs after it.
+    losses, epoch_losses, recent_losses : WeightedMean
+        Those of the last steps, which are not yet in the others; of this epoch; since the last evaluation.
     lr : float or None
         The learning rate at the beginning of this epoch.
     loss_list, val_list, history : lists
@@ -95,7 +95,7 @@ class TrainState:
     permutation: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros(0, numpy.int64))
     losses: WeightedMean = dataclasses.field(default_factory=WeightedMean)
     epoch_losses: WeightedMean = dataclasses.field(default_factory=WeightedMean)
-    carried_losses: WeightedMean = dataclasses.field(default_factory=WeightedMean)
+    recent_losses: WeightedMean = dataclasses.field(default_factory=WeightedMean)
     lr: float | None = None
     loss_list: list[float] = dataclasses.field(default_factory=list)
     val_list: list[tuple[float, float | None]] = dataclasses.field(default_factory=list)
@@ -135,25 +135,26 @@ class TrainState:
 
     def mean_loss(self) -> float:
         """Return the mean loss since the last evaluation, and begin anew."""
-        self.epoch_losses.merge(self.losses)
-        self.carried_losses.merge(self.losses)
-        mean = self.carried_losses.value()
-        self.losses, self.carried_losses = WeightedMean(), WeightedMean()
+        self._collect_losses()
+        mean, self.recent_losses = self.recent_losses.value(), WeightedMean()
         return mean
 
     def epoch_loss(self) -> float:
-        """Return the mean loss of this epoch so far; NaN if it has no steps here, as after the last of a resume."""
-        mean = WeightedMean()
-        mean.merge(self.epoch_losses)
-        mean.merge(self.losses)
-        return mean.value()
+        """Return the mean loss of this epoch so far."""
+        self._collect_losses()
+        return self.epoch_losses.value()
+
+    def _collect_losses(self) -> None:
+        """Read the losses of the last steps from the device, once."""
+        state, self.losses = self.losses.state(), WeightedMean()
+        self.epoch_losses.merge(state)
+        self.recent_losses.merge(state)
 
     def end_epoch(self, seconds: float) -> None:
         """Count the epoch, and append its row to the history."""
         rate = {} if self.lr is None else {"lr": self.lr}
         self.history.append({"epoch": self.epoch + 1, "loss": self.epoch_loss(), **rate, "seconds": seconds})
-        self.carried_losses.merge(self.losses)
-        self.losses, self.epoch_losses = WeightedMean(), WeightedMean()
+        self.epoch_losses = WeightedMean()
         self.max_iter, self.epoch, self.iteration = self.iteration, self.epoch + 1, 0
 
     def add_validation(self, loss: float, accuracy: float | None, metrics: Mapping[str, float] | None = None) -> None:
@@ -163,7 +164,7 @@ class TrainState:
         self.history[-1] |= {f"val_{name}": value for name, value in results.items() if value is not None}
 
     def _reset_losses(self) -> None:
-        self.losses, self.epoch_losses, self.carried_losses = WeightedMean(), WeightedMean(), WeightedMean()
+        self.losses, self.epoch_losses, self.recent_losses = WeightedMean(), WeightedMean(), WeightedMean()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as numbers and arrays."""
@@ -191,7 +192,9 @@ class TrainState:
         ):
             raise ValueError("invalid losses")
         self = cls(**{name: state[name] for name in _COUNTS})
-        self.losses, self.epoch_losses, self.carried_losses = map(WeightedMean, means.values())
+        self.losses = WeightedMean(means["losses"])
+        self.epoch_losses.merge(means["epoch_losses"])
+        self.recent_losses.merge(means["recent_losses"])
         self.stop, self.permutation = bool(self.stop), state["permutation"]
         self.lr = None if math.isnan(state["lr"]) else state["lr"]
         self.loss_list = state["loss_list"].tolist()

@@ -244,8 +244,7 @@ class Trainer:
                 self._after_step(run, "on_step")
         if not state.iteration:
             raise ValueError("Trainer.fit: the iterable of batches is empty")
-        if state.losses.totals:
-            self._check_finite(state.losses.value())
+        self._check_finite(state.epoch_loss())
         state.end_epoch(time.perf_counter() - start)
         if self.validation is not None:
             state.add_validation(*_evaluate(self.model, self.comm, *self.validation, run.metrics))
