@@ -15,18 +15,8 @@ ORDER = [
     *("layers.base", "layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers"),
     *("tree", "optimizer", "dataset.spiral", "dataset", "plotting"),
-    *(
-        "checkpoint",
-        "models",
-        "signals",
-        "train_state",
-        "batches",
-        "distributed",
-        "callbacks",
-        "trainer",
-        "util",
-        "testing",
-    ),
+    *("checkpoint", "models", "signals", "train_state", "batches", "distributed", "callbacks", "trainer"),
+    *("util", "testing", "onnx"),
 ]
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.rglob("*.py")}
 COMPILED = {"kernels.native"}  # written in C

@@ -49,7 +49,8 @@ def test_missing_attribute_error():
 def test_disabled_is_numpy_without_further_imports(value):
     code = (
         "import sys, numpy, nnx; assert nnx.np is numpy and nnx.GPU is False; "
-        "print([m for m in ('cupy', 'matplotlib', 'tqdm', 'safetensors', 'sklearn', 'scipy') if m in sys.modules])"
+        "optional = ('cupy', 'matplotlib', 'tqdm', 'safetensors', 'sklearn', 'scipy', 'onnx'); "
+        "print([m for m in optional if m in sys.modules])"
     )
     result = run(code, NNX_GPU=value)
     assert (result.stdout, result.stderr) == ("[]\n", "")
