@@ -242,7 +242,8 @@ def check_data(name: str, model: Any, data: Any, *, copy: bool = True) -> tuple[
 
 def _pair(name: str, data: Any) -> Any:
     if not (isinstance(data, tuple | list) and len(data) == 2):
-        raise ValueError(f"{name} must be a pair (x, t), got {data!r:.80}")
+        got = f"a {type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else f"{data!r:.80}"
+        raise ValueError(f"{name} must be a pair (x, t), got {got}")
     return data
 
 

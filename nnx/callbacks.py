@@ -95,7 +95,7 @@ class Callback:
 
 
 class PrintLog(Callback):
-    """Prints the book's line of text at every evaluation, and with validation a line at the end of every epoch."""
+    """Prints the book's line at every evaluation, and one after the last epoch, or with validation after each."""
 
     def on_begin(self, trainer: Any) -> None:
         """Start the clock."""
@@ -111,7 +111,7 @@ class PrintLog(Callback):
     def on_epoch(self, trainer: Any) -> None:
         """Print the losses and metrics of the epoch."""
         row = trainer.history[-1]
-        if "val_loss" in row:
+        if "val_loss" in row or trainer.is_last_epoch:
             print(" | ".join([f"| epoch {row['epoch']}", *_format_losses(row)]))  # noqa: T201 - its purpose
 
 

@@ -183,9 +183,12 @@ def check_weights(name: str, **weights: Any) -> None:
             or not weight.dtype.isnative
             or type(weight).__mul__ is not Array.__mul__
         ):
+            remedy = f"make it with nnx.asarray({argument}, dtype='float32')"
+            if isinstance(weight, numbers.Integral):
+                remedy = f"{name}.init makes a layer from sizes"
             raise TypeError(
-                f"{name}: {argument} must be a {np.__name__} array of a floating dtype, got {describe(weight)}; "
-                f"make it with nnx.asarray({argument}, dtype='float32')"
+                f"{name}: {argument} must be a {np.__name__} array of a floating dtype, "
+                f"got {describe(weight)}; {remedy}"
             )
 
 
@@ -235,7 +238,9 @@ def class_indices(
     kind = t.dtype.kind
     if kind not in "iub":
         hint = "; use argmax(axis=-1)" if t.shape == shape else "; convert them with astype(int)"
-        raise ValueError(f"{name}: labels must be integers in [0, {classes}) or one-hot, got {t.dtype} {t.shape}{hint}")
+        raise ValueError(
+            f"{name}: labels must be integers in [0, {classes}) or one-hot integers, got {t.dtype} {t.shape}{hint}"
+        )
     if t.size == 0:
         raise ValueError(f"{name}: the batch is empty, so the mean is undefined")
     if t.shape == rows:
@@ -248,6 +253,7 @@ def class_indices(
     else:
         raise ValueError(
             f"{name}: labels must be integers of shape {rows} or one-hot of shape {shape}, got shape {t.shape}"
+            + ("; use numpy.ravel(labels)" if t.shape == (*rows, 1) else "")
         )
     return indices if isinstance(indices, Array) else np.asarray(indices)
 

@@ -25,7 +25,7 @@ def export(model: Layer, path: str | Path, *, input_shape: Iterable[int | None] 
     Parameters
     ----------
     model : Sequential, or a layer of `nnx.layers`
-        Loss layers are left out. Parameters are named as in checkpoints; those that layers share are stored once.
+        Loss layers are left out: y holds scores; for probabilities export Sequential([*model.layers, Softmax()]).
     path : str or Path
     input_shape : iterable of int or None
         Shape of x, with None for axes of any length. The default is (None, D), with D of the first layer that has
@@ -37,12 +37,12 @@ def export(model: Layer, path: str | Path, *, input_shape: Iterable[int | None] 
     TypeError, ValueError
         If a layer is a loss, or not of a class in `nnx.layers`, or rejects its input for an x of this shape.
     ImportError
-        If onnx is not installed, as `nnx-array[onnx]` does.
+        If onnx is not installed.
     """
     try:
         from onnx import checker, helper, numpy_helper, save, shape_inference  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ImportError("nnx.onnx.export requires onnx: pip install 'nnx-array[onnx]'") from error
+        raise ImportError("nnx.onnx.export requires onnx: pip install onnx") from error
     flat = list(_flatten(model, "model"))
     params = [p for layer in flat for p in layer.params]
     dtype = numpy.result_type(*[p.dtype for p in params] or [numpy.float32])

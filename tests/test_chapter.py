@@ -142,12 +142,12 @@ def test_examples_are_short_and_have_help(path):
 def test_readme_code_runs_and_prints_the_documented_output(tmp_path):
     pytest.importorskip("safetensors")
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    first, layers, own_layer, checkpoints, ranks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    first, table, layers, own_layer, checkpoints, ranks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     data = "from numpy import arange, random\nx = x_val = x_test = random.randn(256, 784)\n"
     data += "t = t_val = t_test = arange(256) % 10\n"
-    output = output_of(tmp_path, data + own_layer + first + ranks)
-    assert "| epoch 10 |  iter 1 / 2 |" in output
-    assert len((tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()) == 10
+    output = output_of(tmp_path, data + own_layer + first + table + ranks)
+    assert re.search(r"^\{'epoch': \d+, .*, 'val_errors': ", output, re.MULTILINE)
+    assert len((tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()) == 1 + 3
     printed = re.findall(r"^prints\n\n```\n(.*?)```", readme, re.DOTALL | re.MULTILINE)
     assert [output_of(tmp_path, code) for code in (layers, checkpoints)] == printed
 

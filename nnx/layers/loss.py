@@ -292,7 +292,7 @@ def _check_same_shape(name: str, t: Array, shape: tuple[int, ...]) -> Array:
     if not shape:
         raise ValueError(f"{name}: x must have at least one axis, the rows, got a single number")
     if t.shape != shape:
-        raise ValueError(f"{name}: t must have the shape of x {shape}, got {t.shape}; use reshape")
+        raise ValueError(f"{name}: t must have the shape of x {shape}, got {t.shape}; use numpy.asarray(t).reshape")
     if t.size == 0:
         raise ValueError(f"{name}: the batch is empty, so the mean is undefined")
     return t
