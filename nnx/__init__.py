@@ -10,7 +10,7 @@ from nnx import (
     initializers,
     layers,
     models,
-    onnx,
+    onnx,  # noqa: F401 - not in __all__, because another package has the name
     optimizer,
     plotting,
     testing,
@@ -85,7 +85,6 @@ __all__ = [
     "layers",
     "models",
     "np",
-    "onnx",
     "optimizer",
     "plotting",
     "show_config",

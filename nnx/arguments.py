@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -10,15 +11,35 @@ __all__ = ["constructor_arguments", "format_repr"]
 
 def constructor_arguments(holder: Any) -> dict[str, Any]:
     """Return those arguments of the constructor of `holder` that it has as attributes."""
-    return {name: getattr(holder, name) for name in inspect.signature(type(holder)).parameters if hasattr(holder, name)}
+    arguments = {}
+    for name in _parameters(holder):
+        with contextlib.suppress(Exception):  # a property may raise anything
+            value = getattr(holder, name)
+            if not inspect.ismethod(value):  # of the same name
+                arguments[name] = value
+    return arguments
 
 
 def format_repr(holder: Any, *sizes: int) -> str:
     """Return class, sizes and settings of `holder`; flags and optional arguments only if they are not the defaults."""
-    parameters = inspect.signature(type(holder)).parameters
+    parameters = _parameters(holder)
     settings = [
-        f"{name}={value!r:.80}"
+        f"{name}={_format(value)}"
         for name, value in constructor_arguments(holder).items()
         if value is not parameters[name].default or not isinstance(value, bool | None)
     ]
     return f"{type(holder).__name__}({', '.join([*map(str, sizes), *settings])})"
+
+
+def _parameters(holder: Any) -> Any:
+    try:
+        return inspect.signature(type(holder)).parameters
+    except (TypeError, ValueError):  # no signature, as of a class in C
+        return {}
+
+
+def _format(value: Any) -> str:
+    """Return the repr of a setting in one line; of an array its shape if it is long."""
+    if getattr(value, "size", 1) > 10 and hasattr(value, "shape"):
+        return f"{type(value).__name__} of shape {value.shape}"
+    return " ".join(f"{value!r:.80}".split())

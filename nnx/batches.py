@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import mmap
 import numbers
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy
 
-from nnx.checks import check_integer, check_metrics, check_same_length, takes_arguments
+from nnx.checks import check_integer, check_metrics, check_same_length, takes_keyword
 from nnx.device import as_real_array, asarray, chunk_bytes, fits_on_device, quiet, to_cpu
 from nnx.kernels import gather
 from nnx.models import Sequential
@@ -173,10 +172,12 @@ def _check_sample_weight(model: Any, weight: Any, rows: int) -> Array:
     weight = to_cpu(as_real_array(weight, "Trainer.fit: sample_weight"))
     if weight.shape != (rows,):
         raise ValueError(f"Trainer.fit: sample_weight must have one number for each of {rows} rows, got {weight.shape}")
-    if not (numpy.isfinite(weight).all() and (weight >= 0).all() and weight.any()):
+    with numpy.errstate(over="ignore"):
+        total = weight.sum(dtype=numpy.float64)
+    if not (0 < total < numpy.inf and (weight >= 0).all()):
         raise ValueError("Trainer.fit: sample_weight must hold finite numbers of at least 0, not only zeros")
-    for owner in (model, getattr(model, "loss_layer", model)):
-        if not takes_arguments(owner.forward, 3):
+    for owner in (model, getattr(model, "loss_layer", None) or model):
+        if not takes_keyword(owner.forward, "weight"):
             raise TypeError(f"Trainer.fit: sample_weight needs {type(owner).__name__}.forward(x, t, weight)")
     return weight
 
@@ -186,7 +187,7 @@ def check_validation(model: Any, validation: Any, metrics: Any) -> Sequence[Arra
     check_metrics("Trainer.fit", metrics)
     if validation is None:
         if metrics:
-            raise ValueError("Trainer.fit: metrics are those of validation data; pass validation=(x, t)")
+            raise ValueError("Trainer.fit: metrics need validation data; pass validation=(x, t)")
         return ()
     checked = check_data("Trainer.fit: validation", model, validation, copy=False)
     if not hasattr(model, "evaluate"):
@@ -197,7 +198,7 @@ def check_validation(model: Any, validation: Any, metrics: Any) -> Sequence[Arra
         raise TypeError(
             f"Trainer.fit: {type(model).__name__}.evaluate must return (loss, accuracy), got {result!r:.80}"
         )
-    if metrics and "metrics" not in inspect.signature(model.evaluate).parameters:
+    if metrics and not takes_keyword(model.evaluate, "metrics"):
         raise TypeError(
             f"Trainer.fit: metrics need a model with evaluate(x, t, metrics=...), got {type(model).__name__}"
         )

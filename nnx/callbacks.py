@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import reprlib
 import sys
 import time
 import weakref
@@ -56,6 +57,7 @@ class Callback:
     state_names: tuple[str, ...] = ()
     _model: Callable[[], Any] | None = None  # a weak reference to the one that the last fit trained
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         return format_repr(self)
 
@@ -95,7 +97,7 @@ class Callback:
 
 
 class PrintLog(Callback):
-    """Prints the book's line at every evaluation, and one after the last epoch, or with validation after each."""
+    """Prints the book's line at every evaluation, and with validation a line after every epoch."""
 
     def on_begin(self, trainer: Any) -> None:
         """Start the clock."""
@@ -111,7 +113,7 @@ class PrintLog(Callback):
     def on_epoch(self, trainer: Any) -> None:
         """Print the losses and metrics of the epoch."""
         row = trainer.history[-1]
-        if "val_loss" in row or trainer.is_last_epoch:
+        if "val_loss" in row:
             print(" | ".join([f"| epoch {row['epoch']}", *_format_losses(row)]))  # noqa: T201 - its purpose
 
 
@@ -160,7 +162,7 @@ class ProgressBar(Callback):
 class Log(Callback):
     """Calls a function with a copy of each new row of `trainer.history`, a dict of numbers, at the end of its epoch.
 
-    With several ranks only on rank 0.
+    With several ranks, only rank 0 calls it.
 
     Parameters
     ----------
@@ -379,6 +381,7 @@ class Checkpoint(Callback):
         import shutil  # noqa: PLC0415 - importing nnx imports nothing that only files need
 
         self._check_settings()
+        self.path = None
         if trainer.comm.rank > 0:  # rank 0 saves
             return
         checkpoint.import_safetensors()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import numbers
 import os
 import platform
 import re
@@ -108,19 +109,21 @@ def save(
     path = Path(path).expanduser()
     keys, transpose = _apply_layout(path, model, layout, keys, transpose)
     tensors = rename_arrays(path, named_arrays(model), keys, transpose)
+    config = json.dumps(layer_config(model, tensors))
     states = {name: state for name, (_, state) in _states(model, optimizer, trainer).items()}
     for name, state in states.items():
         check_savable(name, state)
     text = json.dumps({name: _pack(state, name, tensors, model) for name, state in states.items()})
-    if len(text) > _MAX_METADATA:
+    if (length := max(len(text), len(config))) > _MAX_METADATA:
         raise OSError(
-            f"{path}: not saved: the state has {len(text)} characters, more than {_MAX_METADATA}; keep long lists in "
+            f"{path}: not saved: the state has {length} characters, more than {_MAX_METADATA}; keep long lists in "
             "arrays"
         )
     metadata = {
         "nnx.format": _FORMAT,
         "nnx.state": text,
-        "nnx.layers": json.dumps(layer_config(model)),
+        "nnx.layers": config,
+        "nnx.names": json.dumps({"keys": keys or {}, "transpose": list(transpose)}),
         "nnx.versions": json.dumps(
             {
                 "nnx": __version__,
@@ -161,10 +164,11 @@ def load(
     transpose : iterable of names in the file
         Arrays stored transposed in the file.
     layout : "torch" or None
-        In place of `keys` and `transpose`, the names of a torch.nn.Sequential, "0.weight", whose layers stand at the
-        same positions as those of `model`: Linear as Affine, or MatMul without a bias, Embedding, BatchNorm1d (whose
-        momentum is 1 minus that of BatchNorm), LayerNorm, and layers without arrays. Sequentials may be nested. An
-        array that layers share has the name of the first.
+        In place of `keys` and `transpose`, the names of a torch.nn.Sequential, "0.weight", with the same layers at the
+        same positions: Linear as Affine, or MatMul without a bias, Embedding, BatchNorm1d (whose momentum is 1 minus
+        that of BatchNorm), LayerNorm, nested Sequentials, and layers without arrays. Dropout must have the ratio 0, as
+        PyTorch scales in training, not in prediction; GELU is that of approximate="tanh". An array that layers share
+        has the name of the first.
 
     Raises
     ------
@@ -173,7 +177,7 @@ def load(
     ValueError
         If the file is damaged or does not match the objects; the message lists all differences. Nothing is changed.
     TypeError
-        For `keys`, `transpose` or `layout`, as in `save`.
+        For `keys` or `transpose`, as in `save`.
     ImportError
         If safetensors is not installed, as `nnx-array[checkpoint]` does.
     """
@@ -272,36 +276,52 @@ def _set_aside(path: Path, error: Exception) -> None:
         warn(f"{error}; set aside as {path.name}.damaged")
 
 
-def layer_config(model: Any) -> dict[str, Any]:
-    """Return class, module, settings and parameters of every layer by path, from which `models.load` builds them."""
+def layer_config(model: Any, tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """Return class, module and settings of every layer by path, from which `models.load` builds them.
+
+    "params" are the names of its parameters in the file, with `.T` if they are transposed there; "layers" and
+    "loss_layer" of a model are the paths of these, or their classes if they have no path.
+    """
     names: dict[Any, str] = {}
-    for name, array in named_arrays(model).items():
+    for name, array in tensors.items():
         key, transposed_key = memory_keys(array)
         names |= {transposed_key: f"{name}.T", key: name}  # in this order: they are equal for a vector
-    return {
-        path.removesuffix("."): {
+    layers = {path.removesuffix("."): layer for path, layer in named_layers(model)}
+    paths = {id(layer): path for path, layer in layers.items()}
+    config = {}
+    for path, layer in layers.items():
+        config[path] = {
             "class": type(layer).__name__,
             "module": type(layer).__module__,
             "params": [names.get(memory_keys(p)[0], "") for p in getattr(layer, "params", ())],
             **_plain_settings(layer),
         }
-        for path, layer in named_layers(model)
-    }
+        for attribute in ("layers", "loss_layer"):
+            inside = getattr(layer, attribute, None)
+            if isinstance(inside, list):
+                config[path][attribute] = [paths.get(id(each), type(each).__name__) for each in inside]
+            elif inside is not None:
+                config[path][attribute] = paths.get(id(inside), type(inside).__name__)
+    return config
 
 
 def _plain_settings(layer: Any) -> dict[str, Any]:
-    """Return the constructor arguments that a layer has as plain attributes; of nnx's own layers also small arrays."""
-    settings = {}
+    """Return the constructor arguments that a layer has as numbers or strings; of nnx's own layers also arrays."""
+    settings: dict[str, Any] = {}
     for name, value in constructor_arguments(layer).items():
-        if isinstance(value, Array | numpy.generic) and type(layer).__module__.startswith("nnx."):
-            settings[name] = to_cpu(np.asarray(value)).tolist()
-        elif isinstance(value, bool | int | float | str | None):
+        if isinstance(value, Array | numpy.ndarray) and type(layer).__module__.startswith("nnx."):
+            settings[name] = to_cpu(value).tolist()
+        elif isinstance(value, bool | numpy.bool_):
+            settings[name] = bool(value)
+        elif isinstance(value, numbers.Real):
+            settings[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
+        elif isinstance(value, str | None):
             settings[name] = value
     return settings
 
 
-def read_config(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Return the `layer_config` in a file of `save`, and dtype and shape of its arrays by name.
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Return of a file of `save` the `layer_config`, `keys` and `transpose`, and dtype and shape of its arrays by name.
 
     Raises
     ------
@@ -313,7 +333,7 @@ def read_config(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[
         raise ValueError(
             f"{path}: was not written by checkpoint.save; build the model yourself and use checkpoint.load"
         )
-    return file.layers, file.arrays
+    return file.layers, file.names, file.arrays
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
@@ -397,21 +417,28 @@ def _apply_layout(
     """Return `keys` and `transpose`, or those of `layout`."""
     if layout is None:
         return keys, transpose
-    if layout != "torch" or keys is not None or transpose != ():
+    if layout != "torch" or keys is not None or list(transpose):
         raise ValueError(f'{path}: layout must be "torch" or None, and takes no keys and transpose; got {layout!r:.80}')
-    layers = dict(named_layers(model))
-    keys, transpose = {}, []
-    for name in named_arrays(model):
-        place, array = name[: name.rindex(".") + 1], name.rpartition(".")[2]
-        torch_name = getattr(layers.get(place), "torch_names", {}).get(array)
-        if torch_name is None:
-            raise ValueError(f'{path}: {name} has no name in the layout "torch"; pass keys')
-        module = place.replace("layers.", "")
-        keys[module + torch_name.removesuffix(".T")] = name
-        if torch_name.endswith(".T"):
-            transpose.append(module + torch_name.removesuffix(".T"))
-        if array == "running_mean":
-            keys[f"{module}num_batches_tracked"] = None
+    return _torch_layout(path, model)
+
+
+def _torch_layout(path: Path, model: Any) -> tuple[dict[str, str | None], list[str]]:
+    """Return `keys` and `transpose` for the names of a torch.nn.Sequential."""
+    keys: dict[str, str | None] = {}
+    transpose, arrays = [], named_arrays(model)
+    for place, layer in named_layers(model):
+        if getattr(layer, "dropout_ratio", 0):
+            raise ValueError(f'{path}: {place}: PyTorch scales dropout otherwise; use layout="torch" with Dropout(0.0)')
+        module = ".".join(part for part in place.split(".") if part != "layers")
+        for array, torch_name in getattr(layer, "torch_names", {}).items():
+            name = f"{module}{(torch_name or array).removesuffix('.T')}"
+            if torch_name is None:
+                keys[name] = None
+            elif place + array in arrays:
+                keys[name] = place + array
+                transpose += [name] if torch_name.endswith(".T") else []
+    if unknown := arrays.keys() - set(keys.values()):
+        raise ValueError(f'{path}: {_join(unknown)} has no name in the layout "torch"; pass keys')
     return keys, transpose
 
 
@@ -523,6 +550,7 @@ class _Reader:
         Whether `save` has written the file.
     states : dict of name to state
     layers : dict of path to class and settings of a layer
+    names : dict of `keys` and `transpose`, the arguments of `save`
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -535,6 +563,7 @@ class _Reader:
         self.is_checkpoint = any(key.startswith("nnx") for key in metadata)
         self.states: dict[str, Any] = {}
         self.layers: dict[str, Any] = {}
+        self.names: Any = {}
         if self.is_checkpoint:
             if (version := metadata.get("nnx.format")) != _FORMAT:
                 raise ValueError(f"{path}: this version of nnx loads format {_FORMAT}, got {version!r:.80}")
@@ -543,6 +572,7 @@ class _Reader:
                 raise _DamagedFileError(f"{path}: damaged: the digest does not match the contents")
             self.read = arrays.__getitem__
             self.states, self.layers = (_parse_objects(path, metadata.get(n, "")) for n in ("nnx.state", "nnx.layers"))
+            self.names = json.loads(metadata.get("nnx.names", "{}"))
 
 
 def _read(path: Path) -> _Reader:

@@ -30,6 +30,7 @@ __all__ = [
     "loss_grad",
     "setting",
     "takes_arguments",
+    "takes_keyword",
 ]
 
 _FLOAT32, _FLOAT64, _INT64 = map(numpy.dtype, ("float32", "float64", "int64"))
@@ -129,11 +130,13 @@ def check_list(name: str, value: Any, of: str) -> list[Any]:
 
 
 def check_metrics(name: str, metrics: Any) -> None:
-    """Raise a TypeError unless `metrics` is None or a dict of functions of two arguments. `name` is a prefix."""
+    """Raise an error unless `metrics` is None or a dict of functions of two arguments. `name` is a prefix."""
     if metrics is None:
         return
     if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
         raise TypeError(f"{name}: metrics must be a dict of functions by name, or None, got {metrics!r:.80}")
+    if reserved := metrics.keys() & {"loss", "accuracy"}:
+        raise ValueError(f"{name}: metrics: {reserved.pop()} is a result of every validation; choose another name")
     for key, function in metrics.items():
         if not callable(function) or not takes_arguments(function, 2):
             raise TypeError(f"{name}: metrics: {key} must be a function of (scores, t), got {function!r:.80}")
@@ -148,6 +151,12 @@ def takes_arguments(function: Any, count: int) -> bool:
     except ValueError:
         pass
     return True
+
+
+def takes_keyword(function: Any, name: str) -> bool:
+    """Return whether `function` has a parameter of this name, or takes any keywords."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def loss_grad(layer: Any, dout: Any) -> Any:

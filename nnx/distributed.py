@@ -193,10 +193,11 @@ class Comm:
         """Raise a ValueError on all ranks unless `values` are equal on all of them; `what` starts the message."""
 
     def reduce_step(
-        self, grads: list[Array], loss: Any, part: int, rows: int, model: Any, stops: Stops
+        self, grads: list[Array], loss: Any, part: int, rows: int, loss_layer: Any, stops: Stops
     ) -> tuple[list[Array], Any, Stops]:
         """Return the gradients and the loss of a whole batch of `rows` rows, of which this rank has `part`.
 
+        With `loss_layer`, not None if rows have weights, each rank counts by the weights of its rows.
         With them the ranks agree on `stops`: the signal to deliver, and whether to stop after the epoch.
         """
         return grads, loss, stops
@@ -317,11 +318,10 @@ class _MPIComm(Comm):
                     )
 
     def reduce_step(
-        self, grads: list[Array], loss: Any, part: int, rows: int, model: Any, stops: Stops
+        self, grads: list[Array], loss: Any, part: int, rows: int, loss_layer: Any, stops: Stops
     ) -> tuple[list[Array], Any, Stops]:
         share = part / rows
-        loss_layer: Any = getattr(model, "loss_layer", None)
-        if getattr(loss_layer, "is_weighted", False):
+        if loss_layer is not None:
             weight = float(loss_layer.weight_sum) if part else 0.0
             share = weight / (self.all_sum(weight) or 1.0)
         grads, (loss, *flags) = self.allreduce(grads, share, loss * share, *_stop_flags(stops))

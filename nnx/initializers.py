@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy
 
 from nnx.checks import check_integer, check_list, check_number
-from nnx.device import asarray
+from nnx.device import asarray, describe
 from nnx.np import Array
 from nnx.rng import as_generator
 
@@ -81,7 +81,13 @@ def draw_weight(name: str, initializer: Initializer, dtype: Any, rng: Any, **siz
             f"{name}: initializer must be a function of (shape, dtype, rng), such as nnx.initializers.he, "
             f"got {initializer!r:.80}"
         ) from None
-    return initializer(shape, dtype=check_dtype(name, dtype), rng=rng)
+    weight, known = initializer(shape, dtype=check_dtype(name, dtype), rng=rng), check_dtype(name, dtype)
+    if not isinstance(weight, Array) or weight.shape != tuple(shape) or weight.dtype != known:
+        raise ValueError(
+            f"{name}: initializer must return a {known} array of shape {tuple(shape)}, got {describe(weight)}"
+            + (f" {weight.shape}" if hasattr(weight, "shape") else "")
+        )
+    return weight
 
 
 def check_dtype(name: str, dtype: Any) -> numpy.dtype:
@@ -91,10 +97,7 @@ def check_dtype(name: str, dtype: Any) -> numpy.dtype:
     except (TypeError, ValueError):
         known = None
     if known not in (numpy.float16, numpy.float32, numpy.float64):  # excludes non-native byte order
-        raise TypeError(
-            f"{name}: dtype must be float16, float32 or float64, got {dtype!r:.80}; "
-            "for another dtype convert the result with astype(...)"
-        )
+        raise TypeError(f"{name}: dtype must be float16, float32 or float64, got {dtype!r:.80}")
     return known
 
 

@@ -6,6 +6,8 @@ import copy
 import functools
 import inspect
 import itertools
+import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,8 +78,8 @@ class Sequential:
     def predict(self, x: Any, batch_size: int | None = None) -> Array:
         """Return the output of the last layer for `x`, without the loss.
 
-        With `batch_size`, the rows go through the layers that many at a time, so that their activations and a host
-        array `x` may be larger than the memory of the device.
+        With `batch_size`, it processes that many rows at a time, so activations and a host array `x` need not fit in
+        device memory.
 
         Layers with a `train_flg` argument are called with train_flg=False. The layers run as shallow copies, so no
         activations are kept and a pending `backward` is unaffected. A layer that holds other layers shares them with
@@ -137,7 +139,7 @@ class Sequential:
             x = layer.forward(x)
         if self.loss_layer is None:
             return x
-        return self.loss_layer.forward(x, t) if weight is None else self.loss_layer.forward(x, t, weight)
+        return self.loss_layer.forward(x, t) if weight is None else self.loss_layer.forward(x, t, weight=weight)
 
     def backward(self, dout: Any = 1) -> Array | None:
         """Compute all gradients of the last forward; return that of the input, or None if the first layer skips it."""
@@ -198,6 +200,7 @@ class Sequential:
         vars(copied).update(copy.deepcopy(vars(copied), memo))
         return copied
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         layers = [*self.layers, self.loss_layer] if self.loss_layer is not None else self.layers
         names = [repr(layer).replace("\n", "\n  ") for layer in layers]
@@ -299,7 +302,7 @@ def mlp(
         raise ValueError(f"mlp: activation must be one of {', '.join(_ACTIVATIONS)}, or None, got {activation!r:.80}")
     make, initializer = _ACTIVATIONS[activation] if activation else (None, xavier)
     check_bool("mlp: batch_norm", batch_norm)
-    check_number("mlp: dropout", dropout, 0)
+    check_number("mlp: dropout", dropout, 0, math.nextafter(1, 0))
     rng = as_generator(rng)
     sequence: list[Any] = []
     for D, H in itertools.pairwise(hidden):
@@ -318,7 +321,7 @@ def load(path: str | Path) -> Sequential:
     """Return the model saved in a checkpoint: a Sequential of layers of nnx, built anew, with its weights and state.
 
     The file names the classes of the layers and their settings; only the layers and models of nnx are built, and no
-    code of the file is run. Weights that layers share are shared again.
+    code of the file is run. Weight sharing is restored.
 
     Raises
     ------
@@ -331,37 +334,39 @@ def load(path: str | Path) -> Sequential:
         If safetensors is not installed, as `nnx-array[checkpoint]` does.
     """
     path = Path(path).expanduser()
-    configs, arrays = checkpoint.read_config(path)
+    configs, names, arrays = checkpoint.read_config(path)
     made = {name: np.zeros(shape, dtype) for name, (dtype, shape) in arrays.items() if dtype.startswith("float")}
     try:
-        model = _build(configs, made, "")
+        model = _build(configs, made, "", {})
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: the model cannot be built: {error}") from error
-    checkpoint.load(path, model)
+    checkpoint.load(path, model, **names)
     return model
 
 
-def _build(configs: Mapping[str, Any], arrays: Mapping[str, Array], name: str) -> Any:
-    """Return the layer `name` of a file, with `arrays` as its parameters; the empty name is the model."""
-    settings = dict(configs[name])
-    kind, module, params = (settings.pop(key) for key in ("class", "module", "params"))
-    inside = f"{name}." if name else ""
-    if module.partition(".")[0] != "nnx" or kind not in (*layers.__all__, "Sequential", "TwoLayerNet"):
-        raise ValueError(
-            f"{name or 'it'} is of the class {module}.{kind}, which nnx does not have; build the model yourself and "
-            "use checkpoint.load"
-        )
-    if kind in layers.__all__:
-        layer = getattr(layers, kind)
-        if "rng" in inspect.signature(layer).parameters:
-            settings["rng"] = 0  # instead of NumPy's global generator; what it draws is loaded
-        return layer(*(arrays[n.removesuffix(".T")].T if n.endswith(".T") else arrays[n] for n in params), **settings)
-    count = sum(key.rpartition(".")[0] == f"{inside}layers" for key in configs)
-    sequence = [_build(configs, arrays, f"{inside}layers.{i}") for i in range(count)]
-    loss = f"{inside}loss_layer"
-    model = object.__new__(TwoLayerNet if kind == "TwoLayerNet" else Sequential)
-    Sequential.__init__(model, sequence, _build(configs, arrays, loss) if loss in configs else None)
-    return model
+def _build(configs: Mapping[str, Any], arrays: Mapping[str, Array], path: str, built: dict[str, Any]) -> Any:
+    """Return the layer at `path` in a file, with `arrays` as its parameters; the empty path is the model."""
+    if path not in built:
+        config = configs.get(path, {"class": path, "module": "user-defined", "params": []})
+        settings = {name: value for name, value in config.items() if name not in ("class", "module", "params")}
+        kind, module = config["class"], config["module"]
+        if module.partition(".")[0] != "nnx" or kind not in (*layers.__all__, "Sequential", "TwoLayerNet"):
+            raise ValueError(
+                f"{path or 'the model'} is a {kind} ({module}), not a class of nnx; build the model yourself and use "
+                "checkpoint.load"
+            )
+        if kind in layers.__all__:
+            layer = getattr(layers, kind)
+            if "rng" in inspect.signature(layer).parameters:
+                settings["rng"] = 0  # instead of NumPy's global generator; what it draws is loaded
+            params = (arrays[n.removesuffix(".T")].T if n.endswith(".T") else arrays[n] for n in config["params"])
+            built[path] = layer(*params, **settings)
+        else:
+            parts = [_build(configs, arrays, each, built) for each in settings["layers"]]
+            loss = settings.get("loss_layer")
+            built[path] = object.__new__(TwoLayerNet if kind == "TwoLayerNet" else Sequential)
+            Sequential.__init__(built[path], parts, None if loss is None else _build(configs, arrays, loss, built))
+    return built[path]
 
 
 def _apply_metrics(

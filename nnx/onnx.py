@@ -35,7 +35,7 @@ def export(model: Layer, path: str | Path, *, input_shape: Iterable[int | None] 
     Raises
     ------
     TypeError, ValueError
-        If a layer is a loss, or not of a class in `nnx.layers`, or rejects its input for an x of this shape.
+        If a layer is a loss, or not of a class in `nnx.layers`, or cannot take an x of this shape.
     ImportError
         If onnx is not installed.
     """

@@ -12,6 +12,7 @@ import functools
 import math
 import numbers
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class _Optimizer:
         self._check_settings()
         self.reset()
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         return format_repr(self)
 

@@ -81,7 +81,7 @@ def plot_history(
     with _axes(ax, path) as ax:
         for key, label in (("loss", "training"), ("val_loss", "validation")):
             if points := [(row["epoch"], row[key]) for row in rows if key in row]:
-                ax.plot(*zip(*points, strict=True), label=label)
+                ax.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) == 1 else None)
         ax.set(xlabel="epochs", ylabel="loss", ylim=limits)
         if rows:
             ax.legend()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -77,8 +78,10 @@ class TrainState:
         Whether the fit ends after this epoch.
     permutation : array of int64
         The rows of this epoch in their order, or of what remains of it after a resume.
-    losses, epoch_losses, recent_losses : WeightedMean
-        Those of the last steps, which are not yet in the others; of this epoch; since the last evaluation.
+    losses : WeightedMean
+        The losses of the last steps, which are not yet in the other two.
+    epoch_losses, recent_losses : WeightedMean
+        The losses of this epoch, and those since the last evaluation.
     lr : float or None
         The learning rate at the beginning of this epoch.
     loss_list, val_list, history : lists
@@ -123,18 +126,20 @@ class TrainState:
         self.rows, self.batch_size, self.max_iter = rows, batch_size, max_iter
 
     def end(self) -> None:
-        """End a fit: what only its rest would need is dropped."""
+        """End a fit and discard what only a resumed fit needs."""
         self.first_epoch, self.stop, self.permutation = None, False, self.permutation[:0].copy()
         self._reset_losses()
 
     def begin_epoch(self, permutation: numpy.ndarray, lr: Any) -> None:
         """Begin an epoch with its order of rows and learning rate."""
         self.permutation, self.lr = permutation, None
-        with contextlib.suppress(TypeError, ValueError):  # an optimizer of the user's may have none, or any
+        with contextlib.suppress(
+            TypeError, ValueError
+        ):  # a user-defined optimizer may have no lr, or one that is not a number
             self.lr = float(lr)
 
     def mean_loss(self) -> float:
-        """Return the mean loss since the last evaluation, and begin anew."""
+        """Return the mean loss since the last evaluation, and reset it."""
         self._collect_losses()
         mean, self.recent_losses = self.recent_losses.value(), WeightedMean()
         return mean
@@ -159,6 +164,7 @@ class TrainState:
 
     def add_validation(self, loss: float, accuracy: float | None, metrics: Mapping[str, float] | None = None) -> None:
         """Append the result of `evaluate` to `val_list`, and to the row of the last epoch."""
+        loss, accuracy = float(loss), None if accuracy is None else float(accuracy)
         self.val_list.append((loss, accuracy))
         results = {"loss": loss, "accuracy": accuracy, **(metrics or {})}
         self.history[-1] |= {f"val_{name}": value for name, value in results.items() if value is not None}
@@ -214,21 +220,26 @@ class TrainState:
         return max(0, rows - self.iteration * self.batch_size) if self.iteration else 0
 
 
-def _to_columns(history: list[dict[str, float]]) -> dict[str, numpy.ndarray]:
-    """Return an array of pairs (number of the row, value) for each key of the rows, which may lack some."""
+def _to_columns(history: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the number of rows, and an array of pairs (number of the row, value) for each key, which rows may lack."""
     columns: dict[str, list[tuple[int, float]]] = {}
     for i, row in enumerate(history):
         for key, value in row.items():
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"Trainer.history: {key} of row {i} must be a number, got {value!r:.80}")
             columns.setdefault(key, []).append((i, value))
-    return {key: numpy.array(pairs, numpy.float64) for key, pairs in columns.items()}
+    return {"rows": len(history), "columns": {key: numpy.array(pairs, float) for key, pairs in columns.items()}}
 
 
-def _from_columns(columns: dict[str, Any]) -> list[dict[str, float]]:
+def _from_columns(history: dict[str, Any]) -> list[dict[str, float]]:
     """Return the rows of `_to_columns`; raise a ValueError for columns that are not valid."""
+    count, columns = history.get("rows"), history.get("columns")
+    if type(count) is not int or not 0 <= count < 1 << 24 or not isinstance(columns, dict):
+        raise ValueError("invalid history")
     check_kinds(columns, numpy.ndarray, *columns)
     if not all(pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype.kind == "f" for pairs in columns.values()):
         raise ValueError("invalid history")
-    rows: list[dict[str, float]] = [{} for _ in columns.get("epoch", ())]
+    rows: list[dict[str, float]] = [{} for _ in range(count)]
     for key, pairs in columns.items():
         indices = pairs[:, 0]
         if not (numpy.isin(indices, numpy.arange(len(rows))).all() and (numpy.diff(indices) > 0).all()):

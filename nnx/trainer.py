@@ -50,11 +50,12 @@ class _FitContext:
     signals: DeferredSignals
     tied: TiedParameters
     changes: contextlib.ExitStack | None  # restores, until the first step is done, what an error would leave changed
+    weighted_loss: Any  # the loss layer if it weights rows, else None
     signal: int = 0  # the one that all ranks have agreed on
 
 
 def _state_attribute(name: str) -> Any:
-    """Return a property that stands for an attribute of `state`."""
+    """Return a property that forwards to an attribute of `state`."""
     return property(lambda self: getattr(self.state, name), lambda self, value: setattr(self.state, name, value))
 
 
@@ -80,10 +81,11 @@ class Trainer:
     val_list : list of (loss, accuracy)
         The results of `model.evaluate` on the validation data, one pair per epoch.
     history : list of dict
-        One row per epoch, over all calls of fit, of plain numbers: "epoch", counted from 1; "loss", the mean over all
-        rows of the epoch, each before the step that it contributed to; "lr", the learning rate at the beginning of the
-        epoch; "seconds", the duration of its steps; and with validation "val_loss", "val_accuracy" unless the model
-        has none, and "val_" followed by the name of each of `metrics`. pandas.DataFrame(trainer.history) is a table.
+        One row of plain numbers per epoch, over all calls of fit: "epoch", counted from 1; "loss", the mean over all
+        rows of the epoch, computed before the update of their step, in which batches count by their size; "lr", the
+        learning rate at the beginning of the epoch; "seconds", the duration of its steps, or of those after a resume;
+        and with validation "val_loss", "val_accuracy" unless the model has none, and "val_" + name for each of
+        `metrics`. pandas.DataFrame(trainer.history) is a table.
     verbose : bool or None
         That of the last fit; False on ranks other than 0.
     current_epoch, max_epoch : int
@@ -151,13 +153,13 @@ class Trainer:
             The number of steps between two evaluations, which report the mean loss and check that it and the
             parameters are finite. The end of an epoch checks this too.
         validation : (x, t) or None
-            Evaluated after each epoch; the results are appended to `val_list` and stand in `history`.
+            Evaluated after each epoch; the results are appended to `val_list` and added to `history`.
         metrics : dict of functions by name, or None
             Each is called after each epoch with the scores of all validation rows and their targets, NumPy arrays, and
-            returns a number, which stands in `history` as "val_" and the name: {"f1": lambda scores, t: ...}.
+            returns a number, stored in `history` under "val_" + name: {"f1": lambda scores, t: ...}.
         sample_weight : (N,) or None
             Weights of the rows, at least 0: the loss of a batch is the mean weighted by them. `loss_list` and `history`
-            weight batches by their numbers of rows.
+            weight batches by batch size.
         drop_last : bool
             Whether to drop a last batch with fewer rows.
         verbose : bool or None
@@ -191,11 +193,13 @@ class Trainer:
         checked = check_validation(self.model, validation, metrics)
         hooks.check_validation(validation)
         if self.comm.size > 1:
-            self._setup_ranks(data, checked, **settings, drop_last=drop_last, max_iter=data.max_iter)
+            settings |= {"drop_last": drop_last, "max_iter": data.max_iter, "metrics": sorted(metrics or ())}
+            self._setup_ranks(data, checked, **settings)
         self._begin(hooks, max_epoch, data)
         self.eval_interval, self.validation = eval_interval, validation
         self.verbose = verbose if self.comm.rank == 0 else False
         hooks = hooks.with_progress(self.verbose)
+        weighted = _weighted_loss(self.model, sample_weight)
         data.to_device()
         self._running = True
         try:
@@ -205,7 +209,7 @@ class Trainer:
                 hooks.running(self),
             ):
                 tied = TiedParameters(self.model.params)
-                self._run(_FitContext(data, max_grad, hooks, metrics, signals, tied, changes))
+                self._run(_FitContext(data, max_grad, hooks, metrics, signals, tied, changes, weighted))
         finally:
             self._running = False
             release_batch(self.model)
@@ -266,13 +270,15 @@ class Trainer:
         """Take a step and return its loss: forward, backward, the sum over ranks, clipping, update."""
         model, loss = self.model, 0.0
         if len(x):  # a rank may have no row of a small batch
-            loss = model.forward(x, t) if weight is None else model.forward(x, t, weight)
+            loss = model.forward(x, t) if weight is None else model.forward(x, t, weight=weight)
             if run.changes is not None:
                 _check_loss(model, loss)
             model.backward()
         params, grads = run.tied.sum_tied_gradients(model.params, model.grads)
         stops = run.signals.pending, self.state.stop
-        grads, loss, (run.signal, self.state.stop) = self.comm.reduce_step(grads, loss, len(x), rows, model, stops)
+        grads, loss, (run.signal, self.state.stop) = self.comm.reduce_step(
+            grads, loss, len(x), rows, run.weighted_loss, stops
+        )
         if run.max_grad is not None:
             clip_grads(grads, run.max_grad)
         self.optimizer.update(params, grads)
@@ -348,8 +354,7 @@ class Trainer:
     def plot(self, ylim: tuple[float, float] | None = None, **options: Any) -> Any:
         """Draw `loss_list` as in the book, or with validation both losses of `history`, and return the Axes.
 
-        The options are those of `plotting.plot_loss`. As in the book, a window opens if there is a display and neither
-        `ax` nor `path` is given.
+        The options are `ax` and `path`. As in the book, a window opens if there is a display and neither is given.
         """
         if any("val_loss" in row for row in self.history):
             axes = plot_history(self.history, ylim=ylim, **options)
@@ -375,7 +380,8 @@ class Trainer:
     def _setup_ranks(self, data: Any, validation: Sequence[Array], **settings: Any) -> None:
         """Check that all ranks have the same data and arguments, and broadcast the weights of rank 0."""
         numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
-        arrays = dict(zip(("x", "t", "sample_weight"), map(checksum, getattr(data, "arrays", ())), strict=False))
+        checksums = [*map(checksum, getattr(data, "arrays", ())), None, None, None]
+        arrays = dict(zip(("x", "t", "sample_weight"), checksums, strict=False))
         self.comm.assert_equal_on_ranks(
             "Trainer.fit",
             **arrays,
@@ -415,11 +421,17 @@ def _restored_on_error(model: Any, rng: Any) -> Iterator[contextlib.ExitStack]:
         changes.pop_all()
 
 
+def _weighted_loss(model: Any, sample_weight: Any) -> Any:
+    """Return the loss layer if it weights rows, else None."""
+    loss_layer = getattr(model, "loss_layer", None)
+    return loss_layer if sample_weight is not None or getattr(loss_layer, "is_weighted", False) else None
+
+
 def _evaluate(model: Any, comm: Comm, x: Any, t: Any, metrics: Any) -> Any:
-    """Return the result of `model.evaluate`; each rank evaluates its shard, unless rows have weights."""
+    """Return the result of `model.evaluate`; each rank evaluates its shard, or all rows for metrics and weights."""
     if metrics:
         return model.evaluate(x, t, metrics=metrics)
-    if getattr(getattr(model, "loss_layer", None), "is_weighted", False):
+    if _weighted_loss(model, None) is not None:
         return model.evaluate(x, t)
     part = comm.shard(len(x))
     rows = part.stop - part.start

@@ -156,20 +156,28 @@ def new_trainer(comm, rng=0, lr=0.1):
 
 
 @job
-def fit(comm, batch_size, epochs, rng="0", verbose=None, ignore_label=None):
+def fit(comm, batch_size, epochs, rng="0", verbose=None, ignore_label=None, weighted=None):
     """Train with clipping, validation and a smaller last batch."""
     numpy.random.seed(comm.rank)
     trainer = new_trainer(comm, None if rng == "None" else int(rng) + comm.rank)
-    if ignore_label is not None:
+    if ignore_label:
         trainer.model.loss_layer = SoftmaxWithLoss([1, 5, 0.5, 2, 0.25], int(ignore_label))
     x, t = data()
     trainer.fit(
         *(x[:250], t[:250], int(epochs), int(batch_size), 0.5, 3),
         validation=(x[250:], t[250:]),
+        sample_weight=numpy.arange(250) % 7 if weighted else None,
+        metrics={"rows": lambda scores, t: len(scores)} if weighted else None,
         verbose=None if verbose else False,
         callbacks=[BestWeights()],
     )
-    return {"state": state(trainer.model), "losses": trainer.loss_list, "validation": trainer.val_list}
+    history = [{n: v for n, v in row.items() if n in ("epoch", "lr", "val_rows")} for row in trainer.history]
+    return {
+        "state": state(trainer.model),
+        "losses": [*trainer.loss_list, *(row["loss"] for row in trainer.history)],
+        "validation": trainer.val_list,
+        "history": history,
+    }
 
 
 class AtStep:
@@ -296,7 +304,9 @@ def unlike(comm, what):
     trainer = new_trainer(comm, lr=numpy.float32(0.2) if what == "lr" and last else numpy.float32(0.1))
     validation = [a[1:] if what == "validation" and last else a for a in (x, t)]
     batch_size = 49 if what == "batch size" and last else 50
-    trainer.fit(x, t, 1, batch_size, validation=validation, verbose=False)
+    options = {"metrics": {"rows": lambda scores, t: 1}} if what == "metrics" and last else {}
+    options |= {"sample_weight": numpy.ones(len(x))} if what == "weights" and last else {}
+    trainer.fit(x, t, 1, batch_size, validation=validation, verbose=False, **options)
 
 
 class FakeNccl:

@@ -300,6 +300,7 @@ def check_fit(got, reference):
     assert close(first["state"], reference["state"])
     numpy.testing.assert_allclose(first["losses"], reference["losses"], rtol=1e-5)
     numpy.testing.assert_allclose(first["validation"], reference["validation"], rtol=1e-5)
+    assert first["history"] == reference["history"]
 
 
 @needs_mpi
@@ -314,6 +315,13 @@ def test_trainer_on_several_ranks_matches_one(n):
 def test_unequal_weights_on_several_ranks_match_one(batch_size):
     """Ranks may have no rows in a batch, or only ignored rows."""
     arguments = "fit", batch_size, 5, "0", "", 2
+    check_fit(results(3, *arguments), ranks.fit(nnx.distributed.init(), *arguments[1:]))
+
+
+@needs_mpi
+@pytest.mark.parametrize("batch_size", [31, 2])
+def test_weights_of_rows_on_several_ranks_match_one(batch_size):
+    arguments = "fit", batch_size, 5, "0", "", "", "weighted"
     check_fit(results(3, *arguments), ranks.fit(nnx.distributed.init(), *arguments[1:]))
 
 
@@ -412,6 +420,11 @@ def test_training_survives_random_kills(seed, tmp_path):
         ("numbers", "Trainer.fit: x must be the same on all ranks, but is (300, 20) float32 of checksum"),
         ("batch size", "Trainer.fit: batch_size must be the same on all ranks, but is 50 on rank 0 and 49 on rank 1"),
         ("lr", "Trainer.fit: optimizer must be the same on all ranks, but is Momentum {'lr': np.float32(0.1)"),
+        ("metrics", "Trainer.fit: metrics must be the same on all ranks, but is [] on rank 0 and ['rows'] on rank 1"),
+        (
+            "weights",
+            "Trainer.fit: sample_weight must be the same on all ranks, but is None on rank 0 and (300,) float64",
+        ),
         ("validation", "Trainer.fit: validation must be the same on all ranks, but is (300, 20) float32 of checksum"),
     ],
 )

@@ -160,7 +160,7 @@ def test_resume_on_the_other_device(first, second, net, tmp_path):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         file = checkpoint._read(target)
-        return {name: file.read(name) for name in file.arrays if name != "trainer.history.seconds"}
+        return {name: file.read(name) for name in file.arrays if name != "trainer.history.columns.seconds"}
 
     train("new", begun, first, 4)
     stayed = train(begun, tmp_path / "stayed.safetensors", first, 20)  # 100 further steps

@@ -142,12 +142,14 @@ def test_metrics_are_computed_once_over_all_rows():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"metrics": {"f1": max}}, ValueError, r"metrics are those of validation data; pass validation=\(x, t\)"),
+        ({"metrics": {"f1": max}}, ValueError, r"metrics need validation data; pass validation=\(x, t\)"),
         (
             {"metrics": [max], "validation": (X, T)},
             TypeError,
             r"metrics must be a dict of functions by name, .* got \[",
         ),
+        ({"metrics": {"loss": max}, "validation": (X, T)}, ValueError, "metrics: loss is a result of every validation"),
+        ({"sample_weight": numpy.full(300, 1e308)}, ValueError, "finite numbers of at least 0, not only zeros"),
         ({"metrics": {"f1": 3}, "validation": (X, T)}, TypeError, r"metrics: f1 must be a function of \(scores, t\)"),
         ({"sample_weight": numpy.ones(299)}, ValueError, r"one number for each of 300 rows, got \(299,\)"),
         ({"sample_weight": -numpy.ones(300)}, ValueError, "finite numbers of at least 0, not only zeros"),
@@ -316,8 +318,24 @@ def test_a_forged_history_is_refused():
         {"loss": numpy.array([[7.0, 1.0]])},
         {"loss": 3},
     ):
+        history = {**saved["history"], "columns": {**saved["history"]["columns"], **change}}
         with pytest.raises(ValueError, match=r"history|must be ndarray"):
-            state.check_state({**saved, "history": {**saved["history"], **change}})
+            state.check_state({**saved, "history": history})
+    for rows in (None, -1, 1 << 60, 1):
+        with pytest.raises(ValueError, match="invalid history"):
+            state.check_state({**saved, "history": {**saved["history"], "rows": rows}})
+
+
+def test_rows_that_callbacks_add_are_saved_and_text_is_refused_by_name(tmp_path):
+    trainer, again = new_trainer(), new_trainer()
+    trainer.fit(X, T, 1, 30, verbose=False)
+    trainer.history.append({"extra": 1.5})
+    nnx.checkpoint.save(tmp_path / "net.safetensors", trainer.model, trainer.optimizer, trainer)
+    again.resume(tmp_path / "net.safetensors")
+    assert again.history == trainer.history
+    trainer.history[0]["note"] = "best"
+    with pytest.raises(TypeError, match=r"Trainer.history: note of row 0 must be a number, got 'best'"):
+        trainer.state_dict()
 
 
 def test_reprs_say_class_sizes_and_settings():
@@ -333,3 +351,33 @@ def test_reprs_say_class_sizes_and_settings():
     assert repr(optimizer).startswith("Adam(lr=0.5, ")
     assert repr(EarlyStopping(3)) == "EarlyStopping(patience=3)"
     assert "Sequential(\n    ReLU()" in repr(Sequential([Sequential([nnx.ReLU()])]))
+
+
+def test_reprs_of_unusual_objects_do_not_raise():
+    class Named(nnx.Affine):
+        """Has an argument with the name of a method, and a property that raises."""
+
+        def __init__(self, W, b, backward=True, broken=None):
+            super().__init__(W, b)
+
+        @property
+        def broken(self):
+            raise RuntimeError
+
+    assert repr(Named(np.ones((2, 3)), np.ones(3))) == "Named(2, 3)"
+    assert repr(object.__new__(nnx.Affine)) == "Affine()"
+    assert (
+        repr(SoftmaxWithLoss(numpy.ones(50))) == f"SoftmaxWithLoss(class_weight={np.ndarray.__name__} of shape (50,))"
+    )
+    inner = nnx.Dropout(0.5)
+    inner.dropout_ratio = net = Sequential([inner])
+    assert "..." in repr(net)
+
+
+def test_a_model_with_a_third_argument_that_is_no_weight_is_refused():
+    class Net(TwoLayerNet):
+        def forward(self, x, t, train_flg=True):
+            return super().forward(x, t)
+
+    with pytest.raises(TypeError, match=r"sample_weight needs Net.forward\(x, t, weight\)"):
+        Trainer(Net(2, 3, 3), SGD()).fit(X, T, 1, sample_weight=numpy.ones(300), verbose=False)

@@ -66,7 +66,7 @@ if numpy.dtype(numpy.longdouble).itemsize > 8:
 @pytest.mark.parametrize("initializer", [normal, xavier, he])
 @pytest.mark.parametrize("dtype", OTHERS)
 def test_invalid_dtypes(initializer, dtype):
-    words = rf"{initializer.__name__}: dtype must be float16, float32 or float64, got .*astype"
+    words = rf"{initializer.__name__}: dtype must be float16, float32 or float64, got "
     with pytest.raises(TypeError, match=words):
         initializer((3, 4), dtype=dtype)
 

@@ -1,5 +1,6 @@
 """Layers and models from sizes and from files, prediction in batches, probabilities, and PyTorch's layout."""
 
+import fractions
 import functools
 import json
 import tracemalloc
@@ -86,10 +87,19 @@ def test_a_subclass_is_initialized_as_itself():
             r"Affine.init: initializer must be a function of \(sh",
         ),
         (lambda: Affine.init(2, 3, dtype="int32"), TypeError, "Affine.init: dtype must be float16, float32 or float64"),
+        (
+            lambda: Affine.init(2, 3, initializer=lambda s, dtype, rng: np.ones(s[::-1], dtype)),
+            ValueError,
+            "shape .2, 3.",
+        ),
+        (lambda: Affine.init(2, 3, initializer=lambda s, dtype, rng: np.ones(s)), ValueError, "float32 array of shape"),
+        (lambda: Affine.init(2, 3, initializer=lambda s, dtype, rng: [[0]]), ValueError, "return a float32 array"),
+        (lambda: mlp([3, 2], dropout=7), ValueError, "mlp: dropout must be in"),
+        (lambda: Affine(30, 16), TypeError, "Affine: W must be .*, got int; Affine.init makes a layer from sizes"),
         (lambda: LayerNorm.init(2.5), TypeError, "LayerNorm.init: size must be an integer, got 2.5"),
         (lambda: mlp([3]), ValueError, r"mlp: sizes must hold the number of inputs and of outputs, .* got \[3\]"),
         (lambda: mlp([3, 2], activation="swish"), ValueError, "mlp: activation must be one of relu, .* got 'swish'"),
-        (lambda: mlp([3, 4, 2], dropout=1.0), ValueError, r"Dropout: dropout_ratio must be in \[0, 1\)"),
+        (lambda: mlp([3, 4, 2], dropout=1.0), ValueError, r"mlp: dropout must be in \[0, 1\)"),
     ],
 )
 def test_invalid_sizes_and_options_are_rejected(call, error, message):
@@ -219,12 +229,55 @@ def test_a_model_of_other_classes_is_refused_by_name(tmp_path):
 
     path = tmp_path / "net.safetensors"
     for model, message in (
-        (Sequential([Affine.init(2, 3), Own()]), r"layers\.1 is of the class .*Own, which nnx does not have"),
-        (Net(2, 3, 2), r"it is of the class .*Net, which nnx does not have; .* use checkpoint.load"),
+        (Sequential([Affine.init(2, 3), Own()]), r"layers\.1 is a Own \(.*\), not a class of nnx"),
+        (Net(2, 3, 2), r"the model is a Net \(.*\), not a class of nnx; .* use checkpoint.load"),
     ):
         checkpoint.save(path, model)
         with pytest.raises(ValueError, match=message):
             load(path)
+
+
+def test_layers_that_cannot_be_found_again_are_refused_and_repeated_ones_are_kept(tmp_path):
+    class Loss:
+        def forward(self, x, t):
+            return ((x - t) ** 2).mean()
+
+        def backward(self, dout=1):
+            return dout
+
+    path = tmp_path / "net.safetensors"
+    checkpoint.save(path, Sequential([Affine.init(3, 2)], Loss()))
+    with pytest.raises(ValueError, match=r"Loss is a Loss \(user-defined\), not a class of nnx"):
+        load(path)
+    shared = Affine.init(3, 3)
+    checkpoint.save(path, Sequential([Sequential([shared]), Sequential([shared, ReLU()])]))
+    model = load(path)
+    assert [len(inner.layers) for inner in model.layers] == [1, 2]
+    assert model.layers[0].layers[0] is model.layers[1].layers[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"transpose": ["layers.0.W"]}, {"keys": {"weight": "layers.0.W"}, "transpose": ["weight"]}, {"layout": "torch"}],
+)
+def test_a_model_saved_under_other_names_is_loaded(options, tmp_path):
+    path, model = tmp_path / "net.safetensors", mlp([4, 4, 3], rng=0)
+    checkpoint.save(path, model, **options)
+    for p, q in zip(load(path).params, model.params, strict=True):
+        assert_equal(p, q)
+
+
+def test_settings_of_any_number_type_are_kept(tmp_path):
+    path = tmp_path / "net.safetensors"
+    numbers = (fractions.Fraction(1, 4), numpy.float64(0.25), numpy.array(0.25), numpy.longdouble(0.25), np.array(0.25))
+    checkpoint.save(path, Sequential([Affine.init(3, 2), *map(Dropout, numbers)]))
+    assert [float(layer.dropout_ratio) for layer in load(path).layers[1:]] == [0.25] * 5
+
+
+def test_settings_too_long_to_be_loaded_are_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MAX_METADATA", 1000)
+    with pytest.raises(OSError, match=r"not saved: the state has \d+ characters, more than 1000"):
+        checkpoint.save(tmp_path / "net.safetensors", Sequential([], SoftmaxWithLoss(numpy.ones(300))))
 
 
 def test_a_file_of_another_library_is_refused(tmp_path):
@@ -344,4 +397,9 @@ def test_a_layout_that_does_not_fit_is_refused(tmp_path):
         checkpoint.save(path, model, layout="torch", transpose=["0.weight"])
     with pytest.raises(ValueError, match=r'layers.0.params.0 has no name in the layout "torch"; pass keys'):
         checkpoint.save(path, Sequential([Scale()]), layout="torch")
+    with pytest.raises(ValueError, match=r"layers.2.: PyTorch scales dropout otherwise"):
+        checkpoint.save(path, mlp([2, 3, 2], dropout=0.5), layout="torch")
     assert not path.exists()
+    layer = Affine.init(2, 3)
+    checkpoint.save(path, layer, layout="torch")
+    checkpoint.load(path, layer, layout="torch")

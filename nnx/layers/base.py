@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 from nnx.arguments import format_repr
 from nnx.np import Array
 
@@ -15,5 +17,7 @@ class BaseLayer:
         self.params: list[Array] = []
         self.grads: list[Array] = []
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        return format_repr(self, *self.params[0].shape) if self.params else format_repr(self)
+        params = getattr(self, "params", None) or [None]  # none yet in an object that is half built
+        return format_repr(self, *getattr(params[0], "shape", ()))

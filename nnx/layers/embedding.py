@@ -35,7 +35,7 @@ class Embedding(BaseLayer):
     """
 
     param_names = ("W",)
-    torch_names: ClassVar[dict[str, str]] = {"W": "weight"}
+    torch_names: ClassVar[dict[str, str | None]] = {"W": "weight"}
     batch_names = ("idx",)
     idx: Array
 

@@ -44,7 +44,7 @@ class MatMul(BaseLayer):
 
     batch_names = ("x",)
     param_names: tuple[str, ...] = ("W",)
-    torch_names: ClassVar[dict[str, str]] = {"W": "weight.T", "b": "bias"}  # see checkpoint.load; .T: stored transposed
+    torch_names: ClassVar[dict[str, str | None]] = {"W": "weight.T", "b": "bias"}  # .T: transposed in the file
     x: Array  # input of the last forward pass
     shape: tuple[int, ...]  # of its output
 

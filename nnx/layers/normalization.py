@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy
 
@@ -16,15 +16,13 @@ from nnx.np import Array, np
 
 __all__ = ["BatchNorm", "LayerNorm"]
 
-_NormLayer = TypeVar("_NormLayer", bound="_Norm")
-
 
 class _Norm(BaseLayer):
     """y = gamma * (x - mean) * rstd + beta, rstd = 1 / sqrt(var + eps)."""
 
     batch_names = ("x", "mean", "rstd")
     param_names = ("gamma", "beta")
-    torch_names: ClassVar[dict[str, str]] = {"gamma": "weight", "beta": "bias"}
+    torch_names: ClassVar[dict[str, str | None]] = {"gamma": "weight", "beta": "bias"}
     x: Array  # input of the last forward pass, as (N, D)
     mean: Array  # statistics that its rows or columns were normalized with
     rstd: Array
@@ -43,12 +41,12 @@ class _Norm(BaseLayer):
         setting(self, "eps")
 
     @classmethod
-    def init(cls: type[_NormLayer], size: int, *, dtype: Any = numpy.float32, **settings: float) -> _NormLayer:
-        """Return a layer for `size` features, with gamma 1 and beta 0; `settings` are those of the constructor."""
+    def _initial(cls, size: int, dtype: Any) -> tuple[Array, Array]:
+        """Return gamma and beta of a new layer."""
         name = f"{cls.__name__}.init"
         check_integer(f"{name}: size", size)
         dtype = check_dtype(name, dtype)
-        return cls(np.ones(size, dtype), np.zeros(size, dtype), **settings)
+        return np.ones(size, dtype), np.zeros(size, dtype)
 
     def _rows(self, x: Any) -> Array:
         """Return `x` checked, as (N, D), and store its shape."""
@@ -83,6 +81,11 @@ class LayerNorm(_Norm):
     ----------
     Ba, Kiros and Hinton, "Layer normalization", 2016.
     """
+
+    @classmethod
+    def init(cls, size: int, *, dtype: Any = numpy.float32, eps: float = 1e-5) -> LayerNorm:
+        """Return a layer for `size` features, with gamma 1 and beta 0."""
+        return cls(*cls._initial(size, dtype), eps)
 
     def forward(self, x: Any) -> Array:
         """Return x normalized by the mean and variance of each row, times gamma, plus beta."""
@@ -131,10 +134,11 @@ class BatchNorm(_Norm):
     """
 
     state_names = ("running_mean", "running_var")
-    torch_names: ClassVar[dict[str, str]] = {
+    torch_names: ClassVar[dict[str, str | None]] = {
         **_Norm.torch_names,
         "running_mean": "running_mean",
         "running_var": "running_var",
+        "num_batches_tracked": None,
     }
     _warned = False  # about a batch of one row
 
@@ -144,6 +148,11 @@ class BatchNorm(_Norm):
         setting(self, "momentum", 1)
         self.running_mean = np.zeros(gamma.shape, gamma.dtype)
         self.running_var = np.ones(gamma.shape, accumulation_dtype(gamma.dtype))
+
+    @classmethod
+    def init(cls, size: int, *, dtype: Any = numpy.float32, momentum: float = 0.9, eps: float = 1e-5) -> BatchNorm:
+        """Return a layer for `size` features, with gamma 1 and beta 0."""
+        return cls(*cls._initial(size, dtype), momentum, eps)
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x normalized by the batch statistics, or by the running ones if train_flg is False."""
