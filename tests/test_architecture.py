@@ -17,6 +17,7 @@ ORDER = [
     *("tree", "optimizer", "dataset.spiral", "dataset", "plotting"),
     *(
         "checkpoint",
+        "base_model",
         "models",
         "signals",
         "train_state",
