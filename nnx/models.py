@@ -346,13 +346,14 @@ def _build(configs: Mapping[str, Any], arrays: Mapping[str, Array], name: str) -
     settings = dict(configs[name])
     kind, module, params = (settings.pop(key) for key in ("class", "module", "params"))
     inside = f"{name}." if name else ""
-    if module.partition(".")[0] != "nnx" or kind not in (*layers.__all__, "Sequential", "TwoLayerNet"):
+    layer = getattr(layers, kind, None) if kind in layers.__all__ else None
+    known = isinstance(layer, type) or kind in ("Sequential", "TwoLayerNet")  # layers also exports np and functions
+    if module.partition(".")[0] != "nnx" or not known:
         raise ValueError(
             f"{name or 'it'} is of the class {module}.{kind}, which nnx does not have; build the model yourself and "
             "use checkpoint.load"
         )
-    if kind in layers.__all__:
-        layer = getattr(layers, kind)
+    if isinstance(layer, type):
         if "rng" in inspect.signature(layer).parameters:
             settings["rng"] = 0  # instead of NumPy's global generator; what it draws is loaded
         return layer(*(arrays[n.removesuffix(".T")].T if n.endswith(".T") else arrays[n] for n in params), **settings)
