@@ -14,7 +14,7 @@ ORDER = [
     *("checks", "info", "functions", "initializers"),
     *("layers.base", "layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers.negative_sampling", "layers"),
-    *("tree", "optimizer", "dataset.spiral", "dataset", "plotting"),
+    *("tree", "optimizer", "dataset.files", "dataset.ptb", "dataset.sequence", "dataset.spiral", "dataset", "plotting"),
     *(
         "checkpoint",
         "base_model",
