@@ -222,6 +222,8 @@ def test_generated_additions(capsys):
         assert answer == f"_{sum(map(int, question.split('+'))):<4}"
     lengths = {(len(a), len(b.strip())) for a, b in (q.split("+") for q in questions)}
     assert len(lengths) == 9
+    first, second = numpy.array([[int(n) for n in q.split("+")] for q in questions]).mean(axis=0)
+    assert first == pytest.approx(second, rel=0.05)
     numpy.testing.assert_array_equal(sequence.load_data()[0][0], x_train)
 
 
