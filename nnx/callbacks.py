@@ -107,7 +107,7 @@ class PrintLog(Callback):
         """Print epoch, iteration, seconds and loss."""
         print(  # noqa: T201 - its purpose
             f"| epoch {trainer.current_epoch + 1} |  iter {trainer.iteration} / {trainer.max_iter} "
-            f"| time {time.perf_counter() - self.start:.0f}[s] | loss {trainer.loss_list[-1]:.2f}"
+            f"| time {time.perf_counter() - self.start:.0f}[s] | {trainer.loss_text()}"
         )
 
     def on_epoch(self, trainer: Any) -> None:

@@ -350,13 +350,14 @@ def _build(configs: Mapping[str, Any], arrays: Mapping[str, Array], path: str, b
         config = configs.get(path, {"class": path, "module": "user-defined", "params": []})
         settings = {name: value for name, value in config.items() if name not in ("class", "module", "params")}
         kind, module = config["class"], config["module"]
-        if module.partition(".")[0] != "nnx" or kind not in (*layers.__all__, "Sequential", "TwoLayerNet"):
+        layer = getattr(layers, kind, None) if kind in layers.__all__ else None
+        known = isinstance(layer, type) or kind in ("Sequential", "TwoLayerNet")  # layers also exports functions
+        if module.partition(".")[0] != "nnx" or not known:
             raise ValueError(
                 f"{path or 'the model'} is a {kind} ({module}), not a class of nnx; build the model yourself and use "
                 "checkpoint.load"
             )
-        if kind in layers.__all__:
-            layer = getattr(layers, kind)
+        if isinstance(layer, type):
             if "rng" in inspect.signature(layer).parameters:
                 settings["rng"] = 0  # instead of NumPy's global generator; what it draws is loaded
             params = (arrays[n.removesuffix(".T")].T if n.endswith(".T") else arrays[n] for n in config["params"])

@@ -35,6 +35,7 @@ def plot_loss(
     *,
     interval: int = 1,
     ylim: tuple[float, float] | None = None,
+    ylabel: str = "loss",
     ax: Axes | None = None,
     path: str | Path | None = None,
 ) -> Axes:
@@ -55,7 +56,7 @@ def plot_loss(
     limits = _check_limits("plot_loss", ylim)
     with _axes(ax, path) as ax:
         ax.plot(range(len(losses)), losses)
-        ax.set(xlabel=f"iterations (x{interval})", ylabel="loss", ylim=limits)
+        ax.set(xlabel=f"iterations (x{interval})", ylabel=ylabel, ylim=limits)
     return ax
 
 

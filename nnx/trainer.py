@@ -1,9 +1,13 @@
-"""The training loop: `Trainer.fit` shuffles, takes steps, reports, and stops when the loss diverges. N rows."""
+"""The training loop: `Trainer.fit` shuffles, takes steps, reports, and stops when the loss diverges. N rows.
+
+`RnnlmTrainer` is the loop for language models, which read the corpus in order.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import numbers
 import time
@@ -23,11 +27,11 @@ from nnx.batches import (
     prepare_data,
 )
 from nnx.callbacks import CallbackList, Checkpoint, print_line
-from nnx.checks import check_bool, check_weights, takes_arguments
-from nnx.device import describe, is_writable
+from nnx.checks import check_bool, check_integer, check_same_length, check_weights, takes_arguments
+from nnx.device import asarray, describe, is_writable
 from nnx.distributed import Comm
 from nnx.kernels import all_finite
-from nnx.np import Array
+from nnx.np import Array, np
 from nnx.optimizer import clip_grads
 from nnx.plotting import plot_history, plot_loss
 from nnx.protocols import Callback, Model, Optimizer
@@ -36,7 +40,7 @@ from nnx.signals import DeferredSignals, defer_signals
 from nnx.train_state import TrainState
 from nnx.tree import TiedParameters, release_batch, snapshot
 
-__all__ = ["Trainer", "remove_duplicate"]
+__all__ = ["RnnlmTrainer", "Trainer", "remove_duplicate"]
 
 
 @dataclasses.dataclass
@@ -194,7 +198,7 @@ class Trainer:
         hooks.check_validation(validation)
         if self.comm.size > 1:
             settings |= {"drop_last": drop_last, "max_iter": data.max_iter, "metrics": sorted(metrics or ())}
-            self._setup_ranks(data, checked, **settings)
+            _setup_ranks(self, data, checked, **settings)
         self._begin(hooks, max_epoch, data)
         self.eval_interval, self.validation = eval_interval, validation
         self.verbose = verbose if self.comm.rank == 0 else False
@@ -311,7 +315,8 @@ class Trainer:
         return file
 
     def __repr__(self) -> str:
-        return f"Trainer({type(self.model).__name__}, {self.optimizer!r}, current_epoch={self.current_epoch})"
+        kind, model = type(self).__name__, type(self.model).__name__
+        return f"{kind}({model}, {self.optimizer!r}, current_epoch={self.current_epoch})"
 
     @property
     def is_last_epoch(self) -> bool:
@@ -347,6 +352,10 @@ class Trainer:
         if self.verbose is not False:
             print_line(text)
 
+    def loss_text(self) -> str:
+        """Return the last loss as the lines of progress show it."""
+        return f"loss {self.loss_list[-1]:.2f}"
+
     def stop(self) -> None:
         """End `fit` after the current epoch; for callbacks."""
         self.state.stop = True
@@ -356,16 +365,18 @@ class Trainer:
 
         The options are `ax` and `path`. As in the book, a window opens if there is a display and neither is given.
         """
-        if any("val_loss" in row for row in self.history):
-            axes = plot_history(self.history, ylim=ylim, **options)
-        else:
-            axes = plot_loss(self.loss_list, interval=self.eval_interval or 1, ylim=ylim, **options)
+        axes = self._draw(ylim=ylim, **options)
         if options.get("ax") is None and options.get("path") is None:
             from matplotlib import pyplot  # noqa: PLC0415 - an extra
 
             if pyplot.get_backend().lower() != "agg":
                 pyplot.show()
         return axes
+
+    def _draw(self, **options: Any) -> Any:
+        if any("val_loss" in row for row in self.history):
+            return plot_history(self.history, **options)
+        return plot_loss(self.loss_list, interval=self.eval_interval or 1, **options)
 
     def _begin(self, callbacks: CallbackList, max_epoch: int, data: ArrayData | BatchData) -> None:
         """Start a fit, or continue the one of a checkpoint."""
@@ -376,21 +387,6 @@ class Trainer:
         callbacks.restore_states(self.model, self._callback_states if resumed else None)
         state.begin(*sizes, resumed=resumed)
         self._callbacks, self.max_epoch = callbacks, (state.first_epoch or 0) + max_epoch
-
-    def _setup_ranks(self, data: Any, validation: Sequence[Array], **settings: Any) -> None:
-        """Check that all ranks have the same data and arguments, and broadcast the weights of rank 0."""
-        numbers = {n: v for n, v in vars(self.optimizer).items() if isinstance(v, int | float | numpy.number)}
-        checksums = [*map(checksum, getattr(data, "arrays", ())), None, None, None]
-        arrays = dict(zip(("x", "t", "sample_weight"), checksums, strict=False))
-        self.comm.assert_equal_on_ranks(
-            "Trainer.fit",
-            **arrays,
-            validation=" and ".join(map(checksum, validation)) or None,
-            **settings,
-            optimizer=f"{type(self.optimizer).__name__} {numbers}",
-            begin=f"epoch {self.state.epoch}, step {self.state.iteration}",
-        )
-        self.comm.broadcast(self.model.params)
 
     def _exchange_stops(self, run: _FitContext) -> None:
         """Agree with the other ranks on the signal to deliver, and on whether to stop."""
@@ -411,6 +407,120 @@ class Trainer:
             )
 
 
+class RnnlmTrainer(Trainer):
+    """Trains a language model on a corpus, which is read in order, in parallel streams.
+
+    A batch holds the next `time_size` words of each stream, so that layers with a state, which fit does not reset, go
+    on where they stopped. Everything else is as in `Trainer`.
+
+    Attributes
+    ----------
+    ppl_list : list of float
+        exp(mean loss since the previous evaluation), one number per evaluation, over all calls of fit. (The book
+        begins a new list in each.)
+    time_idx : int
+        The position of the next batch in each stream; 0 at the beginning of a fit.
+    """
+
+    time_idx = 0
+
+    @property
+    def ppl_list(self) -> list[float]:
+        """The perplexities of all evaluations."""
+        with numpy.errstate(over="ignore", under="ignore"):
+            return numpy.exp(numpy.array(self.loss_list, numpy.float64)).tolist()
+
+    def get_batch(self, x: Any, t: Any, batch_size: int, time_size: int) -> tuple[Array, Array]:
+        """Return the next words of x and t (N,), (batch_size, time_size) each, and advance `time_idx` by `time_size`.
+
+        Stream i begins at word i * (N // batch_size); after the last word of the corpus comes the first.
+        """
+        x, t = check_same_length("RnnlmTrainer.get_batch", x, t)
+        offsets = _stream_offsets(len(x), batch_size, time_size, isinstance(x, numpy.ndarray))
+        index = (offsets + self.time_idx) % len(x)
+        self.time_idx += time_size
+        return x[index], t[index]
+
+    def fit(  # type: ignore[override]  # the book's arguments in its order
+        self,
+        xs: Any,
+        ts: Any,
+        max_epoch: int = 10,
+        batch_size: int = 20,
+        time_size: int = 35,
+        max_grad: float | None = None,
+        eval_interval: int | None = 20,
+        *,
+        verbose: bool | None = None,
+        callbacks: Iterable[Callback] = (),
+    ) -> None:
+        """Train on the words `xs` (N,), with the words `ts` (N,) that follow them as labels.
+
+        Parameters
+        ----------
+        xs, ts : (N,) word ids
+            For a corpus, corpus[:-1] and corpus[1:].
+        batch_size : int
+            The number of streams.
+        time_size : int
+            The number of words per stream and step, to which backpropagation through time is truncated.
+        max_epoch, max_grad, eval_interval, verbose, callbacks
+            As in `Trainer.fit`. An epoch has N // (batch_size * time_size) steps.
+
+        Raises
+        ------
+        ValueError
+            If the corpus is too short for one step; for the others see `Trainer.fit`.
+        """
+        batches = _StreamBatches(self, xs, ts, batch_size, time_size)
+        options: dict[str, Any] = {"verbose": verbose, "callbacks": callbacks}
+        super().fit(batches, None, max_epoch, batch_size, max_grad, eval_interval, **options)
+
+    def loss_text(self) -> str:
+        """Return the last perplexity as the lines of progress show it."""
+        return f"perplexity {self.ppl_list[-1]:.2f}"
+
+    def _draw(self, **options: Any) -> Any:
+        return plot_loss(self.ppl_list, interval=self.eval_interval or 1, ylabel="perplexity", **options)
+
+
+class _StreamBatches:
+    """The batches of `RnnlmTrainer`: each epoch continues where the last one of the fit ended."""
+
+    def __init__(self, trainer: RnnlmTrainer, xs: Any, ts: Any, batch_size: int, time_size: int) -> None:
+        check_integer("RnnlmTrainer.fit: batch_size", batch_size)
+        check_integer("RnnlmTrainer.fit: time_size", time_size)
+        xs, ts = map(asarray, check_same_length("RnnlmTrainer.fit", xs, ts))
+        for name, words in (("xs", xs), ("ts", ts)):
+            if words.ndim != 1 or words.dtype.kind not in "iu":
+                raise ValueError(
+                    f"RnnlmTrainer.fit: {name} must be a vector of word ids, integers, got {words.dtype} {words.shape}"
+                )
+        self.trainer, self.arguments = trainer, (xs, ts, batch_size, time_size)
+        self.max_iter = len(xs) // (batch_size * time_size)
+        if not self.max_iter:
+            raise ValueError(
+                f"RnnlmTrainer.fit: batch_size={batch_size} and time_size={time_size} need at least "
+                f"{batch_size * time_size} words, got {len(xs)}"
+            )
+
+    def __len__(self) -> int:
+        return self.max_iter
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        state, time_size = self.trainer.state, self.arguments[-1]
+        self.trainer.time_idx = (state.epoch - (state.first_epoch or 0)) * self.max_iter * time_size
+        for _ in range(self.max_iter):
+            yield self.trainer.get_batch(*self.arguments)
+
+
+@functools.lru_cache(maxsize=8)
+def _stream_offsets(size: int, batch_size: int, time_size: int, on_host: bool) -> Array:
+    """Return the index (batch_size, time_size) of the first batch of a corpus of `size` words."""
+    module: Any = numpy if on_host else np
+    return module.arange(batch_size)[:, None] * (size // batch_size) + module.arange(time_size)
+
+
 @contextlib.contextmanager
 def _restored_on_error(model: Any, rng: Any) -> Iterator[contextlib.ExitStack]:
     """Restore layers and random generator after an error, until the first step clears the yielded stack."""
@@ -425,6 +535,22 @@ def _weighted_loss(model: Any, sample_weight: Any) -> Any:
     """Return the loss layer if it weights rows, else None."""
     loss_layer = getattr(model, "loss_layer", None)
     return loss_layer if sample_weight is not None or getattr(loss_layer, "is_weighted", False) else None
+
+
+def _setup_ranks(trainer: Trainer, data: Any, validation: Sequence[Array], **settings: Any) -> None:
+    """Check that all ranks have the same data and arguments, and broadcast the weights of rank 0."""
+    numbers = {n: v for n, v in vars(trainer.optimizer).items() if isinstance(v, int | float | numpy.number)}
+    checksums = [*map(checksum, getattr(data, "arrays", ())), None, None, None]
+    arrays = dict(zip(("x", "t", "sample_weight"), checksums, strict=False))
+    trainer.comm.assert_equal_on_ranks(
+        "Trainer.fit",
+        **arrays,
+        validation=" and ".join(map(checksum, validation)) or None,
+        **settings,
+        optimizer=f"{type(trainer.optimizer).__name__} {numbers}",
+        begin=f"epoch {trainer.state.epoch}, step {trainer.state.iteration}",
+    )
+    trainer.comm.broadcast(trainer.model.params)
 
 
 def _evaluate(model: Any, comm: Comm, x: Any, t: Any, metrics: Any) -> Any:

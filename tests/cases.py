@@ -27,6 +27,11 @@ def _norm(layer):
     return lambda dtype: layer(*_weights(dtype, 1 + numpy.arange(4) / 4, numpy.arange(4) / 8))
 
 
+def _negative_sampling(dtype, sample_size):
+    corpus = numpy.arange(20) % 4
+    return layers.NegativeSamplingLoss(*_weights(dtype, W), corpus, sample_size=sample_size, rng=5)
+
+
 CASES = {
     "MatMul": [
         (lambda dtype: layers.MatMul(*_weights(dtype, W)), (X,)),
@@ -45,6 +50,7 @@ CASES = {
         (lambda dtype: layers.Embedding(*_weights(dtype, W)), (numpy.array([3, 0, 0, 1]),)),
         (lambda dtype: layers.Embedding(*_weights(dtype, W)), (numpy.array([[3, 0], [0, 1], [3, 3]]),)),
     ],
+    "EmbeddingDot": [(lambda dtype: layers.EmbeddingDot(*_weights(dtype, W)), (SCORES[:4], numpy.array([3, 0, 0, 1])))],
     "GELU": [(lambda dtype: layers.GELU(), (X3,))],
     "LayerNorm": [(_norm(layers.LayerNorm), (X,)), (_norm(layers.LayerNorm), (X3,))],
     "Sigmoid": [(lambda dtype: layers.Sigmoid(), (X3,))],
@@ -69,6 +75,10 @@ CASES = {
     "MeanSquaredError": [
         (lambda dtype: layers.MeanSquaredError(), (SCORES, _rng.standard_normal((5, 3)))),
         (lambda dtype: layers.MeanSquaredError(), (SCORES, _rng.standard_normal((5, 3)), ROW_WEIGHTS)),
+    ],
+    "NegativeSamplingLoss": [
+        (lambda dtype: _negative_sampling(dtype, 2), (SCORES, LABELS)),
+        (lambda dtype: _negative_sampling(dtype, 3), (SCORES, numpy.zeros(5, int))),
     ],
     "Repeat": [(lambda dtype: layers.Repeat(3), (X[:1],))],
     "Sum": [(lambda dtype: layers.Sum(), (X3,))],

@@ -13,9 +13,9 @@ ORDER = [
     *("kernels.portable", "kernels.native", "kernels.cuda", "kernels"),
     *("checks", "info", "functions", "initializers"),
     *("layers.base", "layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
-    *("layers.embedding", "layers.normalization", "layers"),
-    *("tree", "optimizer", "dataset.spiral", "dataset", "plotting"),
-    *("checkpoint", "models", "signals", "train_state", "batches", "distributed", "callbacks", "trainer"),
+    *("layers.embedding", "layers.normalization", "layers.negative_sampling", "layers"),
+    *("tree", "optimizer", "dataset.files", "dataset.ptb", "dataset.sequence", "dataset.spiral", "dataset", "plotting"),
+    *("checkpoint", "base_model", "models", "signals", "train_state", "batches", "distributed", "callbacks", "trainer"),
     *("util", "testing", "onnx"),
 ]
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.rglob("*.py")}

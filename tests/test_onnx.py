@@ -19,8 +19,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 # Relative to the largest value; onnxruntime has the constants of Gelu in float32.
 TOLERANCE = {"float16": 4e-3, "float32": 1e-5, "float64": 1e-7}
-LOSSES = {"MeanSquaredError", "SigmoidWithLoss", "SoftmaxWithLoss"}
-CASES = {name: cases for name, cases in ALL_CASES.items() if name not in LOSSES}
+LOSSES = {"MeanSquaredError", "NegativeSamplingLoss", "SigmoidWithLoss", "SoftmaxWithLoss"}
+NOT_EXPORTED = {"EmbeddingDot"}  # takes two inputs
+CASES = {name: cases for name, cases in ALL_CASES.items() if name not in LOSSES | NOT_EXPORTED}
 
 
 def array(rng, *shape, dtype="float32"):
@@ -50,7 +51,8 @@ def dimensions(value):
 
 
 def test_cases_hold_every_layer():
-    assert set(layers.__all__) - LOSSES == set(CASES)
+    classes = {name for name in layers.__all__ if isinstance(getattr(layers, name), type)}
+    assert classes - LOSSES - NOT_EXPORTED == set(CASES)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

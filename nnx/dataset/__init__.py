@@ -1,5 +1,5 @@
 """Data sets, returned as NumPy arrays on both devices."""
 
-from nnx.dataset import spiral
+from nnx.dataset import ptb, sequence, spiral
 
-__all__ = ["spiral"]
+__all__ = ["ptb", "sequence", "spiral"]
