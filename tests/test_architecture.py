@@ -13,7 +13,7 @@ ORDER = [
     *("kernels.portable", "kernels.native", "kernels.cuda", "kernels"),
     *("checks", "info", "functions", "initializers"),
     *("layers.base", "layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
-    *("layers.embedding", "layers.normalization", "layers"),
+    *("layers.embedding", "layers.normalization", "layers.recurrent", "layers", "time_layers"),
     *("tree", "optimizer", "dataset.spiral", "dataset", "plotting"),
     *(
         "checkpoint",

@@ -12,9 +12,28 @@ from nnx.layers.graph import Repeat, Sum
 from nnx.layers.linear import Affine, MatMul
 from nnx.layers.loss import MeanSquaredError, SigmoidWithLoss, SoftmaxWithLoss
 from nnx.layers.normalization import BatchNorm, LayerNorm
+from nnx.layers.recurrent import (
+    GRU,
+    LSTM,
+    RNN,
+    Simple_TimeAffine,
+    Simple_TimeSoftmaxWithLoss,
+    TimeAffine,
+    TimeBiLSTM,
+    TimeDropout,
+    TimeEmbedding,
+    TimeGRU,
+    TimeLSTM,
+    TimeRNN,
+    TimeSigmoidWithLoss,
+    TimeSoftmaxWithLoss,
+)
 
 __all__ = [
     "GELU",
+    "GRU",
+    "LSTM",
+    "RNN",
     "Affine",
     "BatchNorm",
     "Dropout",
@@ -26,8 +45,19 @@ __all__ = [
     "Repeat",
     "Sigmoid",
     "SigmoidWithLoss",
+    "Simple_TimeAffine",
+    "Simple_TimeSoftmaxWithLoss",
     "Softmax",
     "SoftmaxWithLoss",
     "Sum",
     "Tanh",
+    "TimeAffine",
+    "TimeBiLSTM",
+    "TimeDropout",
+    "TimeEmbedding",
+    "TimeGRU",
+    "TimeLSTM",
+    "TimeRNN",
+    "TimeSigmoidWithLoss",
+    "TimeSoftmaxWithLoss",
 ]
