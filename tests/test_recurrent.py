@@ -111,7 +111,8 @@ class FromState:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_initial_states_are_numerically_right(kind, N, T):
     layer = FromState(recurrent(kind, stateful=True)("float64"))
-    check_gradients(layer, normal(N, T, 4), *(normal(N, 3, seed=k) for k in range(1 + (kind is TimeLSTM))))
+    states = [normal(N, 3, seed=k) for k in range(1 + (kind is TimeLSTM))]
+    check_gradients(layer, *map(to_cpu, (normal(N, T, 4), *states)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
