@@ -60,11 +60,11 @@ CASES = {
     "rnn_step": (STEPS, ["any", "step 1", "any", "t"]),
     "rnn_step_grad": (STEPS, ["any", "any", "step 1", "steps 1", "t"]),
     "lstm_step": (STEPS, ["steps 4", "step 4", "cells", "any", "steps 1", "t"]),
-    "lstm_step_grad": (STEPS, ["steps 4", "cells", "any", "step 1", "step 1", "steps 4", "t"]),
+    "lstm_step_grad": (STEPS, ["gates 4", "cells", "any", "step 1", "step 1", "steps 4", "t"]),
     "gru_gates": (STEPS, ["steps 3", "step 2", "any", "steps 1", "t"]),
-    "gru_gates_grad": (STEPS, ["steps 3", "any", "step 1", "step 1", "steps 3", "t"]),
+    "gru_gates_grad": (STEPS, ["gates 3", "any", "step 1", "step 1", "steps 3", "t"]),
     "gru_step": (STEPS, ["steps 3", "step 1", "any", "steps 1", "t"]),
-    "gru_step_grad": (STEPS, ["steps 3", "any", "any", "step 1", "step 1", "steps 3", "t"]),
+    "gru_step_grad": (STEPS, ["gates 3", "any", "any", "step 1", "step 1", "steps 3", "t"]),
     "sgd": (LISTS, ["list", "list", "number", "rate"]),
     "momentum": (LISTS, ["list", "list", "list", "number", "rate", "rate"]),
     "nesterov": (LISTS, ["list", "list", "list", "number", "rate", "rate"]),
@@ -125,9 +125,10 @@ def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
             return shape[1] // 2
         if role == "cells":
             return array(rng.normal(size=(shape[0], shape[1] + 1, shape[2])))
-        if role.startswith("step"):
+        if role.startswith(("step", "gates")):
             kind, times = role.split()
-            return array(rng.normal(size=(*shape[: 2 if kind == "steps" else 1], int(times) * shape[2])))
+            size = *shape[: 1 if kind == "step" else 2], int(times) * shape[2]
+            return array(rng.uniform(size=size) if kind == "gates" else rng.normal(size=size))
         if role in PARTS:
             part = PARTS[role](shape)
             return np.full(part, np.nan, dtype) if role.startswith("empty") else array(rng.normal(size=part))

@@ -14,6 +14,7 @@ import numpy
 
 from nnx.arguments import format_repr
 from nnx.checks import as_floating, check_bool, check_grad_output, check_weights
+from nnx.device import quiet
 from nnx.initializers import Initializer, draw_weight, xavier
 from nnx.kernels import (
     affine,
@@ -226,6 +227,7 @@ class _GRU(_Recurrent):
             gru_step(gates, affine(self.reset[:, t], of_reset, None), h_prev, hs, t)
         return hs
 
+    @quiet
     def _run_back(self, dhs: Array, da: Array) -> Array:
         gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split(self.params[1])
         dgates, dcandidate = self._split(da)
@@ -544,6 +546,7 @@ class TimeBiLSTM(BaseLayer):
         hs = first.forward(xs)  # checks xs
         return np.concatenate((hs, second.forward(xs[:, ::-1])[:, ::-1]), axis=2)
 
+    @quiet
     def backward(self, dhs: Any) -> Array:
         """Write the gradients of all weights; return that of xs."""
         (N, T, H), width = self.forward_lstm.h_prev.shape, self.backward_lstm.h_prev.shape[2]
