@@ -411,11 +411,14 @@ def _step(kernel: Callable[..., None], axes: str) -> Callable[..., None]:
     `axes` names the axes of its arrays: N rows, T time steps, S = T + 1, H hidden units, or a digit for that many
     times H.
     """
+    like = axes.split().index("NTH")
 
     @functools.wraps(kernel, _NAMES)
     def launch(*arguments: Any) -> None:
         *arrays, t = arguments
         plan = _step_plan(kernel.__name__, axes, tuple(map(_layout, arrays)), _check_device(kernel.__name__, arrays[0]))
+        if not 0 <= t < arrays[like].shape[1]:
+            raise IndexError(f"{kernel.__name__}: t must be a time step of {arrays[like].shape[1]}, got {t}")
         if plan is None:
             return kernel(*arguments)
         run, threads, _, sizes = plan
