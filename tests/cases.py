@@ -6,7 +6,7 @@ D = 4 inputs, H = 3 outputs or classes, N = 5 rows.
 import numpy
 
 import nnx
-from nnx import layers
+from nnx import layers, np
 
 _rng = numpy.random.default_rng(7)
 X = _rng.standard_normal((5, 4))
@@ -31,6 +31,34 @@ def _negative_sampling(dtype, sample_size):
     corpus = numpy.arange(20) % 4
     return layers.NegativeSamplingLoss(*_weights(dtype, W), corpus, sample_size=sample_size, rng=5)
 
+
+def recurrent(kind, D=4, H=3, **settings):
+    """Return a function of a dtype that makes a recurrent layer, always with the same weights."""
+    columns = {"RNN": 1, "LSTM": 4, "GRU": 3}[kind.__name__.removeprefix("Time").removeprefix("Bi")] * H
+    rng = numpy.random.default_rng(3)
+    arrays = [rng.standard_normal(s) / 2 for s in 2 * ((D, columns), (H, columns), (columns,))]
+    count = 6 if "Bi" in kind.__name__ else settings.pop("weights", 3)
+    return lambda dtype: kind(*_weights(dtype, *arrays[:count]), **settings)
+
+
+class JoinedLSTM:
+    """An LSTM cell with one output, h beside c."""
+
+    param_names = layers.LSTM.param_names
+
+    def __init__(self, cell):
+        self.cell, self.params, self.grads = cell, cell.params, cell.grads
+
+    def forward(self, *inputs):
+        return np.concatenate(self.cell.forward(*inputs), axis=1)
+
+    def backward(self, dout):
+        H = dout.shape[1] // 2
+        return self.cell.backward(dout[:, :H], dout[:, H:])
+
+
+STATE, CELL_STATE = SCORES / 2, SCORES[::-1] / 2
+X_STEPS = numpy.stack([X, X[::-1], -X], axis=1)  # (5, 3, 4)
 
 CASES = {
     "MatMul": [
@@ -82,4 +110,26 @@ CASES = {
     ],
     "Repeat": [(lambda dtype: layers.Repeat(3), (X[:1],))],
     "Sum": [(lambda dtype: layers.Sum(), (X3,))],
+    "RNN": [(recurrent(layers.RNN), (X, STATE))],
+    "LSTM": [(lambda dtype: JoinedLSTM(recurrent(layers.LSTM)(dtype)), (X, STATE, CELL_STATE))],
+    "GRU": [(recurrent(layers.GRU), (X, STATE)), (recurrent(layers.GRU, weights=2), (X, STATE))],
+    "TimeRNN": [(recurrent(layers.TimeRNN), (x,)) for x in (X3, X_STEPS, X_STEPS[:, :1])],
+    "TimeLSTM": [(recurrent(layers.TimeLSTM), (x,)) for x in (X3, X_STEPS, X_STEPS[:, :1])],
+    "TimeGRU": [(recurrent(layers.TimeGRU), (x,)) for x in (X3, X_STEPS, X_STEPS[:, :1])]
+    + [(recurrent(layers.TimeGRU, weights=2), (X3,))],
+    "TimeBiLSTM": [(recurrent(layers.TimeBiLSTM), (x,)) for x in (X3, X_STEPS)],
+    "TimeEmbedding": [
+        (lambda dtype: layers.TimeEmbedding(*_weights(dtype, W)), (numpy.array([[3, 0], [0, 1], [3, 3]]),))
+    ],
+    "TimeAffine": [(lambda dtype: layers.TimeAffine(*_weights(dtype, W, B)), (X3,))],
+    "Simple_TimeAffine": [(lambda dtype: layers.Simple_TimeAffine(*_weights(dtype, W, B)), (X3,))],
+    "TimeDropout": [(lambda dtype: layers.TimeDropout(0.3, rng=5), (X3,))],
+    "TimeSoftmaxWithLoss": [
+        (lambda dtype: layers.TimeSoftmaxWithLoss(), (X3, numpy.array([[0, -1, 2], [3, 3, -1]]))),
+        (lambda dtype: layers.TimeSoftmaxWithLoss(), (X3, numpy.eye(4, dtype=int)[[[0, 1, 2], [3, 3, 0]]])),
+    ],
+    "Simple_TimeSoftmaxWithLoss": [
+        (lambda dtype: layers.Simple_TimeSoftmaxWithLoss(), (X3, numpy.array([[0, 1, 2], [3, 3, 0]])))
+    ],
+    "TimeSigmoidWithLoss": [(lambda dtype: layers.TimeSigmoidWithLoss(), (SCORES, ONE_HOT))],
 }

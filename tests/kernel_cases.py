@@ -21,6 +21,7 @@ def rows_for(*shapes):
 
 
 LISTS = rows_for((2, 3, 4), (9000,))
+STEPS = [(5, 3, 7), (1, 1, 1), (3, 2, 40), (1, 4, 300), (2, 1, 3), (0, 2, 3), (70, 2, 33)]  # (N, T, H)
 MATRICES = [(5, 7), (1, 1), (1, 4), (40, 100), (300, 17), (9, 700), (3000, 3)]
 
 # kernel: the shapes to test; the roles of its arguments
@@ -56,6 +57,14 @@ CASES = {
     "dropout": (rows_for((2, 3, 4), (3000, 3)), ["any", "number", "seed", "call"]),
     "embedding": ([(5, 7), (1, 1), (9, 200)], ["any", "indices"]),
     "embedding_grad": ([(5, 7), (1, 1), (9, 300), (1000, 3)], ["row indices", "any", "empty matrix"]),
+    "rnn_step": (STEPS, ["any", "step 1", "any", "t"]),
+    "rnn_step_grad": (STEPS, ["any", "any", "step 1", "steps 1", "t"]),
+    "lstm_step": (STEPS, ["steps 4", "step 4", "cells", "any", "steps 1", "t"]),
+    "lstm_step_grad": (STEPS, ["gates 4", "cells", "any", "step 1", "step 1", "steps 4", "t"]),
+    "gru_gates": (STEPS, ["steps 3", "step 2", "any", "steps 1", "t"]),
+    "gru_gates_grad": (STEPS, ["gates 3", "any", "step 1", "step 1", "steps 3", "t"]),
+    "gru_step": (STEPS, ["steps 3", "step 1", "any", "steps 1", "t"]),
+    "gru_step_grad": (STEPS, ["gates 3", "any", "any", "step 1", "step 1", "steps 3", "t"]),
     "sgd": (LISTS, ["list", "list", "number", "rate"]),
     "momentum": (LISTS, ["list", "list", "list", "number", "rate", "rate"]),
     "nesterov": (LISTS, ["list", "list", "list", "number", "rate", "rate"]),
@@ -112,6 +121,14 @@ def arguments(roles, shape, dtype, layout, label_dtype="int64", weighted=False):
             groups = shape if role == "element weight" else shape[:-1]
             weight = rng.integers(0, 3, groups[:1] or 1).astype("float32" if dtype == "float16" else dtype)
             return np.asarray(weight / max(1, weight.sum()))
+        if role == "t":
+            return shape[1] // 2
+        if role == "cells":
+            return array(rng.normal(size=(shape[0], shape[1] + 1, shape[2])))
+        if role.startswith(("step", "gates")):
+            kind, times = role.split()
+            size = *shape[: 1 if kind == "step" else 2], int(times) * shape[2]
+            return array(rng.uniform(size=size) if kind == "gates" else rng.normal(size=size))
         if role in PARTS:
             part = PARTS[role](shape)
             return np.full(part, np.nan, dtype) if role.startswith("empty") else array(rng.normal(size=part))

@@ -134,6 +134,12 @@ def test_variance_of_columns_far_from_0_is_finite(dtype, mean):
     assert bool(np.isfinite(y).all() & np.isfinite(rstd).all())
 
 
+@pytest.mark.parametrize("t", [-1, 3])
+def test_a_step_outside_the_sequence_is_refused(t):
+    with pytest.raises(IndexError):
+        cuda.rnn_step(np.ones((4, 3, 2)), np.ones((4, 2)), np.ones((4, 3, 2)), t)
+
+
 def test_bias_of_another_dtype_is_converted():
     x, b = np.zeros((4, 3), "float32"), np.asarray([1.0, 2.0, 3.0])
     assert to_cpu(cuda.affine(x, np.zeros((3, 3), "float32"), b)).tolist() == [[1, 2, 3]] * 4
@@ -256,6 +262,10 @@ def test_duplicate_arrays_are_updated_sequentially():
             "dgamma must have shape",
         ),
         (lambda: cuda.squared_error(np.ones(3), np.ones(3), np.ones(4)), "weight must have a number for each group"),
+        (
+            lambda: cuda.rnn_step(*(np.ones(s) for s in ((4, 2, 3), (4, 2), (4, 2, 3))), 0),
+            "rnn_step: array NH must have",
+        ),
     ],
 )
 def test_wrong_shapes_are_rejected(call, message):

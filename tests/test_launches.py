@@ -23,14 +23,14 @@ def data(rows=N, dtype="float32"):
     return np.asarray(rng.normal(size=(rows, D)).astype(dtype)), np.asarray(rng.integers(0, C, rows))
 
 
-def counted(step, linear_warmup=2):
+def counted(step, linear_warmup=2, memsets=0):
     """Return the number of launches of `step`, and check that it does not synchronize, copy or allocate."""
     for _ in range(linear_warmup):
         step()
     cupy_on_cpu.reset()
     step()
     counters = cupy_on_cpu.counters()
-    assert {name: counters[name] for name in QUIET} == dict.fromkeys(QUIET, 0)
+    assert {name: counters[name] for name in QUIET} == {**dict.fromkeys(QUIET, 0), "memsets": memsets}
     return counters["launches"]
 
 
@@ -83,6 +83,26 @@ def test_a_loss(kind, weighted):
     layer = kind()
     launches = counted(lambda: (layer.forward(x, t, weight), layer.backward()))
     assert launches <= (9 if weighted else 2)  # sum of the weights, and division by it
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("kind", "states", "forward", "backward"),
+    [(nnx.layers.TimeRNN, 1, 2, 2), (nnx.layers.TimeLSTM, 2, 2, 2), (nnx.layers.TimeGRU, 1, 4, 4)],
+)
+def test_a_time_step(kind, states, forward, backward, dtype):
+    """A product and a kernel for the gates; two of each in a GRU. Zeros are the first states and their gradients."""
+    layer, launches = kind.init(D, H, dtype=dtype, rng=0), {}
+    for steps in (4, 10):
+        xs, dhs = np.ones((N, steps, D), dtype), np.ones((N, steps, H), dtype)
+        launches[steps] = (
+            counted(lambda xs=xs: layer.forward(xs), 5, memsets=states),
+            counted(lambda dhs=dhs: layer.backward(dhs), 5, memsets=2 if kind is nnx.layers.TimeGRU else states),
+        )
+    assert launches[10][0] - launches[4][0] == 6 * forward
+    assert launches[10][1] - launches[4][1] == 6 * backward
+    assert launches[4][0] - 4 * forward <= 2 + 2 * states  # the product of all steps, and bias; first and last states
+    assert launches[4][1] - 4 * backward <= 10
 
 
 def test_clipping_adds_two_launches():

@@ -7,7 +7,7 @@ import sys
 
 import numpy
 import pytest
-from kernel_cases import CASES, DTYPES, LAYOUTS, TOLERANCE, arguments, assert_same, outcome
+from kernel_cases import CASES, DTYPES, LAYOUTS, STEPS, TOLERANCE, arguments, assert_same, outcome
 
 from nnx import GPU
 
@@ -47,7 +47,7 @@ def test_names_match_portable():
 def test_plain_arrays_do_not_fall_back_to_portable(monkeypatch, name, dtype):
     """Falling back to portable would be correct but slow."""
     monkeypatch.setattr(portable, name, lambda *_: pytest.fail(f"{name} was passed on to portable"))
-    outcome(native, name, (5, 7), dtype, "C")
+    outcome(native, name, CASES[name][0][0], dtype, "C")
 
 
 @pytest.mark.parametrize("label_dtype", ["int8", "int16", "int32", "int64"])
@@ -143,6 +143,34 @@ def test_extreme_values_give_the_limits(name, dtype):
             compare_limits(getattr(native, name)(x), getattr(portable, name)(x), dtype)
 
 
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("name", [name for name in NAMES if CASES[name][0] is STEPS])
+@numpy.errstate(all="ignore")
+def test_steps_of_extreme_values_match_portable(name, dtype):
+    values = numpy.array([0, 1, -3, numpy.inf, -1, -numpy.inf, 0.5, numpy.nan, 1e30, -1e30, 90, -90, 2], dtype)
+    ours, expected = (arguments(CASES[name][1], (9, 2, 35), dtype, "C") for _ in range(2))
+    for given, module in ((ours, native), (expected, portable)):
+        for i, array in enumerate(given[:-1]):
+            array[...] = numpy.roll(numpy.resize(values, array.shape), i)
+        getattr(module, name)(*given)
+    for a, b in zip(ours[:-1], expected[:-1], strict=True):
+        numpy.testing.assert_allclose(a, b, rtol=64 * numpy.finfo(dtype).eps, atol=numpy.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if CASES[name][0] is STEPS])
+def test_steps_refuse_other_shapes_and_times(name, monkeypatch):
+    """The loops would access memory out of bounds; portable raises or handles them."""
+    calls = []
+    monkeypatch.setattr(portable, name, lambda *_: calls.append(name))
+    given = arguments(CASES[name][1], (5, 3, 7), "float32", "C")
+    for i, array in enumerate(given[:-1]):
+        for other in (array[:-1], array[..., :-1].copy(), array[None], array.astype("float64"), None):
+            getattr(native, name)(*given[:i], other, *given[i + 1 :])
+    for t in (-1, 3, 1.0, 1 << 70):
+        getattr(native, name)(*given[:-1], t)
+    assert len(calls) == 5 * (len(given) - 1) + 4
+
+
 def compare_limits(result, expected, dtype):
     tiny = numpy.finfo(dtype).tiny
     numpy.testing.assert_allclose(result, expected, rtol=32 * numpy.finfo(dtype).eps, atol=tiny)
@@ -179,7 +207,7 @@ def test_rows_of_weight_0_are_ignored(dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_floating_point_flag_is_raised(name):
-    given = arguments(CASES[name][1], (5, 7), "float32", "C")
+    given = arguments(CASES[name][1], CASES[name][0][0], "float32", "C")
     for scale in (1e-30, 1e-10, 1):
         scaled = [a * numpy.float32(scale) if getattr(a, "dtype", None) == "float32" else a for a in given]
         with numpy.errstate(all="raise"):

@@ -356,6 +356,96 @@ KERNEL(embedding_grad)(const Index* idx, const T* dout, T* out, Index rows, Inde
     }
 }
 
+// ---- recurrent layers: one thread per row n < N and hidden unit; time step t of arrays (N, T, ...), as in portable.py ----
+
+#define STEP Index size, Index steps, Index units, Index t
+// `at` is the index of the element in an array (N, T, H).
+#define FOR_STEP(I)                                                                               \
+    for (Index I = blockIdx.x * Index(BLOCK) + threadIdx.x; I < size; I += gridDim.x * Index(BLOCK)) \
+        for (Index n = I / units, k = I % units, at = (n * steps + t) * units + k, once = 1; once; once = 0)
+
+// Store `h` in `hs`, and as the state before the next step.
+__device__ void store_state(A h, T* hs, T* h_prev, Index at, STEP) {
+    hs[at] = T(h);
+    if (t + 1 < steps) h_prev[at + units] = T(h);
+}
+
+KERNEL(rnn_step)(T* hs, const T* product, T* h_prev, STEP) {
+    FOR_STEP(i) store_state(tanh(A(hs[at]) + A(product[i])), hs, h_prev, at, size, steps, units, t);
+}
+
+KERNEL(rnn_step_grad)(const T* hs, const T* dhs, const T* dh, T* da, STEP) {
+    FOR_STEP(i) da[at] = T((A(dhs[at]) + A(dh[i])) * (A(1) - A(hs[at]) * A(hs[at])));
+}
+
+KERNEL(lstm_step)(T* gates, const T* product, T* cs, T* h_prev, T* hs, STEP) {
+    FOR_STEP(i) {
+        T *y = gates + (4 * (n * steps + t) * units + k), *c_prev = cs + (at + n * units);
+        const T* p = product + (4 * n * units + k);
+        const A f = sigmoid(A(y[0]) + A(p[0])), g = tanh(A(y[units]) + A(p[units]));
+        const A in = sigmoid(A(y[2 * units]) + A(p[2 * units])), o = sigmoid(A(y[3 * units]) + A(p[3 * units]));
+        const A c = f * A(*c_prev) + g * in;
+        y[0] = T(f), y[units] = T(g), y[2 * units] = T(in), y[3 * units] = T(o);
+        c_prev[units] = T(c);
+        store_state(o * tanh(c), hs, h_prev, at, size, steps, units, t);
+    }
+}
+
+KERNEL(lstm_step_grad)(const T* gates, const T* cs, const T* dhs, const T* dh, T* dc, T* da, STEP) {
+    FOR_STEP(i) {
+        const Index first = 4 * (n * steps + t) * units + k, of_c = at + n * units;
+        const T* y = gates + first;
+        T* d = da + first;
+        const A f = A(y[0]), g = A(y[units]), in = A(y[2 * units]), o = A(y[3 * units]);
+        const A tanh_c = tanh(A(cs[of_c + units])), total = A(dhs[at]) + A(dh[i]);
+        const A sum = A(dc[i]) + total * o * (A(1) - tanh_c * tanh_c);
+        d[0] = T(sum * A(cs[of_c]) * f * (A(1) - f));
+        d[units] = T(sum * in * (A(1) - g * g));
+        d[2 * units] = T(sum * g * in * (A(1) - in));
+        d[3 * units] = T(total * tanh_c * o * (A(1) - o));
+        dc[i] = T(sum * f);
+    }
+}
+
+KERNEL(gru_gates)(T* gates, const T* product, const T* h_prev, T* reset, STEP) {
+    FOR_STEP(i) {
+        T* y = gates + (3 * (n * steps + t) * units + k);
+        const T* p = product + (2 * n * units + k);
+        y[0] = T(sigmoid(A(y[0]) + A(p[0])));
+        y[units] = T(sigmoid(A(y[units]) + A(p[units])));
+        reset[at] = T(A(y[units]) * A(h_prev[at]));
+    }
+}
+
+KERNEL(gru_step)(T* gates, const T* product, T* h_prev, T* hs, STEP) {
+    FOR_STEP(i) {
+        T* y = gates + (3 * (n * steps + t) * units + k);
+        const A z = A(y[0]), hat = tanh(A(y[2 * units]) + A(product[i]));
+        y[2 * units] = T(hat);
+        store_state((A(1) - z) * A(h_prev[at]) + z * hat, hs, h_prev, at, size, steps, units, t);
+    }
+}
+
+KERNEL(gru_step_grad)(const T* gates, const T* h_prev, const T* dhs, T* dh, const T* product, T* da, STEP) {
+    FOR_STEP(i) {
+        const Index first = 3 * (n * steps + t) * units + k;
+        const A z = A(gates[first]), hat = A(gates[first + 2 * units]);
+        const A total = A(dhs[at]) + A(dh[i]) + A(product[i]);
+        da[first] = T(total * (hat - A(h_prev[at])) * z * (A(1) - z));
+        da[first + 2 * units] = T(total * z * (A(1) - hat * hat));
+        dh[i] = T(total * (A(1) - z));
+    }
+}
+
+KERNEL(gru_gates_grad)(const T* gates, const T* h_prev, const T* dreset, T* dh, T* da, STEP) {
+    FOR_STEP(i) {
+        const Index at_r = (3 * (n * steps + t) + 1) * units + k;
+        const A r = A(gates[at_r]), d = A(dreset[i]);
+        da[at_r] = T(d * A(h_prev[at]) * r * (A(1) - r));
+        dh[i] = T(A(dh[i]) + d * r);
+    }
+}
+
 // ---- all parameters of a model: one block per row of the table built by cuda.py ----
 // A row holds an address for each list of arrays, and the number of elements.
 

@@ -402,6 +402,64 @@ def gather(x: Array, idx: Array) -> Array:
     return y
 
 
+# ---- recurrent layers --------------------------------------------------------------------------------
+
+
+def _step(kernel: Callable[..., None], axes: str) -> Callable[..., None]:
+    """Return a function that computes `kernel`, a time step, in one launch.
+
+    `axes` names the axes of its arrays: N rows, T time steps, S = T + 1, H hidden units, or a digit for that many
+    times H.
+    """
+    like = axes.split().index("NTH")
+
+    @functools.wraps(kernel, _NAMES)
+    def launch(*arguments: Any) -> None:
+        *arrays, t = arguments
+        plan = _step_plan(kernel.__name__, axes, tuple(map(_layout, arrays)), _check_device(kernel.__name__, arrays[0]))
+        if not 0 <= t < arrays[like].shape[1]:
+            raise IndexError(f"{kernel.__name__}: t must be a time step of {arrays[like].shape[1]}, got {t}")
+        if plan is None:
+            return kernel(*arguments)
+        run, threads, _, sizes = plan
+        return run(threads, (*arrays, *sizes, _number(t)), 0, _BLOCK)
+
+    return launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _step_plan(name: str, axes: str, layouts: tuple[Any, ...], device: int) -> tuple[Any, ...] | None:
+    """Return the same as `_elements` for arrays with these layouts, or None unless a kernel can write into all.
+
+    Raises
+    ------
+    ValueError
+        If a shape is not that of `axes`; the kernel would access memory out of bounds.
+    """
+    N, T, H = layouts[axes.split().index("NTH")][0]
+    sizes = {"N": N, "T": T, "S": T + 1, "H": H} | {str(k): k * H for k in range(2, 5)}
+    dtype = layouts[0][2]
+    plain = dtype in _TYPES
+    for of_array, (shape, strides, char) in zip(axes.split(), layouts, strict=True):
+        expected = tuple(sizes[axis] for axis in of_array)
+        if shape != expected:
+            raise ValueError(f"{name}: array {of_array} must have shape {expected}, got {shape}")
+        itemsize = numpy.dtype(char).itemsize
+        plain &= char == dtype and strides == tuple(itemsize * math.prod(shape[k:]) for k in range(1, len(shape) + 1))
+    blocks = min(4 * _BLOCKS, -(-N * H // _BLOCK))
+    return _plan(name, dtype, 0, device, blocks, N * H, T, H) if plain else None
+
+
+rnn_step = _step(portable.rnn_step, "NTH NH NTH")
+rnn_step_grad = _step(portable.rnn_step_grad, "NTH NTH NH NTH")
+lstm_step = _step(portable.lstm_step, "NT4 N4 NSH NTH NTH")
+lstm_step_grad = _step(portable.lstm_step_grad, "NT4 NSH NTH NH NH NT4")
+gru_gates = _step(portable.gru_gates, "NT3 N2 NTH NTH")
+gru_gates_grad = _step(portable.gru_gates_grad, "NT3 NTH NH NH NT3")
+gru_step = _step(portable.gru_step, "NT3 NH NTH NTH")
+gru_step_grad = _step(portable.gru_step_grad, "NT3 NTH NTH NH NH NT3")
+
+
 # ---- rows -------------------------------------------------------------------------------------------
 
 

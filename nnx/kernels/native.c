@@ -597,6 +597,66 @@ KERNEL(embedding_grad) {
     Py_RETURN_NONE;
 }
 
+/* ---- recurrent layers ---- */
+
+typedef struct {
+    Size n, steps, units;
+} Steps;
+
+/* Return whether the arrays args[0], args[1], ... have the axes that `axes` names, such as "*NT4 NH": N rows, T time
+   steps, S = T + 1, H hidden units, a digit for that many times H, an asterisk for an array that is written. The sizes
+   are those of the array NTH; t must be a time step. */
+static int are_steps(PyObject *const *args, const char *axes, int type, PyObject *t, Steps *s, Size *step) {
+    int i = 0, ndim = 0, written = 0;
+    for (const char *c = axes;; c++) {
+        if (*c == '*') {
+            written = 1;
+        } else if (*c == ' ' || !*c) {
+            if (NDIM(args[i]) != ndim || (written && !is_writable(args[i]))) return 0;
+            if (!*c) break;
+            i++, ndim = written = 0;
+        } else {
+            if (!ndim && real_type(args[i]) != type) return 0;
+            if (ndim >= NDIM(args[i])) return 0;
+            const Size size = *c == 'N'   ? s->n
+                              : *c == 'T' ? s->steps
+                              : *c == 'S' ? s->steps + 1
+                              : *c == 'H' ? s->units
+                                          : (*c - '0') * s->units;
+            if (DIM(args[i], ndim++) != size) return 0;
+        }
+    }
+    *step = PyLong_CheckExact(t) ? PyLong_AsSsize_t(t) : -1;
+    if (*step == -1) PyErr_Clear();
+    return 0 <= *step && *step < s->steps;
+}
+
+#define DATA_3(a) DATA(a[0]), DATA(a[1]), DATA(a[2])
+#define DATA_4(a) DATA_3(a), DATA(a[3])
+#define DATA_5(a) DATA_4(a), DATA(a[4])
+#define DATA_6(a) DATA_5(a), DATA(a[5])
+
+/* name(arrays..., t), where array number `like` is (N, T, H). */
+#define STEP_KERNEL(name, count, like, axes)                                                                           \
+    KERNEL(name) {                                                                                                     \
+        const int type = nargs == count + 1 && PyArray_CheckExact(args[like]) ? real_type(args[like]) : 0;             \
+        PORTABLE_UNLESS(type && NDIM(args[like]) == 3);                                                                \
+        Steps s = {DIM(args[like], 0), DIM(args[like], 1), DIM(args[like], 2)};                                        \
+        Size t;                                                                                                        \
+        PORTABLE_UNLESS(are_steps(args, axes, type, args[count], &s, &t));                                             \
+        RUN(type, s.n * s.units, name, DATA_##count(args), s.n, s.steps, s.units, t);                                  \
+        Py_RETURN_NONE;                                                                                                \
+    }
+
+STEP_KERNEL(rnn_step, 3, 0, "*NTH NH *NTH")
+STEP_KERNEL(rnn_step_grad, 4, 0, "NTH NTH NH *NTH")
+STEP_KERNEL(lstm_step, 5, 4, "*NT4 N4 *NSH *NTH *NTH")
+STEP_KERNEL(lstm_step_grad, 6, 2, "NT4 NSH NTH NH *NH *NT4")
+STEP_KERNEL(gru_gates, 4, 2, "*NT3 N2 NTH *NTH")
+STEP_KERNEL(gru_step, 4, 2, "*NT3 NH *NTH *NTH")
+STEP_KERNEL(gru_step_grad, 6, 1, "NT3 NTH NTH *NH NH *NT3")
+STEP_KERNEL(gru_gates_grad, 5, 1, "NT3 NTH NH *NH *NT3")
+
 /* ---- optimizers ---- */
 
 static inline int overlap(PyObject *a, PyObject *b) {
@@ -762,6 +822,14 @@ static PyMethodDef methods[] = {
     METHOD(layer_norm_grad),
     METHOD(embedding),
     METHOD(embedding_grad),
+    METHOD(rnn_step),
+    METHOD(rnn_step_grad),
+    METHOD(lstm_step),
+    METHOD(lstm_step_grad),
+    METHOD(gru_gates),
+    METHOD(gru_gates_grad),
+    METHOD(gru_step),
+    METHOD(gru_step_grad),
     METHOD(can_update),
     METHOD(sgd),
     METHOD(momentum),

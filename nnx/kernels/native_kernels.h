@@ -399,6 +399,143 @@ FAST static void NAME(embedding_grad)(Labels idx, const T *restrict dout, T *res
     }
 }
 
+/* ---- recurrent layers: time step t of arrays (n, steps, ...) with d hidden units, as in portable.py ---- */
+
+/* For all r < n, with `at` the row of step t in arrays of `steps` rows for each r. */
+#define FOR_STEP(at) for (Size r = 0, at = t; r < n; r++, at += steps)
+
+INLINE void NAME(keep_state)(T *h_prev, const T *hs, Size at, Size steps, Size d, Size t) {
+    if (t + 1 < steps) memcpy(h_prev + (at + 1) * d, hs + at * d, d * sizeof(T));
+}
+
+FAST static void NAME(rnn_step)(T *restrict hs, const T *restrict product, T *restrict h_prev, Size n, Size steps,
+                                Size d, Size t) {
+    FOR_STEP(at) {
+        T *h = hs + at * d;
+        for (Size k = 0; k < d; k++) h[k] = NAME(scalar_tanh)(h[k] + product[r * d + k]);
+        NAME(keep_state)(h_prev, hs, at, steps, d, t);
+    }
+}
+
+FAST static void NAME(rnn_step_grad)(const T *restrict hs, const T *restrict dhs, const T *restrict dh, T *restrict da,
+                                     Size n, Size steps, Size d, Size t) {
+    FOR_STEP(at)
+    for (Size k = 0; k < d; k++) {
+        const T h = hs[at * d + k];
+        da[at * d + k] = (dhs[at * d + k] + dh[r * d + k]) * (1 - h * h);
+    }
+}
+
+INLINE void NAME(lstm_row)(T *restrict f, T *restrict g, T *restrict i, T *restrict o, const T *restrict product,
+                           const T *restrict c_prev, T *restrict c, T *restrict h, Size d) {
+    for (Size k = 0; k < d; k++) {
+        f[k] = NAME(scalar_sigmoid)(f[k] + product[k]);
+        g[k] = NAME(scalar_tanh)(g[k] + product[k + d]);
+        i[k] = NAME(scalar_sigmoid)(i[k] + product[k + 2 * d]);
+        o[k] = NAME(scalar_sigmoid)(o[k] + product[k + 3 * d]);
+        c[k] = f[k] * c_prev[k] + g[k] * i[k];
+        h[k] = o[k] * NAME(scalar_tanh)(c[k]);
+    }
+}
+
+FAST static void NAME(lstm_step)(T *restrict gates, const T *restrict product, T *restrict cs, T *restrict h_prev,
+                                 T *restrict hs, Size n, Size steps, Size d, Size t) {
+    FOR_STEP(at) {
+        T *f = gates + at * 4 * d, *c = cs + (at + r) * d; /* cs has one more row for each r */
+        NAME(lstm_row)(f, f + d, f + 2 * d, f + 3 * d, product + r * 4 * d, c, c + d, hs + at * d, d);
+        NAME(keep_state)(h_prev, hs, at, steps, d, t);
+    }
+}
+
+INLINE void NAME(lstm_row_grad)(const T *restrict y, const T *restrict c, const T *restrict dhs, const T *restrict dh,
+                                T *restrict dc, T *restrict df, T *restrict dg, T *restrict di, T *restrict o, Size d) {
+    for (Size k = 0; k < d; k++) {
+        const T f = y[k], g = y[k + d], i = y[k + 2 * d], out = y[k + 3 * d], tanh_c = NAME(scalar_tanh)(c[k + d]);
+        const T total = dhs[k] + dh[k], sum = dc[k] + total * out * (1 - tanh_c * tanh_c);
+        df[k] = sum * c[k] * f * (1 - f);
+        dg[k] = sum * i * (1 - g * g);
+        di[k] = sum * g * i * (1 - i);
+        o[k] = total * tanh_c * out * (1 - out);
+        dc[k] = sum * f;
+    }
+}
+
+FAST static void NAME(lstm_step_grad)(const T *restrict gates, const T *restrict cs, const T *restrict dhs,
+                                      const T *restrict dh, T *restrict dc, T *restrict da, Size n, Size steps, Size d,
+                                      Size t) {
+    FOR_STEP(at) {
+        T *df = da + at * 4 * d;
+        NAME(lstm_row_grad)(gates + at * 4 * d, cs + (at + r) * d, dhs + at * d, dh + r * d, dc + r * d, df, df + d,
+                            df + 2 * d, df + 3 * d, d);
+    }
+}
+
+INLINE void NAME(gru_gates_row)(T *restrict z, T *restrict reset_gate, const T *restrict product,
+                                const T *restrict h_prev, T *restrict reset, Size d) {
+    for (Size k = 0; k < d; k++) {
+        z[k] = NAME(scalar_sigmoid)(z[k] + product[k]);
+        reset_gate[k] = NAME(scalar_sigmoid)(reset_gate[k] + product[k + d]);
+        reset[k] = reset_gate[k] * h_prev[k];
+    }
+}
+
+FAST static void NAME(gru_gates)(T *restrict gates, const T *restrict product, const T *restrict h_prev,
+                                 T *restrict reset, Size n, Size steps, Size d, Size t) {
+    FOR_STEP(at) {
+        T *z = gates + at * 3 * d;
+        NAME(gru_gates_row)(z, z + d, product + r * 2 * d, h_prev + at * d, reset + at * d, d);
+    }
+}
+
+INLINE void NAME(gru_row)(const T *restrict z, T *restrict hat, const T *restrict product, const T *restrict h_prev,
+                          T *restrict h, Size d) {
+    for (Size k = 0; k < d; k++) {
+        hat[k] = NAME(scalar_tanh)(hat[k] + product[k]);
+        h[k] = (1 - z[k]) * h_prev[k] + z[k] * hat[k];
+    }
+}
+
+FAST static void NAME(gru_step)(T *restrict gates, const T *restrict product, T *restrict h_prev, T *restrict hs,
+                                Size n, Size steps, Size d, Size t) {
+    FOR_STEP(at) {
+        T *z = gates + at * 3 * d;
+        NAME(gru_row)(z, z + 2 * d, product + r * d, h_prev + at * d, hs + at * d, d);
+        NAME(keep_state)(h_prev, hs, at, steps, d, t);
+    }
+}
+
+INLINE void NAME(gru_row_grad)(const T *restrict y, const T *restrict h_prev, const T *restrict dhs, T *restrict dh,
+                               const T *restrict product, T *restrict dz, T *restrict dhat, Size d) {
+    for (Size k = 0; k < d; k++) {
+        const T z = y[k], hat = y[k + 2 * d], total = dhs[k] + dh[k] + product[k];
+        dz[k] = total * (hat - h_prev[k]) * z * (1 - z);
+        dhat[k] = total * z * (1 - hat * hat);
+        dh[k] = total * (1 - z);
+    }
+}
+
+FAST static void NAME(gru_step_grad)(const T *restrict gates, const T *restrict h_prev, const T *restrict dhs,
+                                     T *restrict dh, const T *restrict product, T *restrict da, Size n, Size steps,
+                                     Size d, Size t) {
+    FOR_STEP(at) {
+        T *dz = da + at * 3 * d;
+        NAME(gru_row_grad)(gates + at * 3 * d, h_prev + at * d, dhs + at * d, dh + r * d, product + r * d, dz,
+                           dz + 2 * d, d);
+    }
+}
+
+FAST static void NAME(gru_gates_grad)(const T *restrict gates, const T *restrict h_prev, const T *restrict dreset,
+                                      T *restrict dh, T *restrict da, Size n, Size steps, Size d, Size t) {
+    FOR_STEP(at) {
+        const T *reset_gate = gates + (at * 3 + 1) * d, *h = h_prev + at * d, *dr = dreset + r * d;
+        T *out = da + (at * 3 + 1) * d;
+        for (Size k = 0; k < d; k++) {
+            out[k] = dr[k] * h[k] * reset_gate[k] * (1 - reset_gate[k]);
+            dh[r * d + k] += dr[k] * reset_gate[k];
+        }
+    }
+}
+
 /* ---- optimizers: `a` holds the parameter, its gradient and its state, `s` the settings, last decay_factor ---- */
 
 #define OPTIMIZER(name, ...)                                                                                           \

@@ -39,15 +39,23 @@ __all__ = [
     "gather",
     "gelu",
     "gelu_grad",
+    "gru_gates",
+    "gru_gates_grad",
+    "gru_step",
+    "gru_step_grad",
     "in_range",
     "input_grad",
     "layer_norm",
     "layer_norm_grad",
+    "lstm_step",
+    "lstm_step_grad",
     "momentum",
     "nesterov",
     "relu",
     "relu_grad",
     "rmsprop",
+    "rnn_step",
+    "rnn_step_grad",
     "sgd",
     "sigmoid",
     "sigmoid_grad",
@@ -425,6 +433,103 @@ def embedding_grad(idx: Array, dout: Array, out: Array) -> None:
     total[...] = 0
     np.add.at(total, idx, dout)
     out[...] = total
+
+
+# ---- recurrent layers: time step t of T, for N rows and H hidden units. Of the arrays (N, T, ...), [:, t] is read, or
+# ---- written in place. `product` is the previous state h times Wh, h_prev[:, t] the state h before step t; `dhs` is
+# ---- the gradient of all hs, `dh` that of h from step t + 1, and `da` that of the sums a = x Wx + h Wh + b.
+
+
+@quiet
+def rnn_step(hs: Array, product: Array, h_prev: Array, t: int) -> None:
+    """h = tanh(a): replace hs[:, t], which holds x Wx + b, and write h_prev[:, t + 1]. All have H columns."""
+    hs[:, t] = np.tanh(_add(hs[:, t], product))
+    h_prev[:, t + 1 : t + 2] = hs[:, t : t + 1]
+
+
+@quiet
+def rnn_step_grad(hs: Array, dhs: Array, dh: Array, da: Array, t: int) -> None:
+    """Write da[:, t] = (dhs[:, t] + dh) * (1 - h**2)."""
+    da[:, t] = _add(dhs[:, t], dh) * (1 - np.square(hs[:, t]))
+
+
+@quiet
+def lstm_step(gates: Array, product: Array, cs: Array, h_prev: Array, hs: Array, t: int) -> None:
+    """c = f * c_prev + g * i; h = o * tanh(c), with f, i, o = sigmoid(a) and g = tanh(a).
+
+    Replace gates[:, t], which holds x Wx + b, by f, g, i, o (N, 4H); write cs[:, t + 1], hs[:, t] and h_prev[:, t + 1].
+    cs (N, T + 1, H) begins with the initial c.
+    """
+    H = hs.shape[2]
+    a = _add(gates[:, t], product)
+    g = np.tanh(a[:, H : 2 * H])
+    a = sigmoid(a)
+    a[:, H : 2 * H] = g
+    c = a[:, :H] * cs[:, t] + g * a[:, 2 * H : 3 * H]
+    gates[:, t], cs[:, t + 1] = a, c
+    hs[:, t] = a[:, 3 * H :] * np.tanh(c)
+    h_prev[:, t + 1 : t + 2] = hs[:, t : t + 1]
+
+
+@quiet
+def lstm_step_grad(gates: Array, cs: Array, dhs: Array, dh: Array, dc: Array, da: Array, t: int) -> None:
+    """Write da[:, t] (N, 4H), and replace `dc`, the gradient of c from step t + 1, by that of c_prev."""
+    H = dhs.shape[2]
+    y, total, tanh_c = gates[:, t], _add(dhs[:, t], dh), np.tanh(cs[:, t + 1])
+    f, g, i, o = (y[:, k * H : (k + 1) * H] for k in range(4))
+    dsum = dc + total * o * (1 - np.square(tanh_c))
+    da[:, t, :H] = dsum * cs[:, t] * f * (1 - f)
+    da[:, t, H : 2 * H] = dsum * i * (1 - np.square(g))
+    da[:, t, 2 * H : 3 * H] = dsum * g * i * (1 - i)
+    da[:, t, 3 * H :] = total * tanh_c * o * (1 - o)
+    dc[...] = dsum * f
+
+
+@quiet
+def gru_gates(gates: Array, product: Array, h_prev: Array, reset: Array, t: int) -> None:
+    """z, r = sigmoid(a): replace gates[:, t, :2H] of gates (N, T, 3H), and write reset[:, t] = r * h_prev[:, t]."""
+    H = h_prev.shape[2]
+    gates[:, t, : 2 * H] = sigmoid(_add(gates[:, t, : 2 * H], product))
+    reset[:, t] = gates[:, t, H : 2 * H] * h_prev[:, t]
+
+
+@quiet
+def gru_step(gates: Array, product: Array, h_prev: Array, hs: Array, t: int) -> None:
+    """h = (1 - z) * h_prev + z * k, with k = tanh(a), where the product is that of `reset` (see `gru_gates`) and Wh.
+
+    Replace gates[:, t, 2H:] by k; write hs[:, t] and h_prev[:, t + 1].
+    """
+    H = hs.shape[2]
+    gates[:, t, 2 * H :] = k = np.tanh(_add(gates[:, t, 2 * H :], product))
+    z = gates[:, t, :H]
+    hs[:, t] = (1 - z) * h_prev[:, t] + z * k
+    h_prev[:, t + 1 : t + 2] = hs[:, t : t + 1]
+
+
+@quiet
+def gru_step_grad(gates: Array, h_prev: Array, dhs: Array, dh: Array, product: Array, da: Array, t: int) -> None:
+    """Write da[:, t, :H] and da[:, t, 2H:], of z and k; the gradient of h from step t + 1 is `dh` + `product`.
+
+    Replace `dh` by the part of the gradient of h_prev that does not pass through a gate.
+    """
+    H = dhs.shape[2]
+    total, z, k = _add(dhs[:, t], dh) + product, gates[:, t, :H], gates[:, t, 2 * H :]
+    da[:, t, :H] = total * (k - h_prev[:, t]) * z * (1 - z)
+    da[:, t, 2 * H :] = total * z * (1 - np.square(k))
+    dh[...] = total * (1 - z)
+
+
+@quiet
+def gru_gates_grad(gates: Array, h_prev: Array, dreset: Array, dh: Array, da: Array, t: int) -> None:
+    """Write da[:, t, H:2H], of r, for the gradient of `reset`; add its part in that of h_prev to `dh`."""
+    H = dh.shape[1]
+    r = gates[:, t, H : 2 * H]
+    da[:, t, H : 2 * H] = dreset * h_prev[:, t] * r * (1 - r)
+    dh[...] = _add(dh, dreset * r)
+
+
+def _add(a: Array, b: Array) -> Array:
+    return np.add(a, b, dtype=accumulation_dtype(a.dtype))
 
 
 # ---- optimizers: update every parameter p, with its gradient g, and its state in place. decay_factor is

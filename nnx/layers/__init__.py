@@ -16,11 +16,30 @@ from nnx.layers.linear import Affine, MatMul
 from nnx.layers.loss import MeanSquaredError, SigmoidWithLoss, SoftmaxWithLoss
 from nnx.layers.negative_sampling import EmbeddingDot, NegativeSamplingLoss
 from nnx.layers.normalization import BatchNorm, LayerNorm
+from nnx.layers.recurrent import (
+    GRU,
+    LSTM,
+    RNN,
+    Simple_TimeAffine,
+    Simple_TimeSoftmaxWithLoss,
+    TimeAffine,
+    TimeBiLSTM,
+    TimeDropout,
+    TimeEmbedding,
+    TimeGRU,
+    TimeLSTM,
+    TimeRNN,
+    TimeSigmoidWithLoss,
+    TimeSoftmaxWithLoss,
+)
 from nnx.np import GPU, np
 
 __all__ = [
     "GELU",
     "GPU",
+    "GRU",
+    "LSTM",
+    "RNN",
     "Affine",
     "BatchNorm",
     "Dropout",
@@ -34,10 +53,21 @@ __all__ = [
     "Repeat",
     "Sigmoid",
     "SigmoidWithLoss",
+    "Simple_TimeAffine",
+    "Simple_TimeSoftmaxWithLoss",
     "Softmax",
     "SoftmaxWithLoss",
     "Sum",
     "Tanh",
+    "TimeAffine",
+    "TimeBiLSTM",
+    "TimeDropout",
+    "TimeEmbedding",
+    "TimeGRU",
+    "TimeLSTM",
+    "TimeRNN",
+    "TimeSigmoidWithLoss",
+    "TimeSoftmaxWithLoss",
     "cross_entropy_error",
     "np",
     "softmax",

@@ -58,26 +58,34 @@ class Dropout(BaseLayer):
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x * mask with a new mask, or x * (1 - dropout_ratio) if train_flg is False."""
-        x = as_floating(x, None, "Dropout")
-        self._ratio = setting(self, "dropout_ratio", _BELOW_1)
-        self.shape, self.dtype, self.train_flg = x.shape, x.dtype, train_flg
-        if not train_flg:
-            return self._scale(x)
-        self.calls += 1
-        return dropout(x, self._ratio, self.seed, self.calls)
+        self.train_flg = train_flg
+        return self._forward(x, train_flg)
 
     def backward(self, dout: Any) -> Array:
         """Return dout times the mask, or the scale, of the last forward."""
-        dout = check_grad_output(self, dout, self.shape, self.dtype)
-        if not self.train_flg:
-            return self._scale(dout)
-        return dropout(dout, self._ratio, self.seed, self.calls)
+        return self._apply(check_grad_output(self, dout, self.shape, self.dtype))
+
+    def _forward(self, x: Any, training: bool) -> Array:
+        x = as_floating(x, None, type(self).__name__)
+        self._ratio = setting(self, "dropout_ratio", _BELOW_1)
+        self.shape, self.dtype, self._training = x.shape, x.dtype, training
+        if training:
+            self.calls += 1
+        return self._apply(x)
 
     @quiet
-    def _scale(self, x: Array) -> Array:
-        return np.multiply(x, 1 - self._ratio, dtype=x.dtype)
+    def _apply(self, x: Array) -> Array:
+        """Return `x` times the mask, if in training, and the scale of the last forward."""
+        scale = self._scale()
+        if not self._training:
+            return np.multiply(x, scale, dtype=x.dtype)
+        y = dropout(x, self._ratio, self.seed, self.calls)
+        return y if scale == 1 else np.multiply(y, scale, out=y)
+
+    def _scale(self) -> float:
+        return 1 if self._training else 1 - self._ratio
 
     @property
     def mask(self) -> Array:
-        """The mask of the last forward in training mode, recomputed: 1 where an element was kept, else 0."""
-        return dropout(np.ones(self.shape, self.dtype), self._ratio, self.seed, self.calls)
+        """The mask of the last forward in training mode, recomputed: the factor of each element."""
+        return self._apply(np.ones(self.shape, self.dtype))

@@ -40,9 +40,9 @@ class Embedding(BaseLayer):
     idx: Array
 
     def __init__(self, W: Array) -> None:
-        check_weights("Embedding", W=W)
+        check_weights(type(self).__name__, W=W)
         if W.ndim != 2:
-            raise ValueError(f"Embedding: W must have two axes (vocabulary, vector), got shape {W.shape}")
+            raise ValueError(f"{type(self).__name__}: W must have two axes (vocabulary, vector), got shape {W.shape}")
         self.params = [W]
         self.grads = [np.zeros(W.shape, W.dtype)]
 
@@ -64,7 +64,7 @@ class Embedding(BaseLayer):
     def forward(self, idx: Any) -> Array:
         """Return W[idx]."""
         W = self.params[0]
-        self.idx = check_range(idx, len(W), "Embedding", "idx")
+        self.idx = check_range(idx, len(W), type(self).__name__, "idx")
         return embedding(W, self.idx)
 
     def backward(self, dout: Any) -> None:

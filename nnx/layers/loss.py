@@ -164,11 +164,11 @@ class SoftmaxWithLoss(_ClassLoss):
 
     def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
         """Return labels `t` for scores of `shape` as checked indices; `Trainer` calls this once for all data."""
-        return class_indices(t, shape, "SoftmaxWithLoss", self.ignore_label)
+        return class_indices(t, shape, type(self).__name__, self.ignore_label)
 
     def forward(self, x: Any, t: Any, weight: Any = None) -> Scalar:
         """Return the loss."""
-        self.x = x = as_floating(x, None, "SoftmaxWithLoss")
+        self.x = x = as_floating(x, None, type(self).__name__)
         self.t = self.prepare_targets(t, x.shape)
         self._apply_weights(weight, x.shape[-1])
         loss, self.y = softmax_loss(x, self.t, self.weight)
@@ -221,14 +221,14 @@ class SigmoidWithLoss(_ClassLoss):
 
     def prepare_targets(self, t: Any, shape: tuple[int, ...]) -> Array:
         """Return checked labels `t` for scores of `shape`; `Trainer` calls this once for all data."""
-        t = as_real_array(t, "SigmoidWithLoss")
+        t = as_real_array(t, type(self).__name__)
         t = t.astype(np.int8) if t.dtype.kind == "b" else t
-        t = check_range(t, 2, "SigmoidWithLoss", "labels", self.ignore_label)
-        return _check_same_shape("SigmoidWithLoss", t, shape)
+        t = check_range(t, 2, type(self).__name__, "labels", self.ignore_label)
+        return _check_same_shape(type(self).__name__, t, shape)
 
     def forward(self, x: Any, t: Any, weight: Any = None) -> Scalar:
         """Return the loss."""
-        self.x = x = as_floating(x, None, "SigmoidWithLoss")
+        self.x = x = as_floating(x, None, type(self).__name__)
         self.t = self.prepare_targets(t, x.shape)
         self._apply_weights(weight, 2)
         loss, self.y = sigmoid_loss(x, self.t, self.weight)

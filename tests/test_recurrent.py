@@ -1,0 +1,456 @@
+"""Recurrent layers: the book's formulas, PyTorch's, states, ignored labels, tied weights, modes, errors."""
+
+import copy
+import pickle
+
+import numpy
+import pytest
+from cases import recurrent
+
+import nnx
+from nnx import GPU, Sequential, checkpoint, layers, models, np, to_cpu
+from nnx.layers import (
+    GRU,
+    LSTM,
+    RNN,
+    Affine,
+    Simple_TimeSoftmaxWithLoss,
+    TimeAffine,
+    TimeBiLSTM,
+    TimeDropout,
+    TimeEmbedding,
+    TimeGRU,
+    TimeLSTM,
+    TimeRNN,
+    TimeSigmoidWithLoss,
+    TimeSoftmaxWithLoss,
+)
+from nnx.testing import check_gradients
+
+KINDS = [TimeRNN, TimeLSTM, TimeGRU]
+CELLS = {TimeRNN: RNN, TimeLSTM: LSTM, TimeGRU: GRU}
+SIZES = [(1, 1, 1, 1), (3, 5, 4, 2), (1, 4, 3, 5), (7, 1, 2, 6), (20, 3, 17, 33)]  # N, T, D, H
+
+
+def normal(*shape, dtype="float64", seed=0):
+    return np.asarray(numpy.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype))
+
+
+def sigmoid(x):
+    return 1 / (1 + numpy.exp(-x))
+
+
+def reference(kind, xs, h, c, Wx, Wh, b):
+    """Return hs and the last h and c, by the book's formulas, one step after the other."""
+    H, hs = len(Wh), []
+    for x in numpy.moveaxis(xs, 1, 0):
+        if kind is TimeRNN:
+            h = numpy.tanh(x @ Wx + h @ Wh + b)
+        elif kind is TimeLSTM:
+            f, g, i, o = numpy.split(x @ Wx + h @ Wh + b, 4, axis=1)
+            c = sigmoid(f) * c + numpy.tanh(g) * sigmoid(i)
+            h = sigmoid(o) * numpy.tanh(c)
+        else:
+            z, r = (sigmoid(x @ Wx[:, k] + h @ Wh[:, k] + b[k]) for k in (slice(H), slice(H, 2 * H)))
+            k = numpy.tanh(x @ Wx[:, 2 * H :] + (r * h) @ Wh[:, 2 * H :] + b[2 * H :])
+            h = (1 - z) * h + z * k
+        hs.append(h)
+    return numpy.stack(hs, axis=1), h, c
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_formulas_are_the_books(kind, size):
+    N, T, D, H = size
+    xs, h, c = normal(N, T, D), normal(N, H), normal(N, H, seed=1)
+    layer = recurrent(kind, D, H, stateful=True)("float64")
+    layer.set_state(*(h, c)[: 1 + (kind is TimeLSTM)])
+    hs, last_h, last_c = reference(kind, *map(to_cpu, (xs, h, c, *layer.params)))
+    numpy.testing.assert_allclose(to_cpu(layer.forward(xs)), hs, rtol=1e-12, atol=1e-12)
+    numpy.testing.assert_allclose(to_cpu(layer.h), last_h, rtol=1e-12, atol=1e-12)
+    if kind is TimeLSTM:
+        numpy.testing.assert_allclose(to_cpu(layer.c), last_c, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_equals_its_cell_step_by_step(kind):
+    layer, cell = recurrent(kind)("float64"), recurrent(CELLS[kind])("float64")
+    xs, dhs, states = normal(2, 3, 4), normal(2, 3, 3), [np.zeros((2, 3))] * (1 + (kind is TimeLSTM))
+    hs, total, steps = layer.forward(xs), [np.zeros_like(p) for p in cell.params], []
+    for t in range(3):
+        result = cell.forward(xs[:, t], *states)
+        steps.append(copy.copy(cell))
+        states = list(result) if isinstance(result, tuple) else [result]
+        numpy.testing.assert_allclose(to_cpu(states[0]), to_cpu(hs[:, t]), atol=1e-14)
+    dxs, dstates = layer.backward(dhs), [np.zeros((2, 3))] * len(states)
+    for t in reversed(range(3)):
+        dx, *dstates = steps[t].backward(dhs[:, t] + dstates[0], *dstates[1:])
+        total = [a + g for a, g in zip(total, cell.grads, strict=True)]
+        numpy.testing.assert_allclose(to_cpu(dx), to_cpu(dxs[:, t]), atol=1e-14)
+    numpy.testing.assert_allclose(to_cpu(dstates[0]), to_cpu(layer.dh), atol=1e-14)
+    for a, g in zip(total, layer.grads, strict=True):
+        numpy.testing.assert_allclose(to_cpu(a), to_cpu(g), atol=1e-13)
+
+
+class FromState:
+    """A stateful layer whose initial states are inputs."""
+
+    def __init__(self, layer):
+        self.layer, self.params, self.grads = layer, layer.params, layer.grads
+
+    def forward(self, xs, *states):
+        self.layer.set_state(*states)
+        return self.layer.forward(xs)
+
+    def backward(self, dhs):
+        dxs = self.layer.backward(dhs)
+        return dxs, self.layer.dh, *([self.layer.dc] if hasattr(self.layer, "dc") else [])
+
+
+@pytest.mark.parametrize(("N", "T"), [(1, 1), (1, 3), (2, 1), (2, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_initial_states_are_numerically_right(kind, N, T):
+    layer = FromState(recurrent(kind, stateful=True)("float64"))
+    states = [normal(N, 3, seed=k) for k in range(1 + (kind is TimeLSTM))]
+    check_gradients(layer, *map(to_cpu, (normal(N, T, 4), *states)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stateful_layer_continues_where_it_stopped(kind):
+    xs = normal(2, 6, 4)
+    whole, parts, stateless = (recurrent(kind, stateful=s)("float64") for s in (False, True, False))
+    hs = whole.forward(xs)
+    for _ in range(2):
+        joined = np.concatenate([parts.forward(xs[:, :2]), parts.forward(xs[:, 2:])], axis=1)
+        numpy.testing.assert_allclose(to_cpu(joined), to_cpu(hs), atol=1e-14)
+        parts.reset_state()
+        assert parts.h is None
+    assert (stateless.forward(xs[:, :2]) == stateless.forward(xs[:, :2])).all()
+    numpy.testing.assert_array_equal(to_cpu(whole.h), to_cpu(hs[:, -1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_kept_apart_from_results(kind):
+    layer, xs = recurrent(kind, stateful=True)("float64"), normal(2, 3, 4)
+    h = normal(2, 3)
+    given = h.copy()
+    layer.set_state(h)
+    hs = layer.forward(xs)
+    kept = layer.h.copy()
+    hs[...] = 0
+    assert (layer.h == kept).all()
+    assert (h == given).all()
+
+
+def test_set_state_without_c_starts_from_zeros_as_in_the_book():
+    layer, xs = recurrent(TimeLSTM, stateful=True)("float64"), normal(2, 3, 4)
+    layer.forward(xs)
+    layer.set_state(to_cpu(normal(2, 3)))  # a host array is moved
+    hs, *_ = reference(TimeLSTM, to_cpu(xs), to_cpu(normal(2, 3)), 0, *map(to_cpu, layer.params))
+    numpy.testing.assert_allclose(to_cpu(layer.forward(xs)), hs, atol=1e-14)
+
+
+def test_predict_leaves_the_state_and_a_pending_backward_alone():
+    for make in (recurrent(TimeLSTM, stateful=True), recurrent(TimeBiLSTM, stateful=True)):
+        layer, xs = make("float64"), normal(2, 3, 4)
+        model = Sequential([layer])
+        dhs = np.ones_like(model.forward(xs))
+        inner = getattr(layer, "forward_lstm", layer)
+        before, h = model.backward(dhs), inner.h.copy()
+        model.predict(-xs)
+        assert (model.backward(dhs) == before).all()
+        assert (inner.h == h).all()
+
+
+def test_both_directions_of_the_bidirectional_layer_read_the_sequence_in_their_order():
+    layer, xs = recurrent(TimeBiLSTM)("float64"), normal(2, 5, 4)
+    hs = to_cpu(layer.forward(xs))
+    zeros = numpy.zeros((2, 3))
+    weights = [*map(to_cpu, layer.params)]
+    first, *_ = reference(TimeLSTM, to_cpu(xs), zeros, zeros, *weights[:3])
+    second, *_ = reference(TimeLSTM, to_cpu(xs)[:, ::-1], zeros, zeros, *weights[3:])
+    numpy.testing.assert_allclose(hs, numpy.concatenate([first, second[:, ::-1]], axis=2), atol=1e-14)
+    assert layer.forward_lstm.params[0] is layer.params[0]
+
+
+def test_a_gru_without_bias_equals_one_with_a_bias_of_zeros():
+    Wx, Wh, xs = normal(4, 9), normal(3, 9), normal(2, 3, 4)
+    ours, other = TimeGRU(Wx, Wh, stateful=True), TimeGRU(Wx, Wh, np.zeros(9), True)
+    assert (ours.forward(xs) == other.forward(xs)).all()
+    assert len(GRU(Wx, Wh).params) == len(ours.params) == 2
+
+
+# ---- PyTorch ----------------------------------------------------------------------------------------
+
+
+def torch_weights(layer, order):
+    """Return weight_ih, weight_hh, bias_ih and bias_hh of PyTorch, whose gates are in another order."""
+    Wx, Wh, b = (numpy.split(to_cpu(p), len(order), axis=-1) for p in layer.params)
+    Wx, Wh, b = (numpy.concatenate([blocks[k] for k in order], axis=-1) for blocks in (Wx, Wh, b))
+    return Wx.T, Wh.T, b, numpy.zeros_like(b)
+
+
+@pytest.mark.skipif(GPU, reason="compares two libraries on the CPU")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", [TimeRNN, TimeLSTM])
+def test_results_and_gradients_are_those_of_pytorch(kind, size):
+    torch = pytest.importorskip("torch")
+    N, T, D, H = size
+    order = {TimeRNN: [0], TimeLSTM: [2, 0, 1, 3]}[kind]  # PyTorch: i, f, g, o
+    layer = recurrent(kind, D, H)("float32")
+    peer = getattr(torch.nn, kind.__name__.removeprefix("Time"))(D, H, batch_first=True)
+    with torch.no_grad():
+        for p, value in zip(peer.parameters(), torch_weights(layer, order), strict=True):
+            p.copy_(torch.from_numpy(value.copy()))
+    xs, dhs = normal(N, T, D, dtype="float32"), normal(N, T, H, dtype="float32", seed=1)
+    x = torch.from_numpy(xs.copy()).requires_grad_()
+    hs, _ = peer(x)
+    hs.backward(torch.from_numpy(dhs.copy()))
+    close(layer.forward(xs), hs.detach())
+    close(layer.backward(dhs), x.grad)
+    inverse = numpy.argsort(order)
+    for ours, p in zip(layer.grads, peer.parameters(), strict=False):
+        blocks = numpy.split(p.grad.numpy(), len(order), axis=0)
+        close(ours, numpy.concatenate([blocks[k] for k in inverse], axis=0).T)
+
+
+@pytest.mark.skipif(GPU, reason="compares two libraries on the CPU")
+def test_a_gru_whose_reset_gate_is_open_equals_pytorchs():
+    """With r = 1 the formulas agree, but for z and 1 - z, which negated weights exchange."""
+    torch = pytest.importorskip("torch")
+    Wx, Wh, b = normal(4, 9, dtype="float32"), normal(3, 9, dtype="float32"), normal(9, dtype="float32")
+    Wx[:, 3:6] = Wh[:, 3:6] = 0
+    b[3:6] = 100
+    peer, layer = torch.nn.GRU(4, 3, batch_first=True), TimeGRU(Wx, Wh, b)
+    exchange = numpy.repeat([1, -1, 1], 3).astype("f")
+    with torch.no_grad():
+        for p, value in zip(peer.parameters(), torch_weights(layer, [1, 0, 2]), strict=True):
+            p.copy_(torch.from_numpy((value.T * exchange).T.copy()))
+    xs = normal(5, 6, 4, dtype="float32")
+    close(layer.forward(xs), peer(torch.from_numpy(xs))[0].detach())
+
+
+@pytest.mark.skipif(GPU, reason="compares two libraries on the CPU")
+@pytest.mark.parametrize("ignored", [0, 3, 12])
+def test_embedding_and_loss_are_those_of_pytorch(ignored):
+    torch = pytest.importorskip("torch")
+    W, Wa = normal(11, 4, dtype="float32"), normal(4, 11, dtype="float32")
+    rng = numpy.random.default_rng(0)
+    idx, t = rng.integers(0, 11, (3, 4)), rng.integers(0, 11, (3, 4))
+    t.ravel()[rng.permutation(12)[:ignored]] = -1
+    model = [TimeEmbedding(W), TimeAffine(Wa, np.zeros(11, "float32"))]
+    loss_layer = TimeSoftmaxWithLoss()
+    loss = loss_layer.forward(model[1].forward(model[0].forward(idx)), t)
+    model[0].backward(model[1].backward(loss_layer.backward()))
+    w, wa = (torch.from_numpy(a.copy()).requires_grad_() for a in (W, Wa))
+    scores = torch.nn.functional.embedding(torch.from_numpy(idx), w) @ wa
+    if ignored == 12:  # NaN in PyTorch
+        assert float(loss) == 0
+        assert not any(g.any() for layer in model for g in layer.grads)
+        return
+    expected = torch.nn.functional.cross_entropy(scores.reshape(12, 11), torch.from_numpy(t).ravel(), ignore_index=-1)
+    expected.backward()
+    close(loss, expected.detach())
+    close(model[0].grads[0], w.grad)
+    close(model[1].grads[0], wa.grad)
+
+
+def close(ours, expected):
+    numpy.testing.assert_allclose(to_cpu(ours), numpy.asarray(expected), rtol=1e-5, atol=1e-5)
+
+
+# ---- losses, dropout --------------------------------------------------------------------------------
+
+
+def test_ignored_positions_count_toward_neither_loss_nor_gradient():
+    x, t = normal(2, 3, 4), numpy.array([[0, -1, 2], [-1, 3, -1]])
+    x[0, 1], x[1, 0] = numpy.inf, numpy.nan  # saturated scores, which are NaN in the book
+    layer, plain = TimeSoftmaxWithLoss(), layers.SoftmaxWithLoss()
+    kept = t.ravel() >= 0
+    expected = plain.forward(x.reshape(6, 4)[numpy.flatnonzero(kept)], t.ravel()[kept])
+    numpy.testing.assert_allclose(float(layer.forward(x, t)), float(expected), rtol=1e-12)
+    first, dx = layer.backward(), numpy.zeros((6, 4))
+    dx[kept] = to_cpu(plain.backward())
+    numpy.testing.assert_allclose(to_cpu(first), dx.reshape(2, 3, 4), atol=1e-15)
+    assert (layer.backward() == first).all()
+
+
+def test_labels_may_be_one_hot_but_not_below_minus_1():
+    x, t = normal(2, 3, 4), numpy.array([[0, 1, 2], [3, 3, 0]])
+    layer = TimeSoftmaxWithLoss()
+    assert float(layer.forward(x, numpy.eye(4, dtype=int)[t])) == float(layer.forward(x, t))
+    with pytest.raises(ValueError, match=r"^TimeSoftmaxWithLoss: labels must be in \[0, 4\), got -2"):
+        layer.forward(x, t - 2)
+    with pytest.raises(ValueError, match=r"^Simple_TimeSoftmaxWithLoss: labels must be in \[0, 4\), got -1"):
+        Simple_TimeSoftmaxWithLoss().forward(x, t - 1)
+
+
+@pytest.mark.parametrize("kind", [TimeSoftmaxWithLoss, TimeSigmoidWithLoss, Simple_TimeSoftmaxWithLoss])
+def test_backward_leaves_its_argument_alone(kind):
+    sigmoid = kind is TimeSigmoidWithLoss
+    layer, dout = kind(), np.ones(())
+    layer.forward(normal(2, 3) if sigmoid else normal(2, 3, 4), numpy.ones((2, 3), int))
+    first = layer.backward(dout)
+    assert float(dout) == 1
+    assert (layer.backward(dout) == first).all()
+
+
+def test_time_dropout_scales_in_training_and_passes_x_on_in_inference():
+    layer, xs = TimeDropout(0.25, rng=0), np.ones((50, 4, 25), "float32")
+    ys = to_cpu(layer.forward(xs))
+    assert {*numpy.unique(ys)} == {0, numpy.float32(1 / 0.75)}
+    assert abs(ys.mean() - 1) < 0.02
+    assert (layer.backward(xs) == layer.mask).all()
+    layer.train_flg = False  # as the book's models do
+    again = layer.forward(xs)
+    assert (again == xs).all()
+    assert again is not xs
+    assert (layer.backward(xs) == xs).all()
+    layer.train_flg = True
+    assert (layer.forward(xs, train_flg=False) == xs).all()
+    assert layer.train_flg is True
+    assert (Sequential([layer]).predict(xs) == xs).all()
+    assert (layer.forward(xs) == 0).any()
+
+
+def test_time_dropout_draws_the_masks_of_dropout():
+    xs = np.ones((5, 4, 3))
+    ours, other = TimeDropout(0.5, rng=1).forward(xs), layers.Dropout(0.5, rng=1).forward(xs)
+    assert (ours == 2 * other).all()
+
+
+# ---- weights ----------------------------------------------------------------------------------------
+
+
+def language_model(V=7, D=4, H=4, dtype="float64", tied=True, **settings):
+    embedding = TimeEmbedding.init(V, D, dtype=dtype, rng=0)
+    affine = (
+        TimeAffine(embedding.params[0].T, np.zeros(V, dtype)) if tied else TimeAffine.init(H, V, dtype=dtype, rng=2)
+    )
+    return Sequential([embedding, TimeLSTM.init(D, H, dtype=dtype, rng=1, **settings), affine], TimeSoftmaxWithLoss())
+
+
+def test_weights_tied_by_a_transposed_view_train_as_one():
+    model = language_model()
+    W, before = model.params[0], model.params[0].copy()
+    xs, ts = numpy.arange(12).reshape(3, 4) % 7, (numpy.arange(12).reshape(3, 4) + 1) % 7
+    first = float(model.forward(xs, ts))
+    for _ in range(200):
+        model.forward(xs, ts)
+        model.backward()
+        params, grads = nnx.tree.TiedParameters(model.params).sum_tied_gradients(model.params, model.grads)
+        assert len(params) == len(model.params) - 1
+        nnx.SGD(1.0).update(params, grads)
+    assert float(model.forward(xs, ts)) < 0.2 * first
+    assert np.may_share_memory(model.layers[-1].params[0], W)
+    assert bool((before != W).any())
+
+
+def test_layers_keep_the_callers_arrays():
+    weights = [normal(4, 12), normal(3, 12), normal(12)]
+    layer = TimeLSTM(*weights)
+    assert all(p is w for p, w in zip(layer.params, weights, strict=True))
+    turned = TimeLSTM(normal(12, 4).T, np.asfortranarray(weights[1]), weights[2])
+    plain = TimeLSTM(np.ascontiguousarray(turned.params[0]), *weights[1:])
+    xs = normal(2, 3, 4)
+    for layer in (turned, plain):
+        layer.forward(xs)
+        layer.backward(np.ones((2, 3, 3)))
+    for a, b in zip(turned.grads, plain.grads, strict=True):
+        numpy.testing.assert_allclose(to_cpu(a), to_cpu(b), atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, TimeBiLSTM])
+def test_copies_have_arrays_of_their_own(kind):
+    layer, xs = recurrent(kind, stateful=True)("float64"), normal(2, 3, 4)
+    layer.forward(xs)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert (copied.forward(xs) == copy.deepcopy(layer).forward(xs)).all()
+        assert not np.may_share_memory(copied.params[0], layer.params[0])
+
+
+def test_weights_drawn_by_init():
+    layer = TimeLSTM.init(5, 3, rng=0, stateful=True)
+    assert [p.shape for p in layer.params] == [(5, 12), (3, 12), (12,)]
+    assert layer.stateful
+    assert repr(layer) == "TimeLSTM(5, 3, stateful=True)"
+    assert repr(GRU.init(5, 3)) == "GRU(5, 3)"
+    assert (TimeLSTM.init(5, 3, rng=0).params[1] == layer.params[1]).all()
+    assert not (layer.params[0][:, :3] == layer.params[0][:, 3:6]).any()
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_checkpoint_continues_from_the_state(tmp_path, stateful):
+    pytest.importorskip("safetensors")
+    model, xs = language_model(stateful=stateful, tied=False), numpy.arange(12).reshape(3, 4) % 7
+    for steps in range(2):  # without and with a state
+        checkpoint.save(tmp_path / "model.safetensors", model)
+        other = language_model(stateful=stateful, tied=False)
+        other.forward(xs[:2], xs[:2])
+        checkpoint.load(tmp_path / "model.safetensors", other)
+        built = models.load(tmp_path / "model.safetensors")
+        expected = to_cpu(copy.deepcopy(model).layers[1].forward(normal(3, 2, 4)))
+        for loaded in (other, built):
+            assert (to_cpu(loaded.layers[1].forward(normal(3, 2, 4))) == expected).all(), steps
+        model.forward(xs, xs)
+
+
+def test_a_checkpoint_of_another_state_is_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    model = language_model(stateful=True)
+    model.layers[1].set_state(np.zeros((2, 5)))
+    checkpoint.save(tmp_path / "model.safetensors", model)
+    with pytest.raises(ValueError, match=r"state must hold h and c, \(N, 4\) or None, got \[\(2, 5\), None\]"):
+        checkpoint.load(tmp_path / "model.safetensors", language_model(stateful=True))
+    with pytest.raises(ValueError, match="state must hold nothing"):
+        checkpoint.load(tmp_path / "model.safetensors", language_model())
+
+
+# ---- errors, names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: TimeLSTM(normal(4, 12), normal(3, 9), normal(12)), ValueError, r"^TimeLSTM: Wx, Wh and b must .*4H"),
+        (lambda: RNN(normal(4, 3), normal(3, 3), normal(4)), ValueError, r"^RNN: .*\(D, H\).*float64 \(4,\)"),
+        (lambda: TimeGRU(normal(4, 9), normal(3, 9, dtype="float32")), ValueError, "^TimeGRU: .* same dtype"),
+        (lambda: TimeRNN(normal(4, 3), normal(3, 3), [0.0] * 3), TypeError, "^TimeRNN: b must be"),
+        (lambda: TimeRNN(normal(4, 3), normal(3, 3), normal(3), "yes"), TypeError, "^TimeRNN: stateful must be a bool"),
+        (lambda: recurrent(TimeGRU)("float32").forward(normal(2, 4)), ValueError, r"^TimeGRU: xs must have .*\(2, 4\)"),
+        (lambda: recurrent(TimeGRU)("float32").forward(normal(2, 0, 4)), ValueError, "T at least 1"),
+        (lambda: recurrent(GRU)("float32").forward(normal(2, 1, 4), None), ValueError, "^GRU: expected .* one time"),
+        (lambda: recurrent(GRU)("float32").forward(normal(2, 4), normal(3, 3)), ValueError, r"^GRU: the state h must"),
+        (lambda: TimeBiLSTM(*([normal(4, 12), normal(3, 12), normal(12), normal(5, 12), normal(3, 12), normal(12)])),
+         ValueError, "^TimeBiLSTM: Wx1 and Wx2"),
+    ],
+)  # fmt: skip
+def test_errors_name_layer_and_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_state_of_another_batch_size_is_refused_before_anything_changes():
+    layer = recurrent(TimeLSTM, stateful=True)("float64")
+    layer.forward(normal(2, 3, 4))
+    h = layer.h
+    with pytest.raises(
+        ValueError, match=r"TimeLSTM: the state h must have shape \(3, 3\), got \(2, 3\); call reset_st"
+    ):
+        layer.forward(normal(3, 3, 4))
+    assert layer.h is h
+    with pytest.raises(ValueError, match="shape of the output"):
+        layer.backward(np.ones((3, 3, 3)))
+
+
+def test_time_layers_gives_what_the_books_star_import_gives():
+    names = {}
+    exec("from nnx.time_layers import *", names)
+    assert names["np"] is np
+    assert names["GPU"] is GPU
+    assert {"softmax", "sigmoid", "cross_entropy_error", *layers.__all__} <= set(names)
+    assert names["Affine"] is Affine
+    assert names["TimeLSTM"] is TimeLSTM
