@@ -17,7 +17,7 @@ ORDER = [
     *("layers", "time_layers"),
     *("tree", "optimizer", "dataset.files", "dataset.ptb", "dataset.sequence", "dataset.spiral", "dataset", "plotting"),
     *("checkpoint", "base_model", "models", "signals", "train_state", "batches", "distributed", "callbacks", "trainer"),
-    *("util", "testing", "onnx"),
+    *("util", "testing", "sklearn", "onnx"),
 ]
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in ROOT.rglob("*.py")}
 COMPILED = {"kernels.native"}  # written in C

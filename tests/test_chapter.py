@@ -91,6 +91,16 @@ def test_train_regression(tmp_path):
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tabular(tmp_path):
+    for package in ("pandas", "onnx", "onnxruntime", "safetensors", "sklearn"):
+        pytest.importorskip(package)
+    out = run("tabular", "--folder", str(tmp_path / "new"))
+    assert "onnxruntime chooses the same class in 143 rows" in out
+    assert float(out.split("\naccuracy ")[1].split()[0]) > 0.9
+    names = ["history.png", "net.onnx", "net.safetensors", "probabilities.npy", "rows.npy"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
+
+
 def idx(array, gz=False):
     """Return the bytes of an IDX file."""
     raw = bytes([0, 0, 8, array.ndim]) + numpy.array(array.shape, ">u4").tobytes() + array.astype("u1").tobytes()
@@ -142,12 +152,14 @@ def test_examples_are_short_and_have_help(path):
 def test_readme_code_runs_and_prints_the_documented_output(tmp_path):
     pytest.importorskip("safetensors")
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    first, table, layers, own_layer, checkpoints, ranks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    first, table, estimator, layers, own_layer, checkpoints, ranks = blocks
     data = "from numpy import arange, random\nx = x_val = x_test = random.randn(256, 784)\n"
     data += "t = t_val = t_test = arange(256) % 10\n"
     output = output_of(tmp_path, data + own_layer + first + table + ranks)
     assert re.search(r"^\{'epoch': \d+, .*, 'val_errors': ", output, re.MULTILINE)
     assert len((tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()) == 1 + 3
+    assert re.fullmatch(r"accuracy 0\.9\d\n", output_of(tmp_path, estimator))
     printed = re.findall(r"^prints\n\n```\n(.*?)```", readme, re.DOTALL | re.MULTILINE)
     assert [output_of(tmp_path, code) for code in (layers, checkpoints)] == printed
 

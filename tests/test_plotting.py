@@ -164,7 +164,7 @@ def test_points_and_labels_of_pandas():
         (3, r"got shape \(\)"),
         ([0.0, 1, 1, 2], r"t must hold integer labels, got float64; convert them with t\.astype\(int\)"),
         ([[0.0], [1], [1], [2]], "t must hold integer labels, got float64"),
-        (numpy.eye(4), r"one-hot, got float64 \(4, 4\); use argmax"),
+        (numpy.eye(4), r"one-hot integers, got float64 \(4, 4\); use argmax"),
         (numpy.ones((4, 2), int), "every one-hot row must hold a single 1"),
     ],
 )
