@@ -227,7 +227,7 @@ class _BaseMLP(BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
             metrics={"score": lambda scores, t: self._score(scores, t, *held_out[2:])} if held_out else None,
             sample_weight=weight[0] if weight else None,
             verbose=None if self.verbose else False,
-            callbacks=[] if partial else [convergence],
+            callbacks=[convergence],
         )
         rows = trainer.history[epochs:]
         self.loss_curve_ += [row["loss"] for row in rows]
@@ -343,13 +343,12 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):  # type: ignore[misc]
         return self._predict(X, "predict_proba")
 
     def _encode(self, y: numpy.ndarray, classes: Any, resume: bool) -> numpy.ndarray:
-        """Return the labels as indices of `classes_`."""
+        """Return the labels (N,) or (N, 1) as indices of `classes_`."""
         if y.shape[1:] not in ((), (1,)):
             raise ValueError(
                 f"MLPClassifier: y must have one label per row, got shape {y.shape}; for several, use "
                 "sklearn.multioutput.MultiOutputClassifier"
             )
-        y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         if not resume:
             self._encoder = LabelEncoder().fit(y if classes is None else classes)

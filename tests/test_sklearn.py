@@ -26,22 +26,16 @@ from nnx.sklearn import MLPClassifier, MLPRegressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 ESTIMATORS = [MLPClassifier, MLPRegressor]
-EXCEPTIONS = {
-    # scikit-learn runs this check on its own perceptrons with other solvers than adam (PER_ESTIMATOR_CHECK_PARAMS in
-    # sklearn/utils/_test_common/instance_generator.py). With dtype="float64" nothing is excepted.
-    "check_sample_weight_equivalence_on_dense_data": "the results are equal within float32 rounding, but not to 1e-7",
-}
 
 
 @parametrize_with_checks(
-    [
-        kind(max_iter=20, learning_rate_init=0.01, dtype=dtype)
-        for kind in ESTIMATORS
-        for dtype in ("float32", "float64")
-    ],
-    expected_failed_checks=lambda estimator: EXCEPTIONS if estimator.dtype == "float32" else {},
+    [kind(max_iter=20, learning_rate_init=0.01, dtype=dtype) for kind in ESTIMATORS for dtype in ("float32", "float64")]
 )
 def test_checks_of_scikit_learn(estimator, check):
+    # scikit-learn runs this check on its own perceptrons with other solvers than adam (PER_ESTIMATOR_CHECK_PARAMS in
+    # sklearn/utils/_test_common/instance_generator.py); with float64 it passes, see also test_weights_of_rows.
+    if estimator.dtype == "float32" and check.func.__name__ == "check_sample_weight_equivalence_on_dense_data":
+        pytest.xfail("the results are equal within the rounding of float32, but the tolerance is 1e-7")
     check(estimator)
 
 
@@ -202,7 +196,10 @@ def test_several_outputs_of_a_regression(diabetes):
     assert estimator.predict(X).shape == Y.shape
     assert estimator.n_outputs_ == 3
     assert estimator.score(X, Y) > 0.5
-    assert MLPRegressor(max_iter=3, early_stopping=True).fit(X, Y).best_loss_ > 0
+    with pytest.raises(ValueError, match="t must have the shape of x"):
+        estimator.partial_fit(X, y)
+    assert estimator.predict(X).shape == Y.shape
+    assert len(MLPRegressor(max_iter=3, early_stopping=True).fit(X, Y).validation_scores_) == 3
 
 
 def test_held_out_scores_are_those_of_scikit_learn(rng):
@@ -277,8 +274,9 @@ def test_warm_start_continues_with_a_new_optimizer(kind, data):
 @pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
 def test_convergence_warning(kind, data):
     X, y = data
-    with pytest.warns(ConvergenceWarning, match="not converged after max_iter=3 epochs"):
+    with pytest.warns(ConvergenceWarning, match="not converged after max_iter=3 epochs") as warned:
         kind(max_iter=3).fit(X, y)
+    assert warned[0].filename == __file__
     assert kind(max_iter=50, tol=1e6, n_iter_no_change=4).fit(X, y).n_iter_ == 6
     kind(max_iter=3).partial_fit(X, y, **({"classes": [0, 1, 2]} if kind is MLPClassifier else {}))
 
@@ -314,11 +312,11 @@ def test_pickles_hold_no_data(kind, rng):
 def test_weights_of_rows(kind, data):
     X, y = data
     half = numpy.arange(len(X)) % 2
-    settings = {"random_state": 0, "max_iter": 20, "batch_size": 1000, "alpha": 0}
-    weighted = kind(**settings).fit(X, y, sample_weight=half * 3)
-    numpy.testing.assert_allclose(
-        weighted.loss_curve_, kind(**settings).fit(X[half == 1], y[half == 1]).loss_curve_, rtol=1e-4
-    )
+    settings = {"random_state": 0, "max_iter": 20, "batch_size": 10_000, "alpha": 1.0}
+    for weight in (half * 3, half + 1):
+        weighted = kind(**settings).fit(X, y, sample_weight=weight)
+        repeated = kind(**settings).fit(X.repeat(weight, axis=0), y.repeat(weight))
+        numpy.testing.assert_allclose(weighted.loss_curve_, repeated.loss_curve_, rtol=1e-4)
     for weight, message in ((half * 0, "not only zeros"), (half - 0.5, "at least 0"), (half[1:], "inconsistent|must")):
         with pytest.raises(ValueError, match=message):
             kind().fit(X, y, sample_weight=weight)
@@ -357,7 +355,7 @@ def test_model_can_be_saved_and_loaded(kind, data, tmp_path):
 
 def test_verbose(kind, data, capsys):
     X, y = data
-    kind(max_iter=2).fit(X, y)
+    kind(max_iter=2, early_stopping=True).fit(X, y)
     assert capsys.readouterr().out == ""
     kind(max_iter=2, verbose=True).fit(X, y)
     assert "| epoch 1 |" in capsys.readouterr().out
