@@ -85,8 +85,8 @@ class _Convergence(Callback):
         self.best_arrays: list[Array] = []
 
     def on_begin(self, trainer: Any) -> None:
-        """Find the arrays that training changes."""
-        self.arrays = [*named_arrays(trainer.model).values()]
+        """Find the arrays to copy."""
+        self.arrays = [] if trainer.validation is None else [*named_arrays(trainer.model).values()]
 
     def on_epoch(self, trainer: Any) -> None:
         """Compare the score of the epoch with the best one."""
@@ -94,9 +94,7 @@ class _Convergence(Callback):
         score = row.get("val_score", -row["loss"])
         self.wait = 0 if score >= self.best + self.tol else self.wait + 1
         if score > self.best:
-            self.best = score
-            if trainer.validation is not None:
-                self.best_arrays = [a.copy() for a in self.arrays]
+            self.best, self.best_arrays = score, [a.copy() for a in self.arrays]
         if self.wait > self.patience:
             if self.adaptive and optimizer.lr > 1e-6:
                 optimizer.lr, self.wait = optimizer.lr / 5, 0
