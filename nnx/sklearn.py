@@ -233,6 +233,7 @@ class _BaseMLP(BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
         self.best_loss_ = min(self.best_loss_, *self.loss_curve_[-len(rows) :])
         if held_out:
             self.validation_scores_ = (self.validation_scores_ or []) + [row["val_score"] for row in rows]
+        self.best_validation_score_ = max(self.validation_scores_) if self.validation_scores_ else None
         return convergence.converged
 
     def _predict(self, X: Any, method: str = "predict") -> numpy.ndarray:
@@ -305,7 +306,7 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):  # type: ignore[misc]
     loss_curve_ : list of float
         The mean loss of each epoch, over all calls; loss_ is the last one, best_loss_ the lowest.
     validation_scores_ : list of float, or None
-        The accuracy, or R2, of the held-out rows after each epoch.
+        The accuracy, or R2, of the held-out rows after each epoch; best_validation_score_ is the highest.
     n_iter_ : int
         The number of epochs of the last call.
     n_features_in_, feature_names_in_, n_outputs_ : int, (D,), int

@@ -199,7 +199,9 @@ def test_several_outputs_of_a_regression(diabetes):
     with pytest.raises(ValueError, match="t must have the shape of x"):
         estimator.partial_fit(X, y)
     assert estimator.predict(X).shape == Y.shape
-    assert len(MLPRegressor(max_iter=3, early_stopping=True).fit(X, Y).validation_scores_) == 3
+    stopped = MLPRegressor(max_iter=3, early_stopping=True).fit(X, Y)
+    assert len(stopped.validation_scores_) == 3
+    assert stopped.best_validation_score_ == max(stopped.validation_scores_)
 
 
 def test_held_out_scores_are_those_of_scikit_learn(rng):
