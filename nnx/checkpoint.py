@@ -333,7 +333,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, t
         raise ValueError(
             f"{path}: was not written by checkpoint.save; build the model yourself and use checkpoint.load"
         )
-    return file.layers, file.names, file.arrays
+    try:
+        names = json.loads(file.names)
+        names = {"keys": dict(names["keys"]), "transpose": name_list("transpose", names["transpose"])}
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{path}: invalid names of arrays: {error}") from error
+    return file.layers, names, file.arrays
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
@@ -550,7 +555,7 @@ class _Reader:
         Whether `save` has written the file.
     states : dict of name to state
     layers : dict of path to class and settings of a layer
-    names : dict of `keys` and `transpose`, the arguments of `save`
+    names : `keys` and `transpose`, the arguments of `save`, as JSON
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -563,7 +568,7 @@ class _Reader:
         self.is_checkpoint = any(key.startswith("nnx") for key in metadata)
         self.states: dict[str, Any] = {}
         self.layers: dict[str, Any] = {}
-        self.names: Any = {}
+        self.names = ""
         if self.is_checkpoint:
             if (version := metadata.get("nnx.format")) != _FORMAT:
                 raise ValueError(f"{path}: this version of nnx loads format {_FORMAT}, got {version!r:.80}")
@@ -572,7 +577,7 @@ class _Reader:
                 raise _DamagedFileError(f"{path}: damaged: the digest does not match the contents")
             self.read = arrays.__getitem__
             self.states, self.layers = (_parse_objects(path, metadata.get(n, "")) for n in ("nnx.state", "nnx.layers"))
-            self.names = json.loads(metadata.get("nnx.names", "{}"))
+            self.names = metadata.get("nnx.names", "")
 
 
 def _read(path: Path) -> _Reader:

@@ -133,9 +133,8 @@ class TrainState:
     def begin_epoch(self, permutation: numpy.ndarray, lr: Any) -> None:
         """Begin an epoch with its order of rows and learning rate."""
         self.permutation, self.lr = permutation, None
-        with contextlib.suppress(
-            TypeError, ValueError
-        ):  # a user-defined optimizer may have no lr, or one that is not a number
+        # A user-defined optimizer may have no lr, or one that is not a number.
+        with contextlib.suppress(TypeError, ValueError):
             self.lr = float(lr)
 
     def mean_loss(self) -> float:

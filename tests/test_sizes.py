@@ -311,6 +311,10 @@ def test_a_file_of_another_library_is_refused(tmp_path):
         {"layers.1": {"class": "Dropout", "module": "nnx.layers", "dropout_ratio": [0.5]}},
         {"layers.0": {"class": "ReLU", "module": "nnx.layers"}},
         {"": {}},
+        {"metadata": {"nnx.names": "[]"}},
+        {"metadata": {"nnx.names": '{"keys": 3, "transpose": []}'}},
+        {"metadata": {"nnx.names": '{"keys": {}, "transpose": "W"}'}},
+        {"metadata": {"nnx.names": "[" * 100000}},
         {"loss_layer": {"class": "ReLU", "module": "nnx.layers"}},
         {"layers." * n + "0": {"class": "Sequential", "module": "nnx.models"} for n in range(1, 3000)},
     ],
@@ -320,7 +324,9 @@ def test_forged_settings_are_refused(change, tmp_path):
     checkpoint.save(path, model)
     file = checkpoint._read(path)
     arrays = {name: file.read(name) for name in file.arrays}
-    metadata = {"nnx.format": "2", "nnx.state": "{}", "nnx.layers": json.dumps({**file.layers, **change})}
+    metadata = {"nnx.format": "2", "nnx.state": "{}", "nnx.names": '{"keys": {}, "transpose": []}'}
+    metadata |= change.pop("metadata", {})
+    metadata["nnx.layers"] = json.dumps({**file.layers, **change})
     checkpoint._atomic_save(path, arrays, metadata)
     with pytest.raises(ValueError, match=r"net.safetensors"):
         load(path)
