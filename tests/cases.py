@@ -59,6 +59,7 @@ class JoinedLSTM:
 
 STATE, CELL_STATE = SCORES / 2, SCORES[::-1] / 2
 X_STEPS = numpy.stack([X, X[::-1], -X], axis=1)  # (5, 3, 4)
+HS = numpy.stack([SCORES, SCORES[::-1] / 2, STATE - CELL_STATE], axis=1)  # (5, 3, 3)
 
 CASES = {
     "MatMul": [
@@ -118,6 +119,12 @@ CASES = {
     "TimeGRU": [(recurrent(layers.TimeGRU), (x,)) for x in (X3, X_STEPS, X_STEPS[:, :1])]
     + [(recurrent(layers.TimeGRU, weights=2), (X3,))],
     "TimeBiLSTM": [(recurrent(layers.TimeBiLSTM), (x,)) for x in (X3, X_STEPS)],
+    "AttentionWeight": [(lambda dtype: layers.AttentionWeight(), (HS[:, :T], SCORES)) for T in (3, 1)],
+    "WeightSum": [(lambda dtype: layers.WeightSum(), (HS[:, :T], SCORES[:, :T])) for T in (3, 1)],
+    "Attention": [(lambda dtype: layers.Attention(), (HS[:, :T], SCORES)) for T in (3, 1)],
+    "TimeAttention": [
+        (lambda dtype: layers.TimeAttention(), (HS[:, :Te], HS[::-1, :Td] / 2)) for Te, Td in ((3, 2), (1, 3), (3, 1))
+    ],
     "TimeEmbedding": [
         (lambda dtype: layers.TimeEmbedding(*_weights(dtype, W)), (numpy.array([[3, 0], [0, 1], [3, 3]]),))
     ],

@@ -14,6 +14,7 @@ ORDER = [
     *("checks", "info", "functions", "initializers"),
     *("layers.base", "layers.linear", "layers.activation", "layers.loss", "layers.graph", "layers.dropout"),
     *("layers.embedding", "layers.normalization", "layers.negative_sampling", "layers.recurrent"),
+    "layers.attention",
     *("layers", "time_layers"),
     *("tree", "optimizer", "dataset.files", "dataset.ptb", "dataset.sequence", "dataset.spiral", "dataset", "plotting"),
     *("checkpoint", "base_model", "models", "signals", "train_state", "batches", "distributed", "callbacks", "trainer"),

@@ -9,6 +9,7 @@ As in the book, `from nnx.layers import *` also brings np, GPU, softmax and cros
 
 from nnx.functions import cross_entropy_error, softmax
 from nnx.layers.activation import GELU, ReLU, Sigmoid, Softmax, Tanh
+from nnx.layers.attention import Attention, AttentionWeight, TimeAttention, WeightSum
 from nnx.layers.dropout import Dropout
 from nnx.layers.embedding import Embedding
 from nnx.layers.graph import Repeat, Sum
@@ -41,6 +42,8 @@ __all__ = [
     "LSTM",
     "RNN",
     "Affine",
+    "Attention",
+    "AttentionWeight",
     "BatchNorm",
     "Dropout",
     "Embedding",
@@ -60,6 +63,7 @@ __all__ = [
     "Sum",
     "Tanh",
     "TimeAffine",
+    "TimeAttention",
     "TimeBiLSTM",
     "TimeDropout",
     "TimeEmbedding",
@@ -68,6 +72,7 @@ __all__ = [
     "TimeRNN",
     "TimeSigmoidWithLoss",
     "TimeSoftmaxWithLoss",
+    "WeightSum",
     "cross_entropy_error",
     "np",
     "softmax",
