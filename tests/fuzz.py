@@ -35,6 +35,7 @@ PUBLIC = {name for name in dir(nnx) if not name.startswith("_")} | {
     for module in (
         nnx.spiral,
         functions,
+        nnx.layers,
         initializers,
         optimizer,
         plotting,
@@ -270,6 +271,37 @@ def forward_calls():
             layer = make()
             out = layer.forward(X[:1] if name == "Repeat" else X)
             return Call(layer.backward, {"dout": numpy.ones(out.shape)}, {"dout": real}, None, (layer,))
+
+        yield f"{name}.forward", forward
+        yield f"{name}.backward", backward
+
+
+def attended(hs, h):
+    return numpy.einsum("nqt,nth->nqh", softmax(numpy.einsum("nqh,nth->nqt", h, hs)), hs)
+
+
+HS = numpy.stack([X, X[::-1] / 2], axis=1)  # (4, 2, 3)
+ATTENTION = {
+    "AttentionWeight": ({"hs": HS, "h": X}, lambda hs, h: softmax((hs * h[:, None]).sum(axis=2))),
+    "WeightSum": ({"hs": HS, "a": X[:, :2]}, lambda hs, a: (hs * a[:, :, None]).sum(axis=1)),
+    "Attention": ({"hs": HS, "h": X}, lambda hs, h: attended(hs, h[:, None])[:, 0]),
+    "TimeAttention": ({"hs_enc": HS, "hs_dec": HS[::-1]}, attended),
+}
+
+
+def attention_calls():
+    for name, (inputs, reference) in ATTENTION.items():
+        kind = getattr(nnx.layers, name)
+
+        def forward(kind=kind, inputs=inputs, reference=reference):
+            layer = kind()
+            return Call(layer.forward, inputs, dict.fromkeys(inputs, real), reference, (layer,))
+
+        def backward(kind=kind, inputs=inputs):
+            layer = kind()
+            out = layer.forward(*inputs.values())
+            (argument,) = inspect.signature(layer.backward).parameters
+            return Call(layer.backward, {argument: numpy.ones(out.shape)}, {argument: real}, None, (layer,))
 
         yield f"{name}.forward", forward
         yield f"{name}.backward", backward
@@ -634,6 +666,7 @@ CALLS = {
     "Sequential.predict": predict_call,
     "Sequential.predict_proba": functools.partial(predict_call, "predict_proba"),
     **dict(forward_calls()),
+    **dict(attention_calls()),
     **dict(setting_calls()),
     **dict(assigned_calls()),
     **dict(loss_calls()),

@@ -105,6 +105,18 @@ def test_a_time_step(kind, states, forward, backward, dtype):
     assert launches[4][1] - 4 * backward <= 10
 
 
+@pytest.mark.parametrize("steps", [1, 6])
+def test_attention_takes_as_many_launches_for_all_steps_as_for_one(steps):
+    """Forward: two products and softmax. Backward: three, its gradient, and two concatenations, of two launches each.
+
+    CuPy copies hs_enc, transposed, for the first product of each.
+    """
+    layer, dtype = nnx.layers.TimeAttention(), "float32"
+    hs_enc, hs_dec = np.ones((N, 4, H), dtype), np.ones((N, steps, H), dtype)
+    assert counted(lambda: layer.forward(hs_enc, hs_dec)) <= 4
+    assert counted(lambda: layer.backward(hs_dec)) <= 9
+
+
 def test_clipping_adds_two_launches():
     x, t = data()
     assert counted(model_step(nnx.TwoLayerNet(D, H, C, rng=0), x, t, max_grad=0.1)) <= 14 + 2

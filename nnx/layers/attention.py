@@ -55,8 +55,8 @@ class _AttentionLayer(BaseLayer):
         dscores = softmax_grad(np.matmul(dout, hs.swapaxes(1, 2)), weights)
         dqueries = np.matmul(dscores, hs)
         # The gradient of hs, dscores.T @ queries + weights.T @ dout, is one product.
-        left, right = np.concatenate((dscores, weights), axis=1), np.concatenate((queries, dout), axis=1)
-        dhs = np.matmul(left.swapaxes(1, 2), right)
+        left = np.concatenate((dscores.swapaxes(1, 2), weights.swapaxes(1, 2)), axis=2)  # (N, T, 2Q)
+        dhs = np.matmul(left, np.concatenate((queries, dout), axis=1))
         return dhs.astype(self.dtype, copy=False), dqueries.astype(self.dtype, copy=False)
 
 
