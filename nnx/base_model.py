@@ -19,17 +19,19 @@ import numpy
 from nnx.checks import check_weights
 from nnx.device import asarray, is_writable, to_cpu
 from nnx.np import Array
+from nnx.tree import TiedModel, TiedParameters
 
 __all__ = ["BaseModel", "load_pickle"]
 
 _MAX_AXES = 32
 
 
-class BaseModel:
+class BaseModel(TiedModel):
     """A model with `params` and `grads`, which subclasses set to lists of arrays, and files of its parameters.
 
     The files are the book's, a pickled list of float16 arrays: they have the precision of 3 decimal digits, and
     neither the state of layers nor that of an optimizer. `nnx.checkpoint` saves everything, in full precision.
+    Weights shared between layers, as the same array or as W and W.T, stay shared in copies, pickles and both files.
     """
 
     def __init__(self) -> None:
@@ -66,7 +68,8 @@ class BaseModel:
         OSError
             If the file cannot be read.
         ValueError
-            If the file is damaged, or does not hold an array of the same shape for each parameter. Nothing is changed.
+            If the file is damaged, does not hold an array of the same shape for each parameter, or holds different
+            values for a weight that layers share. Nothing is changed.
         """
         name, path = f"{type(self).__name__}.load_params", self._path(file_name)
         params, arrays = self._checked_params(name), load_pickle(path)
@@ -79,6 +82,12 @@ class BaseModel:
                 f"{name}: the parameters have the shapes {shapes}, those in {path} {saved}; create the model with the "
                 "sizes that it was saved with"
             )
+        for (i, _), *others in TiedParameters(params).groups:
+            for j, transposed in others:
+                if not numpy.array_equal(arrays[i].T if transposed else arrays[i], arrays[j], equal_nan=True):
+                    raise ValueError(
+                        f"{name}: params[{i}] and params[{j}] are one weight, but {path} has different values for them"
+                    )
         for p, a in zip(params, arrays, strict=True):
             p[...] = asarray(a, p.dtype)
 

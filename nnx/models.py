@@ -30,14 +30,14 @@ from nnx.layers import GELU, Affine, BatchNorm, Dropout, ReLU, Sigmoid, SoftmaxW
 from nnx.np import Array, np
 from nnx.protocols import Layer, LossLayer
 from nnx.rng import as_generator
-from nnx.tree import TiedParameters, named_layers
+from nnx.tree import TiedModel, TiedParameters, named_layers
 
 __all__ = ["Sequential", "TwoLayerNet", "load", "mlp"]
 
 _ACTIVATIONS = {"relu": (ReLU, he), "gelu": (GELU, he), "sigmoid": (Sigmoid, xavier), "tanh": (Tanh, xavier)}
 
 
-class Sequential:
+class Sequential(TiedModel):
     """A sequence of layers, followed by an optional loss layer.
 
     Parameters
@@ -54,8 +54,8 @@ class Sequential:
 
     Notes
     -----
-    `copy.deepcopy` preserves weights shared between layers. `pickle` preserves them if the layers hold the
-    same array, but not if they hold W and W.T; `checkpoint.save` and `load` preserve both.
+    Weights shared between layers, as the same array or as W and W.T, stay shared in copies by `copy.deepcopy`, in
+    pickles and in checkpoints.
     """
 
     def __init__(self, layers: Iterable[Layer], loss_layer: LossLayer | None = None) -> None:
@@ -189,16 +189,6 @@ class Sequential:
             raise ValueError(f"{type(self).__name__}.evaluate: all labels are ignored or have weight 0")
         result = float(loss) / float(total), float(hits) / float(counted) if counted > 0 else None
         return (*result, _apply_metrics(metrics, numpy.concatenate(scores), to_cpu(t))) if metrics else result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        for group in TiedParameters(self.params).groups:
-            i, i_transposed = next((member for member in group if id(self.params[member[0]]) in memo), group[0])
-            copied_param = copy.deepcopy(self.params[i], memo)
-            for j, transposed in group:  # deepcopy would copy each view into a separate array
-                memo.setdefault(id(self.params[j]), copied_param if transposed == i_transposed else copied_param.T)
-        copied = memo[id(self)] = copy.copy(self)
-        vars(copied).update(copy.deepcopy(vars(copied), memo))
-        return copied
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from nnx.np import Array, np
 
 __all__ = [
     "SAVABLE_DTYPES",
+    "TiedModel",
     "TiedParameters",
     "attribute_names",
     "check_kinds",
@@ -77,6 +78,45 @@ class TiedParameters:
                 first = np.add(first, grads[i].T if transposed else grads[i], out=total)
             merged.append(first)
         return [params[group[0][0]] for group in self.groups], merged
+
+
+class TiedModel:
+    """Base class of models whose copies and pickles keep the sharing of weights, also that of W and W.T."""
+
+    params: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        params = self.params or ()
+        for group in TiedParameters(params).groups:
+            i, i_transposed = next((member for member in group if id(params[member[0]]) in memo), group[0])
+            copied_param = copy.deepcopy(params[i], memo)
+            for j, transposed in group:  # deepcopy would copy each view into a separate array
+                memo.setdefault(id(params[j]), copied_param if transposed == i_transposed else copied_param.T)
+        copied = memo[id(self)] = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(copied), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        tied = [group for group in TiedParameters(self.params or ()).groups if len(group) > 1]
+        return {**vars(self), "_tied": tied} if tied else vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for (i, _), *others in vars(self).pop("_tied", ()):
+            for j, transposed in others:
+                array, view = self.params[j], self.params[i].T if transposed else self.params[i]
+                if memory_keys(array)[0] != memory_keys(view)[0]:  # pickle has made two arrays of them
+                    _replace_array(self, array, view)
+
+
+def _replace_array(model: Any, old: Array, new: Array) -> None:
+    """Replace an array in the attributes of a model and its layers, and in lists there."""
+    for _, layer in named_layers(model):
+        for name, value in list(vars(layer).items()):
+            if value is old:
+                setattr(layer, name, new)
+            elif isinstance(value, list):
+                value[:] = [new if item is old else item for item in value]
 
 
 def named_layers(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
