@@ -25,7 +25,11 @@ class LossLayer(Protocol):
 
 
 class Layer(LossLayer, Protocol):
-    """A differentiable function: `forward` returns its outputs, `backward(dout)` the gradients of its inputs."""
+    """A differentiable function: `forward` returns its outputs, `backward(dout)` the gradients of its inputs.
+
+    `backward` overwrites the gradients of the parameters, so a layer that is used twice in one pass keeps only the
+    gradients of the use that is differentiated last: create a second layer that shares the weights.
+    """
 
     @property
     def params(self) -> Sequence[Any]:
