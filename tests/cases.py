@@ -7,6 +7,7 @@ import numpy
 
 import nnx
 from nnx import layers, np
+from nnx.trainer import remove_duplicate
 
 _rng = numpy.random.default_rng(7)
 X = _rng.standard_normal((5, 4))
@@ -55,6 +56,48 @@ class JoinedLSTM:
     def backward(self, dout):
         H = dout.shape[1] // 2
         return self.cell.backward(dout[:, :H], dout[:, H:])
+
+
+class FromState:
+    """A stateful recurrent layer whose initial states are inputs."""
+
+    def __init__(self, layer):
+        self.layer, self.params, self.grads, self.param_names = layer, layer.params, layer.grads, layer.param_names
+
+    def forward(self, xs, *states):
+        self.layer.set_state(*states)
+        return self.layer.forward(xs)
+
+    def backward(self, dhs):
+        dxs = self.layer.backward(dhs)
+        return dxs, self.layer.dh, *([self.layer.dc] if hasattr(self.layer, "dc") else [])
+
+
+class Tied:
+    """An embedding and an Affine with its weight transposed, as one layer with one weight."""
+
+    param_names = ("W", "b")
+
+    def __init__(self, W, b):
+        self.params, self.grads = [W, b], [np.zeros_like(W), np.zeros_like(b)]
+
+    def forward(self, idx):
+        W, b = self.params
+        self.embedding, self.affine = layers.TimeEmbedding(W), layers.TimeAffine(W.T, b)
+        return self.affine.forward(self.embedding.forward(idx))
+
+    def backward(self, dout):
+        self.embedding.backward(self.affine.backward(dout))
+        pairs = [self.embedding.params + self.affine.params, self.embedding.grads + self.affine.grads]
+        for g, total in zip(self.grads, remove_duplicate(*pairs)[1], strict=True):
+            g[...] = total
+
+
+def _time_cases(kind, *states):
+    """Return the cases of a layer of T time steps: also one step, one row, both, and initial states."""
+    inputs = [(x,) for x in (X3, X_STEPS, X_STEPS[:, :1], X_STEPS[:1], X_STEPS[:1, :1])]
+    stateful = (lambda dtype: FromState(recurrent(kind, stateful=True)(dtype)), (X_STEPS, *states))
+    return [(recurrent(kind), x) for x in inputs] + [stateful] * bool(states)
 
 
 STATE, CELL_STATE = SCORES / 2, SCORES[::-1] / 2
@@ -114,11 +157,10 @@ CASES = {
     "RNN": [(recurrent(layers.RNN), (X, STATE))],
     "LSTM": [(lambda dtype: JoinedLSTM(recurrent(layers.LSTM)(dtype)), (X, STATE, CELL_STATE))],
     "GRU": [(recurrent(layers.GRU), (X, STATE)), (recurrent(layers.GRU, weights=2), (X, STATE))],
-    "TimeRNN": [(recurrent(layers.TimeRNN), (x,)) for x in (X3, X_STEPS, X_STEPS[:, :1])],
-    "TimeLSTM": [(recurrent(layers.TimeLSTM), (x,)) for x in (X3, X_STEPS, X_STEPS[:, :1])],
-    "TimeGRU": [(recurrent(layers.TimeGRU), (x,)) for x in (X3, X_STEPS, X_STEPS[:, :1])]
-    + [(recurrent(layers.TimeGRU, weights=2), (X3,))],
-    "TimeBiLSTM": [(recurrent(layers.TimeBiLSTM), (x,)) for x in (X3, X_STEPS)],
+    "TimeRNN": _time_cases(layers.TimeRNN, STATE),
+    "TimeLSTM": _time_cases(layers.TimeLSTM, STATE, CELL_STATE),
+    "TimeGRU": [*_time_cases(layers.TimeGRU, STATE), (recurrent(layers.TimeGRU, weights=2), (X3,))],
+    "TimeBiLSTM": _time_cases(layers.TimeBiLSTM),
     "AttentionWeight": [(lambda dtype: layers.AttentionWeight(), (HS[:, :T], SCORES)) for T in (3, 1)],
     "WeightSum": [(lambda dtype: layers.WeightSum(), (HS[:, :T], SCORES[:, :T])) for T in (3, 1)],
     "Attention": [(lambda dtype: layers.Attention(), (HS[:, :T], SCORES)) for T in (3, 1)],
@@ -126,17 +168,28 @@ CASES = {
         (lambda dtype: layers.TimeAttention(), (HS[:, :Te], HS[::-1, :Td] / 2)) for Te, Td in ((3, 2), (1, 3), (3, 1))
     ],
     "TimeEmbedding": [
-        (lambda dtype: layers.TimeEmbedding(*_weights(dtype, W)), (numpy.array([[3, 0], [0, 1], [3, 3]]),))
+        (lambda dtype: layers.TimeEmbedding(*_weights(dtype, W)), (idx,))
+        for idx in (numpy.array([[3, 0], [0, 1], [3, 3]]), numpy.array([[2]]))
     ],
-    "TimeAffine": [(lambda dtype: layers.TimeAffine(*_weights(dtype, W, B)), (X3,))],
+    "TimeAffine": [
+        (lambda dtype: layers.TimeAffine(*_weights(dtype, W, B)), (X3,)),
+        (lambda dtype: Tied(*_weights(dtype, W.T, B)), (numpy.array([[2, 0, 2], [1, 1, 0]]),)),
+        (lambda dtype: layers.TimeAffine(*_weights(dtype, W, B)), (X3[:1, :1],)),
+    ],
     "Simple_TimeAffine": [(lambda dtype: layers.Simple_TimeAffine(*_weights(dtype, W, B)), (X3,))],
     "TimeDropout": [(lambda dtype: layers.TimeDropout(0.3, rng=5), (X3,))],
     "TimeSoftmaxWithLoss": [
         (lambda dtype: layers.TimeSoftmaxWithLoss(), (X3, numpy.array([[0, -1, 2], [3, 3, -1]]))),
         (lambda dtype: layers.TimeSoftmaxWithLoss(), (X3, numpy.eye(4, dtype=int)[[[0, 1, 2], [3, 3, 0]]])),
+        (lambda dtype: layers.TimeSoftmaxWithLoss(), (X3, numpy.array([[-1, 1, -1], [-1, -1, -1]]))),
+        (lambda dtype: layers.TimeSoftmaxWithLoss(ignore_label=3), (X3, numpy.array([[0, 3, 2], [3, 3, 1]]))),
+        (lambda dtype: layers.TimeSoftmaxWithLoss(), (X3[:1, :1], numpy.array([[2]]))),
     ],
     "Simple_TimeSoftmaxWithLoss": [
         (lambda dtype: layers.Simple_TimeSoftmaxWithLoss(), (X3, numpy.array([[0, 1, 2], [3, 3, 0]])))
     ],
-    "TimeSigmoidWithLoss": [(lambda dtype: layers.TimeSigmoidWithLoss(), (SCORES, ONE_HOT))],
+    "TimeSigmoidWithLoss": [
+        (lambda dtype: layers.TimeSigmoidWithLoss(), (SCORES, ONE_HOT)),
+        (lambda dtype: layers.TimeSigmoidWithLoss(ignore_label=-1), (SCORES, 2 * ONE_HOT - 1)),
+    ],
 }

@@ -5,7 +5,7 @@ import pickle
 
 import numpy
 import pytest
-from cases import recurrent
+from cases import FromState, recurrent
 
 import nnx
 from nnx import GPU, Sequential, checkpoint, layers, models, np, to_cpu
@@ -92,21 +92,6 @@ def test_a_layer_equals_its_cell_step_by_step(kind):
         numpy.testing.assert_allclose(to_cpu(a), to_cpu(g), atol=1e-13)
 
 
-class FromState:
-    """A stateful layer whose initial states are inputs."""
-
-    def __init__(self, layer):
-        self.layer, self.params, self.grads = layer, layer.params, layer.grads
-
-    def forward(self, xs, *states):
-        self.layer.set_state(*states)
-        return self.layer.forward(xs)
-
-    def backward(self, dhs):
-        dxs = self.layer.backward(dhs)
-        return dxs, self.layer.dh, *([self.layer.dc] if hasattr(self.layer, "dc") else [])
-
-
 @pytest.mark.parametrize(("N", "T"), [(1, 1), (1, 3), (2, 1), (2, 4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_initial_states_are_numerically_right(kind, N, T):
@@ -173,6 +158,20 @@ def test_both_directions_of_the_bidirectional_layer_read_the_sequence_in_their_o
     assert layer.forward_lstm.params[0] is layer.params[0]
 
 
+def test_a_stateful_bidirectional_layer_keeps_the_states_of_both_directions():
+    layer, xs = recurrent(TimeBiLSTM, stateful=True)("float64"), normal(2, 6, 4)
+    parts = [to_cpu(layer.forward(block)) for block in (xs[:, :4], xs[:, 4:])]
+    weights, states = [*map(to_cpu, layer.params)], [(numpy.zeros((2, 3)),) * 2] * 2
+    for hs, block in zip(parts, (to_cpu(xs)[:, :4], to_cpu(xs)[:, 4:]), strict=True):
+        first, *states[0] = reference(TimeLSTM, block, *states[0], *weights[:3])
+        second, *states[1] = reference(TimeLSTM, block[:, ::-1], *states[1], *weights[3:])
+        numpy.testing.assert_allclose(hs, numpy.concatenate([first, second[:, ::-1]], axis=2), atol=1e-14)
+    with pytest.raises(ValueError, match=r"^TimeLSTM: the state h must have shape \(3, 3\).*reset_state"):
+        layer.forward(normal(3, 2, 4))
+    layer.reset_state()
+    assert layer.forward(normal(3, 2, 4)).shape == (3, 2, 6)
+
+
 def test_a_gru_without_bias_equals_one_with_a_bias_of_zeros():
     Wx, Wh, xs = normal(4, 9), normal(3, 9), normal(2, 3, 4)
     ours, other = TimeGRU(Wx, Wh, stateful=True), TimeGRU(Wx, Wh, np.zeros(9), True)
@@ -182,81 +181,157 @@ def test_a_gru_without_bias_equals_one_with_a_bias_of_zeros():
 
 # ---- PyTorch ----------------------------------------------------------------------------------------
 
-
-def torch_weights(layer, order):
-    """Return weight_ih, weight_hh, bias_ih and bias_hh of PyTorch, whose gates are in another order."""
-    Wx, Wh, b = (numpy.split(to_cpu(p), len(order), axis=-1) for p in layer.params)
-    Wx, Wh, b = (numpy.concatenate([blocks[k] for k in order], axis=-1) for blocks in (Wx, Wh, b))
-    return Wx.T, Wh.T, b, numpy.zeros_like(b)
+SHAPES = [*SIZES, *numpy.random.default_rng(11).integers(1, [9, 9, 21, 21], (45, 4)).tolist()]
 
 
-@pytest.mark.skipif(GPU, reason="compares two libraries on the CPU")
-@pytest.mark.parametrize("size", SIZES)
+@pytest.fixture
+def torch():
+    if GPU:
+        pytest.skip("compares two libraries on the CPU")
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the shapes are small
+    yield torch
+    torch.set_num_threads(threads)
+
+
+def tensor(torch, a):
+    """Return a copy of an array as a tensor; a floating one with a gradient."""
+    return torch.tensor(to_cpu(a).copy(), requires_grad=a.dtype.kind == "f")
+
+
+def split(a, count):
+    return numpy.split(to_cpu(a), count, axis=-1)
+
+
+def as_torch(weights, order):
+    """Return weight_ih, weight_hh and bias_ih of PyTorch, whose gates have this order in the ones of nnx."""
+    blocks = (split(w, len(order)) for w in weights)
+    return [numpy.concatenate([b[k] for k in order], axis=-1).T for b in blocks]
+
+
+def peer_of(layer, kind, order, **options):
+    """Return a layer of PyTorch with the weights of `layer`; the second bias is 0."""
+    D, H = len(layer.params[0]), len(layer.params[1])
+    peer = kind(D, H, batch_first=True, **options)
+    weights = [as_torch(layer.params[i : i + 3], order) for i in range(0, len(layer.params), 3)]
+    parameters = [p for p in peer.parameters() if p.ndim]
+    for i, p in enumerate(parameters):
+        block, kind_of = divmod(i, 4)
+        p.data = p.new_tensor(weights[block][kind_of].copy()) if kind_of < 3 else p.data * 0
+    return peer, [p for i, p in enumerate(parameters) if i % 4 < 3]
+
+
 @pytest.mark.parametrize("kind", [TimeRNN, TimeLSTM])
-def test_results_and_gradients_are_those_of_pytorch(kind, size):
-    torch = pytest.importorskip("torch")
-    N, T, D, H = size
+def test_results_and_gradients_are_those_of_pytorch(torch, kind):
+    """50 shapes, from given states: hs, the last states, and the gradients of xs, of the states and of the weights."""
     order = {TimeRNN: [0], TimeLSTM: [2, 0, 1, 3]}[kind]  # PyTorch: i, f, g, o
-    layer = recurrent(kind, D, H)("float32")
-    peer = getattr(torch.nn, kind.__name__.removeprefix("Time"))(D, H, batch_first=True)
-    with torch.no_grad():
-        for p, value in zip(peer.parameters(), torch_weights(layer, order), strict=True):
-            p.copy_(torch.from_numpy(value.copy()))
-    xs, dhs = normal(N, T, D, dtype="float32"), normal(N, T, H, dtype="float32", seed=1)
-    x = torch.from_numpy(xs.copy()).requires_grad_()
-    hs, _ = peer(x)
-    hs.backward(torch.from_numpy(dhs.copy()))
-    close(layer.forward(xs), hs.detach())
-    close(layer.backward(dhs), x.grad)
-    inverse = numpy.argsort(order)
-    for ours, p in zip(layer.grads, peer.parameters(), strict=False):
-        blocks = numpy.split(p.grad.numpy(), len(order), axis=0)
-        close(ours, numpy.concatenate([blocks[k] for k in inverse], axis=0).T)
+    for N, T, D, H in SHAPES:
+        layer = recurrent(kind, D, H, stateful=True)("float32")
+        peer, parameters = peer_of(layer, getattr(torch.nn, kind.__name__.removeprefix("Time")), order)
+        states = [normal(N, H, dtype="float32", seed=k) for k in (2, 3)[: len(layer._states)]]
+        xs, dhs = normal(N, T, D, dtype="float32"), normal(N, T, H, dtype="float32", seed=1)
+        x, *initial = (tensor(torch, a) for a in (xs, *states))
+        given = tuple(state[None] for state in initial)
+        hs, last = peer(x, given if kind is TimeLSTM else given[0])
+        hs.backward(torch.from_numpy(dhs))
+        layer.set_state(*states)
+        close(layer.forward(xs), hs.detach())
+        for name, state in zip(layer._states, last if kind is TimeLSTM else [last], strict=True):
+            close(getattr(layer, name), state[0].detach())
+        close(layer.backward(dhs), x.grad)
+        for name, state in zip(layer._states, initial, strict=True):
+            close(getattr(layer, f"d{name}"), state.grad)
+        for ours, p in zip(as_torch(layer.grads, order), parameters, strict=True):
+            close(ours, p.grad)
 
 
-@pytest.mark.skipif(GPU, reason="compares two libraries on the CPU")
-def test_a_gru_whose_reset_gate_is_open_equals_pytorchs():
+def test_the_bidirectional_layer_is_that_of_pytorch(torch):
+    for N, T, D, H in SHAPES:
+        layer = recurrent(TimeBiLSTM, D, H)("float32")
+        peer, parameters = peer_of(layer, torch.nn.LSTM, [2, 0, 1, 3], bidirectional=True)
+        xs, dhs = normal(N, T, D, dtype="float32"), normal(N, T, 2 * H, dtype="float32", seed=1)
+        x = tensor(torch, xs)
+        hs, _ = peer(x)
+        hs.backward(torch.from_numpy(dhs))
+        close(layer.forward(xs), hs.detach())
+        close(layer.backward(dhs), x.grad)
+        grads = [g for i in (0, 3) for g in as_torch(layer.grads[i : i + 3], [2, 0, 1, 3])]
+        for ours, p in zip(grads, parameters, strict=True):
+            close(ours, p.grad)
+
+
+def test_a_gru_has_the_gradients_of_pytorchs_autograd(torch):
+    """The formula is the book's, with r before the product, which torch.nn.GRU does not have."""
+    for N, T, D, H in SHAPES:
+        layer = recurrent(TimeGRU, D, H, stateful=True)("float32")
+        xs, dhs, h0 = (normal(*s, dtype="float32", seed=1) for s in ((N, T, D), (N, T, H), (N, H)))
+        x, start, Wx, Wh, b = (tensor(torch, a) for a in (xs, h0, *layer.params))
+        h, hs = start, []
+        for t in range(T):
+            a = x[:, t] @ Wx + b
+            z, r = (torch.sigmoid(a[:, k] + h @ Wh[:, k]) for k in (slice(H), slice(H, 2 * H)))
+            h = (1 - z) * h + z * torch.tanh(a[:, 2 * H :] + (r * h) @ Wh[:, 2 * H :])
+            hs.append(h)
+        hs = torch.stack(hs, dim=1)
+        hs.backward(torch.from_numpy(dhs))
+        layer.set_state(h0)
+        close(layer.forward(xs), hs.detach())
+        for ours, leaf in zip((layer.backward(dhs), layer.dh, *layer.grads), (x, start, Wx, Wh, b), strict=True):
+            close(ours, leaf.grad)
+
+
+def test_a_gru_whose_reset_gate_is_open_is_torch_nn_gru(torch):
     """With r = 1 the formulas agree, but for z and 1 - z, which negated weights exchange."""
-    torch = pytest.importorskip("torch")
-    Wx, Wh, b = normal(4, 9, dtype="float32"), normal(3, 9, dtype="float32"), normal(9, dtype="float32")
-    Wx[:, 3:6] = Wh[:, 3:6] = 0
-    b[3:6] = 100
-    peer, layer = torch.nn.GRU(4, 3, batch_first=True), TimeGRU(Wx, Wh, b)
-    exchange = numpy.repeat([1, -1, 1], 3).astype("f")
-    with torch.no_grad():
-        for p, value in zip(peer.parameters(), torch_weights(layer, [1, 0, 2]), strict=True):
-            p.copy_(torch.from_numpy((value.T * exchange).T.copy()))
-    xs = normal(5, 6, 4, dtype="float32")
-    close(layer.forward(xs), peer(torch.from_numpy(xs))[0].detach())
+    for N, T, D, H in SHAPES:
+        layer = recurrent(TimeGRU, D, H)("float32")
+        Wx, Wh, b = layer.params
+        Wx[:, H : 2 * H] = Wh[:, H : 2 * H] = 0
+        b[H : 2 * H] = 100
+        peer, parameters = peer_of(layer, torch.nn.GRU, [1, 0, 2])
+        for p in parameters:
+            p.data[H : 2 * H] *= -1
+        xs, dhs = normal(N, T, D, dtype="float32"), normal(N, T, H, dtype="float32", seed=1)
+        x = tensor(torch, xs)
+        hs, _ = peer(x)
+        hs.backward(torch.from_numpy(dhs))
+        close(layer.forward(xs), hs.detach())
+        close(layer.backward(dhs), x.grad)
+        for ours, p in zip(as_torch(layer.grads, [1, 0, 2]), parameters, strict=True):
+            sign = numpy.repeat([1, -1, 1], H)
+            close(ours, (p.grad.numpy().T * sign).T)
 
 
-@pytest.mark.skipif(GPU, reason="compares two libraries on the CPU")
-@pytest.mark.parametrize("ignored", [0, 3, 12])
-def test_embedding_and_loss_are_those_of_pytorch(ignored):
-    torch = pytest.importorskip("torch")
-    W, Wa = normal(11, 4, dtype="float32"), normal(4, 11, dtype="float32")
+def test_embedding_and_loss_are_those_of_pytorch(torch):
     rng = numpy.random.default_rng(0)
-    idx, t = rng.integers(0, 11, (3, 4)), rng.integers(0, 11, (3, 4))
-    t.ravel()[rng.permutation(12)[:ignored]] = -1
-    model = [TimeEmbedding(W), TimeAffine(Wa, np.zeros(11, "float32"))]
-    loss_layer = TimeSoftmaxWithLoss()
-    loss = loss_layer.forward(model[1].forward(model[0].forward(idx)), t)
-    model[0].backward(model[1].backward(loss_layer.backward()))
-    w, wa = (torch.from_numpy(a.copy()).requires_grad_() for a in (W, Wa))
-    scores = torch.nn.functional.embedding(torch.from_numpy(idx), w) @ wa
-    if ignored == 12:  # NaN in PyTorch
-        assert float(loss) == 0
-        assert not any(g.any() for layer in model for g in layer.grads)
-        return
-    expected = torch.nn.functional.cross_entropy(scores.reshape(12, 11), torch.from_numpy(t).ravel(), ignore_index=-1)
-    expected.backward()
-    close(loss, expected.detach())
-    close(model[0].grads[0], w.grad)
-    close(model[1].grads[0], wa.grad)
+    for N, T, V, H in SHAPES:
+        idx, t = rng.integers(0, V, (2, N, T))
+        t.ravel()[rng.permutation(N * T)[: rng.integers(0, N * T)]] = -1
+        class_weight = rng.uniform(0.5, 2, V).astype("float32") if N % 2 else None
+        W, U = normal(V, H, dtype="float32"), normal(H, V, dtype="float32")
+        embedding, affine = TimeEmbedding(W), TimeAffine(U, np.zeros(V, "float32"))
+        loss_layer = TimeSoftmaxWithLoss(class_weight)
+        loss = loss_layer.forward(affine.forward(embedding.forward(idx)), t)
+        embedding.backward(affine.backward(loss_layer.backward()))
+        w, u = tensor(torch, W), tensor(torch, U)
+        scores = (torch.nn.functional.embedding(torch.from_numpy(idx), w) @ u).reshape(-1, V)
+        options = {} if class_weight is None else {"weight": torch.from_numpy(class_weight)}
+        expected = torch.nn.functional.cross_entropy(scores, torch.from_numpy(t).ravel(), ignore_index=-1, **options)
+        expected.backward()
+        close(loss, expected.detach())
+        close(embedding.grads[0], w.grad)
+        close(affine.grads[0], u.grad)
+
+
+def test_a_batch_without_labels_has_no_loss_and_no_gradient():  # NaN in PyTorch
+    layer = TimeSoftmaxWithLoss()
+    assert float(layer.forward(normal(2, 3, 4), numpy.full((2, 3), -1))) == 0
+    assert not layer.backward().any()
 
 
 def close(ours, expected):
-    numpy.testing.assert_allclose(to_cpu(ours), numpy.asarray(expected), rtol=1e-5, atol=1e-5)
+    ours, expected = to_cpu(ours), numpy.asarray(expected)
+    numpy.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * max(1, abs(expected).max()))
 
 
 # ---- losses, dropout --------------------------------------------------------------------------------
