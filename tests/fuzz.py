@@ -24,7 +24,7 @@ from typing import Any
 import numpy
 
 import nnx
-from nnx import callbacks, functions, initializers, np, optimizer, plotting, to_cpu
+from nnx import callbacks, functions, initializers, layers, np, optimizer, plotting, to_cpu
 from nnx.models import Sequential, TwoLayerNet
 
 X = numpy.array([[0.5, -1.0, 2.0], [1.5, 0.25, -0.5], [-2.0, 1.0, 0.0], [0.75, 3.0, -1.25]])
@@ -34,6 +34,8 @@ PUBLIC = {name for name in dir(nnx) if not name.startswith("_")} | {
     name
     for module in (
         nnx.spiral,
+        nnx.layers,
+        layers.negative_sampling,
         functions,
         nnx.layers,
         initializers,
@@ -206,7 +208,20 @@ def state(objects):
     """Return the parameters, gradients and other state of layers, optimizers and trainers as bytes."""
     seen = []
     for item in objects:
-        names = ("params", "grads", "running_mean", "running_var", "calls", "m", "v", "h", "iter", "lr", "momentum")
+        names = (
+            "params",
+            "grads",
+            "running_mean",
+            "running_var",
+            "calls",
+            "m",
+            "v",
+            "h",
+            "c",
+            "iter",
+            "lr",
+            "momentum",
+        )
         for name in names:
             value = getattr(item, name, None)
             seen.append([to_cpu(a).tobytes() for a in value] if isinstance(value, list) else pickle.dumps(value))
@@ -509,7 +524,7 @@ def constructor_calls():
         valid = {"class_weight": per_class, "ignore_label": optional(integer(-math.inf))}
         yield kind.__name__, simple(kind, valid, class_weight=None, ignore_label=None)
 
-    def layers(v):
+    def valid_layers(v):
         return all(hasattr(layer, "backward") and not hasattr(layer, "prepare_targets") for layer in v)
 
     loss = optional(lambda v: hasattr(v, "prepare_targets"))
@@ -518,7 +533,7 @@ def constructor_calls():
         lambda: Call(
             Sequential,
             {"layers": [affine()], "loss_layer": nnx.SoftmaxWithLoss()},
-            {"layers": layers, "loss_layer": loss},
+            {"layers": valid_layers, "loss_layer": loss},
         ),
     )
     valid = {n: integer() for n in ("input_size", "hidden_size", "output_size")} | {"dtype": plain_dtype, "rng": seed}
@@ -613,6 +628,185 @@ def embedding_backward_call():
     return Call(layer.backward, {"dout": X}, {"dout": real}, None, (layer,))
 
 
+def sigmoid(x):
+    return 1 / (1 + numpy.exp(-x))
+
+
+def recurrent(kind, **settings):
+    """Return a recurrent layer with D = H = 3."""
+    blocks = 3 if "GRU" in kind.__name__ else 4 if "LSTM" in kind.__name__ else 1
+    arrays = [np.tile(np.asarray(a.copy()), blocks) for a in (X[:3], -X[1:] / 2, X[3])]
+    return kind(*arrays * (1 + ("Bi" in kind.__name__)), **settings)
+
+
+def steps(kind):
+    """Return the formula of a cell with the weights of `recurrent`: x, h_prev and c_prev to h, and c beside it."""
+
+    def function(x, h_prev, c_prev=None):
+        h = 0 if h_prev is None else h_prev
+        c = 0 if c_prev is None else c_prev
+        x, product = x @ X[:3] + X[3], lambda h: h @ (-X[1:] / 2) if numpy.ndim(h) else 0
+        a = x + product(h)
+        if kind is layers.RNN:
+            return numpy.tanh(a)
+        gate = sigmoid(a)
+        if kind is layers.GRU:
+            return (1 - gate) * h + gate * numpy.tanh(x + product(gate * h))
+        c = gate * c + numpy.tanh(a) * gate
+        return numpy.concatenate([gate * numpy.tanh(c), c], axis=1)
+
+    return function
+
+
+def recurrent_calls():
+    states = optional(lambda v: real(v) and numpy.shape(v) == (4, 3))
+    columns = {"Wx": lambda v: weights(v) and v.shape[1] == 3, "Wh": array_weights((3, 3))}
+    columns["b"] = optional(array_weights((3,)))
+    sizes_ = {"input_size": integer(), "hidden_size": integer(), "initializer": callable, "dtype": plain_dtype}
+    chosen = {"input_size": 2, "hidden_size": 3, "initializer": initializers.he, "dtype": "float32", "rng": 0}
+    for kind in (layers.RNN, layers.LSTM, layers.GRU):
+        name = kind.__name__
+        given = {n: X if i == 0 else X / 2 for i, n in enumerate(("x", "h_prev", "c_prev")[: 2 + (name == "LSTM")])}
+
+        def forward(kind=kind, given=given):
+            layer = recurrent(kind)
+
+            def function(**arguments):
+                result = layer.forward(**arguments)
+                return np.concatenate(result, axis=1) if isinstance(result, tuple) else result
+
+            return Call(function, given, {"x": real} | dict.fromkeys(given, states), steps(kind), (layer,))
+
+        def backward(kind=kind, given=given):
+            layer = recurrent(kind)
+            layer.forward(**given)
+            gradients = {"dh_next": X} | ({"dc_next": X} if kind is layers.LSTM else {})
+            return Call(layer.backward, gradients, {"dh_next": real, "dc_next": states}, None, (layer,))
+
+        time_kind = getattr(layers, f"Time{name}")
+        yield f"{name}.forward", forward
+        yield f"{name}.backward", backward
+        yield f"Time{name}.init", simple(time_kind.init, sizes_ | {"rng": seed}, **chosen)
+    arrays = dict(zip(("Wx", "Wh", "b"), recurrent(layers.RNN).params, strict=True))
+    yield "TimeRNN", simple(layers.TimeRNN, columns | {"stateful": anything}, **arrays, stateful=False)
+    for kind in (layers.TimeRNN, layers.TimeLSTM, layers.TimeGRU, layers.TimeBiLSTM):
+        yield f"{kind.__name__}.forward", functools.partial(time_call, kind)
+        yield f"{kind.__name__}.backward", functools.partial(time_backward_call, kind)
+    for kind in (layers.TimeRNN, layers.TimeLSTM, layers.TimeGRU):
+        yield f"{kind.__name__}, from a state", functools.partial(state_call, kind)
+
+
+def sequences(v):
+    return real(v) and numpy.ndim(v) == 3 and numpy.shape(v)[2] == 3 and numpy.shape(v)[1] > 0
+
+
+def time_call(kind):
+    layer = recurrent(kind)
+
+    def reference(xs):
+        h, c, hs = None, None, []
+        for x in numpy.moveaxis(xs, 1, 0):
+            out = steps(getattr(layers, kind.__name__.removeprefix("Time")))(x, h, *[c] * (kind is layers.TimeLSTM))
+            h, c = out[:, :3], out[:, 3:]
+            hs.append(h)
+        return numpy.stack(hs, axis=1)
+
+    return Call(
+        layer.forward, {"xs": X[None]}, {"xs": sequences}, None if kind is layers.TimeBiLSTM else reference, (layer,)
+    )
+
+
+def time_backward_call(kind):
+    layer = recurrent(kind)
+    hs = layer.forward(X[None])
+    return Call(layer.backward, {"dhs": numpy.ones(hs.shape)}, {"dhs": sequences}, None, (layer,))
+
+
+def state_call(kind):
+    """The next forward checks the states that were set."""
+    layer = recurrent(kind, stateful=True)
+    state = optional(lambda v: real(v) and numpy.shape(v) == (4, 3))
+
+    def forward(**states):
+        before = layer.state
+        layer.set_state(**states)
+        try:
+            return layer.forward(X[:, None])
+        finally:
+            layer.state = before
+
+    states = dict.fromkeys(("h", "c")[: len(layer.state)], X / 2)
+    return Call(forward, states, dict.fromkeys(states, state), None, (layer,))
+
+
+def time_loss_calls():
+    """TimeSoftmaxWithLoss, whose label -1 is ignored, TimeDropout, TimeEmbedding and TimeAffine."""
+
+    def loss(x, t):
+        if t.shape == x.shape:
+            return cross_entropy(x, t)
+        kept = t.astype(int) >= 0
+        return cross_entropy(x[kept], t[kept]) if kept.any() else 0.0
+
+    ignored = {"x": real, "t": lambda v: labels(numpy.asarray(v) + (numpy.asarray(v) == -1))}
+    yield "TimeSoftmaxWithLoss.forward", simple(layers.TimeSoftmaxWithLoss().forward, ignored, loss, x=X, t=T - 1)
+    yield (
+        "TimeDropout",
+        simple(layers.TimeDropout, {"dropout_ratio": number(0, 1), "rng": seed}, dropout_ratio=0.5, rng=0),
+    )
+    index = {"idx": lambda v: labels(v) or (real(v) and numpy.asarray(v).dtype.kind in "iu")}
+    embedding = layers.TimeEmbedding(np.asarray(X.copy()))
+    yield "TimeEmbedding.forward", simple(embedding.forward, index, lambda idx: X[idx.astype(int)], idx=T)
+    affine_ = layers.TimeAffine(np.asarray(X[:3].copy()), np.asarray(X[3].copy()))
+    yield "TimeAffine.forward", simple(affine_.forward, {"x": real}, lambda x: x @ X[:3] + X[3], x=X)
+
+
+def word_ids(v):
+    return real(v) and numpy.asarray(v).dtype.kind in "iu" and numpy.ndim(v) == 1 and numpy.min(v) >= 0
+
+
+def negative_sampling_calls():
+    corpus, W = numpy.arange(12) % 4, np.asarray(X.copy())
+    valid = {"corpus": word_ids, "power": number(0), "sample_size": integer(), "rng": seed}
+    arguments = {"corpus": corpus, "power": 0.75, "sample_size": 2, "rng": 0}
+    size = {"vocab_size": optional(integer())}
+    yield "UnigramSampler", simple(layers.negative_sampling.UnigramSampler, valid | size, **arguments, vocab_size=4)
+    yield "NegativeSamplingLoss", simple(layers.NegativeSamplingLoss, valid | {"W": weights}, W=W, **arguments)
+
+    def loss():
+        layer = layers.NegativeSamplingLoss(np.asarray(X.copy()), corpus, sample_size=2, rng=0)
+        layer.forward(X, T)
+        return layer
+
+    def forward():
+        layer = loss()
+        return Call(layer.forward, {"h": X, "target": T}, {"h": real, "target": word_ids}, None, (layer,))
+
+    def backward():
+        layer = loss()
+        one = {"dout": lambda v: isinstance(v, int) or (real(v) and numpy.ndim(v) == 0)}
+        return Call(layer.backward, {"dout": 1.0}, one, None, (layer,))
+
+    def sample():
+        sampler = layers.negative_sampling.UnigramSampler(**arguments)
+        return Call(sampler.get_negative_sample, {"target": T}, {"target": word_ids}, None, (sampler,))
+
+    def dot():
+        layer = layers.EmbeddingDot(np.asarray(X.copy()))
+        return Call(
+            layer.forward,
+            {"h": X, "idx": T},
+            {"h": real, "idx": word_ids},
+            lambda h, idx: (X[idx.astype(int)] * h).sum(axis=1),
+            (layer,),
+        )
+
+    yield "NegativeSamplingLoss.forward", forward
+    yield "NegativeSamplingLoss.backward", backward
+    yield "UnigramSampler.get_negative_sample", sample
+    yield "EmbeddingDot.forward", dot
+
+
 def axes():
     from matplotlib import figure
 
@@ -673,6 +867,9 @@ CALLS = {
     **dict(constructor_calls()),
     **dict(function_calls()),
     **dict(conversion_calls()),
+    **dict(recurrent_calls()),
+    **dict(time_loss_calls()),
+    **dict(negative_sampling_calls()),
     "Embedding.forward": embedding_call,
     "Embedding.backward": embedding_backward_call,
 }

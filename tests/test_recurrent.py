@@ -172,11 +172,18 @@ def test_a_stateful_bidirectional_layer_keeps_the_states_of_both_directions():
     assert layer.forward(normal(3, 2, 4)).shape == (3, 2, 6)
 
 
-def test_a_gru_without_bias_equals_one_with_a_bias_of_zeros():
-    Wx, Wh, xs = normal(4, 9), normal(3, 9), normal(2, 3, 4)
-    ours, other = TimeGRU(Wx, Wh, stateful=True), TimeGRU(Wx, Wh, np.zeros(9), True)
-    assert (ours.forward(xs) == other.forward(xs)).all()
-    assert len(GRU(Wx, Wh).params) == len(ours.params) == 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_without_bias_equals_one_with_a_bias_of_zeros(kind, tmp_path):
+    layer, xs = recurrent(kind, stateful=True)("float64"), normal(2, 3, 4)
+    Wx, Wh, b = layer.params
+    b[...] = 0
+    plain = kind(Wx, Wh, stateful=True)
+    assert (plain.forward(xs) == layer.forward(xs)).all()
+    assert (plain.backward(xs[..., :3]) == layer.backward(xs[..., :3])).all()
+    assert len(CELLS[kind](Wx, Wh).params) == len(plain.params) == len(plain.grads) == 2
+    pytest.importorskip("safetensors")
+    checkpoint.save(tmp_path / "model.safetensors", Sequential([plain]))
+    assert (models.load(tmp_path / "model.safetensors").forward(xs) == plain.forward(xs)).all()
 
 
 # ---- PyTorch ----------------------------------------------------------------------------------------
@@ -501,6 +508,7 @@ def test_a_checkpoint_of_another_state_is_refused(tmp_path):
         (lambda: recurrent(GRU)("float32").forward(normal(2, 4), normal(3, 3)), ValueError, r"^GRU: the state h must"),
         (lambda: TimeBiLSTM(*([normal(4, 12), normal(3, 12), normal(12), normal(5, 12), normal(3, 12), normal(12)])),
          ValueError, "^TimeBiLSTM: Wx1 and Wx2"),
+        (lambda: TimeBiLSTM(*(2 * [normal(4, 12), normal(3, 12), None])), TypeError, "^TimeBiLSTM: b1 must be"),
     ],
 )  # fmt: skip
 def test_errors_name_layer_and_argument(call, error, message):

@@ -69,7 +69,7 @@ class _Recurrent(BaseLayer):
     h_prev: Array  # (N, T, H), h before each step
     dh: Array | None = None  # (N, H), gradient of h before the first step
 
-    def __init__(self, Wx: Array, Wh: Array, b: Array | None) -> None:
+    def __init__(self, Wx: Array, Wh: Array, b: Array | None = None) -> None:
         name, weights = type(self).__name__, {"Wx": Wx, "Wh": Wh} | ({} if b is None else {"b": b})
         check_weights(name, **weights)
         H = len(Wh) if Wh.ndim else 0
@@ -278,9 +278,9 @@ class RNN(_RNN, _Cell):
     ----------
     Wx : (D, H)
     Wh : (H, H)
-    b : (H,)
+    b : (H,) or None
         Floating arrays of the array module, of one dtype, in which the layer computes. They are used as `params`
-        without a copy.
+        without a copy. None is no bias.
 
     Shapes
     ------
@@ -305,7 +305,7 @@ class LSTM(_LSTM):
     ----------
     Wx : (D, 4H)
     Wh : (H, 4H)
-    b : (4H,)
+    b : (4H,) or None
         As for `RNN`.
 
     Shapes
@@ -338,7 +338,7 @@ class GRU(_GRU, _Cell):
     Wx : (D, 3H)
     Wh : (H, 3H)
     b : (3H,) or None
-        As for `RNN`; None is no bias.
+        As for `RNN`.
 
     Shapes
     ------
@@ -348,9 +348,6 @@ class GRU(_GRU, _Cell):
     ----------
     Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation", 2014.
     """
-
-    def __init__(self, Wx: Array, Wh: Array, b: Array | None = None) -> None:
-        super().__init__(Wx, Wh, b)
 
 
 # ---- layers of T time steps -------------------------------------------------------------------------
@@ -362,7 +359,7 @@ class _TimeRecurrent(_Recurrent):
     state_names = ("state",)
     h: Array | None = None
 
-    def __init__(self, Wx: Array, Wh: Array, b: Array | None, stateful: bool = False) -> None:
+    def __init__(self, Wx: Array, Wh: Array, b: Array | None = None, stateful: bool = False) -> None:
         super().__init__(Wx, Wh, b)
         self.stateful = check_bool(f"{type(self).__name__}: stateful", stateful)
 
@@ -488,9 +485,6 @@ class TimeGRU(_GRU, _TimeRecurrent):
     xs : (N, T, D)    hs, dhs : (N, T, H)
     """
 
-    def __init__(self, Wx: Array, Wh: Array, b: Array | None = None, stateful: bool = False) -> None:
-        super().__init__(Wx, Wh, b, stateful)
-
 
 class TimeBiLSTM(BaseLayer):
     """Two `TimeLSTM`, one over the time steps in order and one from the last to the first, side by side.
@@ -516,6 +510,7 @@ class TimeBiLSTM(BaseLayer):
     def __init__(
         self, Wx1: Array, Wh1: Array, b1: Array, Wx2: Array, Wh2: Array, b2: Array, stateful: bool = False
     ) -> None:
+        check_weights("TimeBiLSTM", b1=b1, b2=b2)
         self.forward_lstm, self.backward_lstm = TimeLSTM(Wx1, Wh1, b1, stateful), TimeLSTM(Wx2, Wh2, b2, stateful)
         if len(Wx1) != len(Wx2) or Wx1.dtype != Wx2.dtype:
             raise ValueError(
