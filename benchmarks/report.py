@@ -36,7 +36,7 @@ def configuration(**more):
         "CPU": output("sed", "-n", f"s/^model name.*: \\(.*\\)/\\1, {os.cpu_count()} cores/p", "/proc/cpuinfo"),
         "NVIDIA driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12"),
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     }
     return {name: value for name, value in (about | more).items() if value != "unknown"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy
 
@@ -14,8 +14,6 @@ from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
 
 __all__ = ["Affine", "MatMul"]
-
-_LinearLayer = TypeVar("_LinearLayer", bound="MatMul")
 
 
 class MatMul(BaseLayer):
@@ -58,7 +56,7 @@ class MatMul(BaseLayer):
 
     @classmethod
     def init(
-        cls: type[_LinearLayer],
+        cls,
         input_size: int,
         output_size: int,
         *,
@@ -66,7 +64,7 @@ class MatMul(BaseLayer):
         dtype: Any = numpy.float32,
         rng: Any = None,
         input_grad: bool = True,
-    ) -> _LinearLayer:
+    ) -> Self:
         """Return a layer with a weight (input_size, output_size) of `initializer`, and in `Affine` a bias of zeros.
 
         Parameters

@@ -8,7 +8,7 @@ Wh and a kernel for its gates.
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy
 
@@ -54,8 +54,6 @@ __all__ = [
     "TimeSoftmaxWithLoss",
 ]
 
-_RecurrentLayer = TypeVar("_RecurrentLayer", bound="_Recurrent")
-
 
 class _Recurrent(BaseLayer):
     """Base class of the recurrent layers: their weights, and the pass over all time steps in either direction."""
@@ -86,7 +84,7 @@ class _Recurrent(BaseLayer):
 
     @classmethod
     def init(
-        cls: type[_RecurrentLayer],
+        cls,
         input_size: int,
         hidden_size: int,
         *,
@@ -94,7 +92,7 @@ class _Recurrent(BaseLayer):
         dtype: Any = numpy.float32,
         rng: Any = None,
         **settings: Any,
-    ) -> _RecurrentLayer:
+    ) -> Self:
         """Return a layer with weights of `initializer`, drawn for one gate after the other, and a bias of zeros.
 
         `settings` are those of the constructor, such as `stateful`; the other options are those of `Affine.init`.
