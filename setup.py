@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
-# For GCC and Clang; MSVC keeps its defaults. nnx reads neither errno nor the floating-point exception flags.
-# Without contraction into fused multiply-add, results do not depend on the compiler.
+# For GCC and Clang, whose attributes and builtins native.c uses; MSVC has neither. nnx reads neither errno nor the
+# floating-point exception flags. Without contraction into fused multiply-add, results do not depend on the compiler.
 FLAGS = "-std=c11 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -Wall -Wextra"
 
 NUMPY_API = "NPY_2_0_API_VERSION"  # a build with any NumPy 2.x runs with any NumPy 2.x
@@ -31,8 +32,9 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile with FLAGS, then CFLAGS, so that the user's flags take precedence."""
-        if self.compiler.compiler_type != "msvc":
-            ext.extra_compile_args = shlex.split(f"{FLAGS} {os.environ.get('CFLAGS', '')}")
+        if self.compiler.compiler_type == "msvc":
+            raise CompileError("native.c needs GCC or Clang; without it nnx runs on NumPy alone")
+        ext.extra_compile_args = shlex.split(f"{FLAGS} {os.environ.get('CFLAGS', '')}")
         super().build_extension(ext)
 
 
