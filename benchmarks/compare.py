@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare [--quick] [--only 2-10-3/30 'layers/*' ...]    # in the repository root, on Linux
 
-It times a training step of each workload D-H-C/N, complete programs from start to exit, single layers and
-optimizers (`layers`), and an epoch of `Trainer` on arrays in several memory layouts (`data`), for the
-variants of `peers.py`: each in a separate process, alternating, on the same cores. A variant whose results
+It times a training step of each workload D-H-C/N and of those of `language.py`, complete programs from start to
+exit, single layers and optimizers (`layers`), and an epoch of `Trainer` on arrays in several memory layouts (`data`),
+for the variants of `peers.py`: each in a separate process, alternating, on the same cores. A variant whose results
 differ from the first one's is reported and not timed; a library that is not installed is reported as absent.
 A ratio is the median over rounds of the ratio of two times in the same round.
 Page faults are those of a step in the last round. With NNX_GPU=1 everything runs on the GPU, and the
@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy
 
 import nnx
-from benchmarks import report
+from benchmarks import language, report
 from benchmarks.layers import OPTIMIZERS, SIZES
 from benchmarks.peers import DATA, JOBS, LAYOUTS, VARIANTS
 from nnx import GPU
@@ -53,13 +53,20 @@ GROUPS = {
     "layers": [f"{name} {size}" for size, names in SIZES.items() for name in names],
     **{workload: list(VARIANTS) for workload in WORKLOADS},
     **OTHERS,
+    **{workload: list(language.MAKE) for workload in language.MODELS},
+    language.CBOW: [variant for variant in language.MAKE if variant != "floor"],
     "data": LAYOUTS,
     **dict.fromkeys(("import", *JOBS), WHOLE),  # the book imports NumPy, and nothing else
 }
-BASES = {"layers": PAIR[1:], "data": LAYOUTS[:1]}  # reference variants of the ratios; by default nnx and its floor
+BASES = {"layers": PAIR[1:], "data": LAYOUTS[:1], language.CBOW: ["nnx"]}  # of the ratios; by default nnx and its floor
 WHAT = {
     "layers": "forward and backward, or an optimizer's step, compared with PyTorch",
     "data": f"an epoch of Trainer at {DATA} on 30,000 rows, by their memory layout",
+    **dict.fromkeys(language.MODELS[:2], "a training step of a language model, V-H/NxT"),
+    **dict.fromkeys(
+        language.MODELS[2:], "a training step of a language model, V-H/NxT; PyTorch's GRU is another formula"
+    ),
+    language.CBOW: "a training step of word2vec with negative sampling, V-H/N",
 }
 CUDA = ["cupy-cuda12x", "cupy-cuda13x", "cuda-toolkit[cublas,cudart,curand,nvrtc]"] if GPU else []
 INSTALLED = {  # what each requires in an empty environment
@@ -115,7 +122,8 @@ def check(rows):
     """Add a note to rows whose results differ from the book's in float64, or else from the first row with results."""
     rows = sorted((row for row in rows if row.get("results")), key=lambda row: row["variant"] != "book float64")
     for row in rows:
-        tolerance = 1e-3 if "Adam" in row["group"] else 1e-4  # PyTorch adds eps after the bias correction
+        adam = "Adam" in row["group"] or row["group"] == language.CBOW
+        tolerance = 1e-3 if adam else 1e-4  # PyTorch adds eps after the bias correction
         for got, want in zip(row["results"], rows[0]["results"], strict=True):
             if not numpy.allclose(got, want, rtol=0, atol=tolerance * numpy.abs(want).max()):
                 row["note"] = f"not timed: results differ from those of {rows[0]['variant']}"
@@ -376,7 +384,7 @@ def write(path, device, groups, about):
     lines = [f"# nnx compared with other libraries on {device}", *report.table(["", ""], about.items())]
     lines += ["", "Ratios are medians (quartiles) of the ratios in each round."]
     for name, rows in groups.items():
-        what = "a training step, D-H-C/N" if "/" in name else WHAT.get(name, "a process from start to exit")
+        what = WHAT.get(name, "a training step, D-H-C/N" if "/" in name else "a process from start to exit")
         lines += ["", f"## {name}: {what}"]
         for head, *cells in tables(name, rows):
             lines += report.table(head, cells)

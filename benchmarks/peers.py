@@ -25,52 +25,18 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy
 
 from benchmarks import book as chapter1
+from benchmarks import language
 from benchmarks.layers import NORMS, nnx_call, nnx_layer, pytorch_call, pytorch_layer, pytorch_optimizer
+from benchmarks.net import Net, jax_library, numpy_blas, pytorch_blas, updated
 
 CHECKED = 20  # steps whose losses are compared
 JOBS = {"spiral": ("2-10-3/30", 300, 1.0), "digits": ("64-100-10/100", 100, 0.5)}  # workload, epochs, learning rate
 DATA = "784-100-10/100"
 LAYOUTS = ["C-contiguous", "column slice", "F-ordered", "pandas DataFrame", "memory-mapped"]
-
-
-def numpy_blas(*_):
-    """Return NumPy's BLAS and its kernels, if threadpoolctl is installed to detect them."""
-    if "cupy" in sys.modules:
-        return f"CuPy {sys.modules['cupy'].__version__}, cuBLAS"
-    try:
-        from threadpoolctl import threadpool_info
-    except ImportError:
-        return f"NumPy {numpy.__version__}, BLAS unknown without threadpoolctl"
-    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    about = "{internal_api} {version} {architecture}, {num_threads} threads"
-    return "; ".join(about.format_map({"architecture": "kernels unknown", **library}) for library in libraries)
-
-
-def pytorch_blas(*_):
-    """Return what PyTorch reports about its BLAS: threadpoolctl does not detect statically linked libraries."""
-    import torch
-
-    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    kernels = f"{blas[1] if blas else 'BLAS unknown'}, own kernels {torch.backends.cpu.get_cpu_capability()}"
-    return f"torch {torch.__version__}, {kernels}, {torch.get_num_threads()} threads"
-
-
-class Net(NamedTuple):
-    """A net in one library, with its own parameters W1, b1, W2, ..."""
-
-    step: Callable  # of x and t: performs a step and returns the loss as the library's object
-    put: Callable  # of a host array: the array that is reused in all steps
-    feed: Callable  # of a host array: the input of one step
-    weights: Callable | None = None  # W1, b1, W2, ... on the host; None for the floor
-    finish: Callable = lambda: None  # synchronizes the device
-    fit: Callable | None = None  # the library's own training loop
-    about: Callable = numpy_blas  # of x and t: the library, its BLAS and threads
 
 
 def architecture(params, between):
@@ -80,15 +46,6 @@ def architecture(params, between):
         layers.append(("Affine", W, b))
         layers += [(name, numpy.ones_like(b), numpy.zeros_like(b)) if name in NORMS else (name,) for name in between]
     return layers[: -len(between)]
-
-
-def updated(optimizer, lr, k, g, p, m=None, v=None):
-    """Return a parameter and Adam's two moments after step k with gradient g, for libraries that compile the step."""
-    if optimizer == "SGD":
-        return (p - lr * g,)
-    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-    rate, decay = lr * (1 - 0.999**k) ** 0.5 / (1 - 0.9**k), 0.01 * lr if optimizer == "AdamW" else 0
-    return p * (1 - decay) - rate * m / (v**0.5 + 1e-7), m, v
 
 
 def floor(params, lr, device, **_):
@@ -115,7 +72,7 @@ def floor(params, lr, device, **_):
             np.dot(a, b, out)
         return 0.0
 
-    return Net(step, asarray, asarray, finish=synchronize)
+    return Net(step, asarray, asarray, finish=synchronize, checked=False)
 
 
 def nnx(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
@@ -255,20 +212,13 @@ def jax(params, lr, device, between=("Sigmoid",), optimizer="SGD", ratio=0.5):
         carry, loss = update(carry, x, t)
         return loss
 
-    def about(x, t):
-        """Detect the library that XLA uses for matrix products from the compiled step."""
-        step = update.lower(carry, x, t).compile().as_text()
-        libraries = {"__ynn_fusion": "YNNPACK", "__onednn": "oneDNN", "__cublas": "cuBLAS"}
-        used = [name for mark, name in libraries.items() if mark in step] or ["Eigen"]
-        return f"jax {jax.__version__} on {jax.default_backend()}, {' and '.join(used)}, kernels unknown"
-
     return Net(
         step,
         jax.device_put,
         lambda array: array,  # passing host arrays to a jitted function is faster than device_put
         lambda: jax.device_get([p for p, *_ in carry[0]]),
         lambda: jax.block_until_ready(carry),
-        about=about,
+        about=lambda x, t: jax_library(update.lower(carry, x, t)),
     )
 
 
@@ -325,38 +275,47 @@ def clock(run, finish, steps=1):
         answer(seconds=seconds, faults=page_faults() - faults, steps=int(line) * steps)
 
 
-def steps(make, dtype, workload, trainer):
-    """Print the losses of a workload's first steps, then times."""
+def prepare(make, dtype, workload):
+    """Return the arguments of `steps`: a function that makes a net, whether it has dropout, x and t."""
     rng = numpy.random.default_rng(0)
     sizes, N, params = problem(workload, rng)
     x, t = rng.standard_normal((N, sizes[0])).astype(dtype), rng.integers(sizes[-1], size=N)
     *between, optimizer = workload.split()[:-1] or ["Sigmoid", "SGD"]
 
-    def make_net(ratio):
+    def make_net(draws):
         lr = 0.1 if optimizer == "SGD" else 0.001
+        ratio = 0.5 if draws else 0.0
         return make([p.astype(dtype) for p in params], lr, between=between, optimizer=optimizer, ratio=ratio)
 
-    net = make_net(ratio=0.0)  # dropout masks differ, so losses are compared without dropout
+    return make_net, "Dropout" in between, x, t
+
+
+def steps(make_net, draws, x, t, trainer=False, each=10):
+    """Print the losses of the first steps of a net, then times.
+
+    `make_net(draws)` makes it; without random numbers for the losses, which differ between libraries.
+    """
+    net, N = make_net(False), len(x)
     if trainer:  # an epoch of ten batches
         losses, tenfold = net.fit(x, t, CHECKED, N), (numpy.tile(x, (10, 1)), numpy.tile(t, 10))
     else:
         x, t = net.put(x), net.put(t)
         losses = [float(net.step(x, t)) for _ in range(CHECKED)]
-    if "Dropout" in between:
-        net = make_net(ratio=0.5)
+    if draws:
+        net = make_net(True)
         net.step(x, t)
 
-    def run(tens):
+    def run(count):
         if trainer:
-            net.fit(*tenfold, tens, N)
+            net.fit(*tenfold, count, N)
             return
-        for _ in range(tens):
-            for _ in range(10):
+        for _ in range(count):
+            for _ in range(each):
                 loss = net.step(x, t)
             float(loss)
 
-    answer(results=[losses] if net.weights else None, about=net.about(x, t))
-    clock(run, net.finish, steps=10)
+    answer(results=[losses] if net.checked else None, about=net.about(x, t))
+    clock(run, net.finish, steps=each)
 
 
 def table(variant, device):
@@ -431,8 +390,10 @@ def main(device, variant, task, *data):
             module, make, dtype = VARIANTS[variant]
             make = functools.partial(make, device=device)
             importlib.import_module(module)
-            if "/" in task:
-                steps(make, dtype, task, trainer=variant == "nnx Trainer")
+            if task in language.WORKLOADS:
+                steps(*language.prepare(variant, task, device), each=1)
+            elif "/" in task:
+                steps(*prepare(make, dtype, task), trainer=variant == "nnx Trainer")
             else:
                 losses = job(make, dtype, task, *data) if task in JOBS else None
                 answer(results=losses and [losses], bytes=peak_bytes())
