@@ -32,6 +32,17 @@ class BaseModel(TiedModel):
     The files are the book's, a pickled list of float16 arrays: they have the precision of 3 decimal digits, and
     neither the state of layers nor that of an optimizer. `nnx.checkpoint` saves everything, in full precision.
     Weights shared between layers, as the same array or as W and W.T, stay shared in copies, pickles and both files.
+
+    Examples
+    --------
+    >>> from nnx import Affine
+    >>> from nnx.base_model import BaseModel
+    >>> class Linear(BaseModel):
+    ...     def __init__(self):
+    ...         self.layer = Affine.init(3, 2, rng=0)
+    ...         self.params, self.grads = self.layer.params, self.layer.grads
+    >>> Linear().save_params("linear.pkl")
+    >>> Linear().load_params("linear.pkl")
     """
 
     def __init__(self) -> None:
@@ -117,6 +128,15 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
         If the file cannot be read.
     ValueError
         If the file is damaged or holds anything else; nothing of it was run.
+
+    Examples
+    --------
+    >>> import pickle
+    >>> from nnx.base_model import load_pickle
+    >>> with open("params.pkl", "wb") as file:
+    ...     pickle.dump({"word_to_id": {"you": 0, "say": 1}}, file)
+    >>> load_pickle("params.pkl")
+    {'word_to_id': {'you': 0, 'say': 1}}
     """
     path = Path(path).expanduser()
     with path.open("rb") as file:

@@ -52,7 +52,20 @@ _EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_checkpoint", "o
 
 
 class Callback:
-    """A base class of hooks that do nothing."""
+    """A base class of hooks that do nothing.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, callbacks, spiral
+    >>> class StopAt(callbacks.Callback):
+    ...     def on_epoch(self, trainer):
+    ...         if trainer.history[-1]["loss"] < 0.8:
+    ...             trainer.stop()
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    >>> trainer.fit(*spiral.load_data(), 100, verbose=False, callbacks=[StopAt()])
+    >>> trainer.current_epoch < 100
+    True
+    """
 
     state_names: tuple[str, ...] = ()
     _model: Callable[[], Any] | None = None  # a weak reference to the one that the last fit trained
@@ -97,7 +110,16 @@ class Callback:
 
 
 class PrintLog(Callback):
-    """Prints the book's line at every evaluation, and with validation a line after every epoch."""
+    """Prints the book's line at every evaluation, and with validation a line after every epoch.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, spiral
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    >>> trainer.fit(*spiral.load_data(), 2, 30, verbose=True)  # verbose=True adds PrintLog
+    | epoch 1 |  iter 1 / 10 | time ...[s] | loss 1.10
+    | epoch 2 |  iter 1 / 10 | time ...[s] | loss ...
+    """
 
     def on_begin(self, trainer: Any) -> None:
         """Start the clock."""
@@ -131,7 +153,14 @@ def print_line(text: str) -> None:
 
 
 class ProgressBar(Callback):
-    """Shows a tqdm progress bar over all steps, with the losses and metrics of the last epoch."""
+    """Shows a tqdm progress bar over all steps, with the losses and metrics of the last epoch.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, callbacks, spiral
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    >>> trainer.fit(*spiral.load_data(), 2, verbose=False, callbacks=[callbacks.ProgressBar()])  # also in a pipe
+    """
 
     def on_begin(self, trainer: Any) -> None:
         """Open the bar."""
@@ -168,6 +197,15 @@ class Log(Callback):
     ----------
     function : function of a dict
         For example `wandb.log`, `mlflow.log_metrics`, or `writerow` of a csv.DictWriter.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, callbacks, spiral
+    >>> rows = []
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    >>> trainer.fit(*spiral.load_data(), 2, verbose=False, callbacks=[callbacks.Log(rows.append)])
+    >>> [row["epoch"] for row in rows], list(rows[0])
+    ([1, 2], ['epoch', 'loss', 'lr', 'seconds'])
     """
 
     def __init__(self, function: Callable[[dict[str, float]], Any]) -> None:
@@ -188,6 +226,16 @@ class LearningRateScheduler(Callback):
     ----------
     schedule : function of an int
         See `optimizer.step_decay`, `cosine_decay` and `linear_warmup`.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, callbacks, optimizer, spiral
+    >>> schedule = optimizer.step_decay(1.0, every=20)  # there are 10 steps in an epoch
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(), rng=0)
+    >>> scheduler = callbacks.LearningRateScheduler(schedule)
+    >>> trainer.fit(*spiral.load_data(), 4, 30, verbose=False, callbacks=[scheduler])
+    >>> [row["lr"] for row in trainer.history]
+    [1.0, 1.0, 0.1, 0.1]
     """
 
     state_names = ("steps",)
@@ -225,6 +273,16 @@ class EarlyStopping(Callback):
     ----------
     patience : int
         Epochs without improvement, at least 1.
+
+    Examples
+    --------
+    >>> from nnx import Adam, Trainer, TwoLayerNet, callbacks, spiral
+    >>> x, t = spiral.load_data()
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), Adam(1.0), rng=0)
+    >>> stopping = callbacks.EarlyStopping(patience=2)
+    >>> trainer.fit(x[::2], t[::2], 100, verbose=False, validation=(x[1::2], t[1::2]), callbacks=[stopping])
+    >>> trainer.current_epoch < 100
+    True
     """
 
     needs_validation = True
@@ -276,6 +334,16 @@ class BestWeights(Callback):
         The lowest validation loss.
     epoch : int
         The epoch of that loss, counted from 1.
+
+    Examples
+    --------
+    >>> from nnx import Adam, Trainer, TwoLayerNet, callbacks, spiral
+    >>> x, t = spiral.load_data()
+    >>> best = callbacks.BestWeights()
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), Adam(0.1), rng=0)
+    >>> trainer.fit(x[::2], t[::2], 5, verbose=False, validation=(x[1::2], t[1::2]), callbacks=[best])
+    >>> best.best_loss == min(row["val_loss"] for row in trainer.history)
+    True
     """
 
     needs_validation = True
@@ -343,6 +411,14 @@ class Checkpoint(Callback):
         The numbered file that was saved last.
     best_loss : float
         The validation loss of `best.safetensors`.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, callbacks, spiral
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    >>> trainer.fit(*spiral.load_data(), 5, verbose=False, callbacks=[callbacks.Checkpoint("run")])
+    >>> trainer.resume("run").name
+    'epoch-0005-step-000000.safetensors'
     """
 
     state_names = ("best_loss",)

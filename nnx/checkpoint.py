@@ -105,6 +105,13 @@ def save(
         of a layer have the same name.
     TypeError
         If `keys` is not a dict of names, or `transpose` not an iterable of names; a single string is refused.
+
+    Examples
+    --------
+    >>> from nnx import Adam, checkpoint, models
+    >>> model, optimizer = models.mlp([4, 8, 3], rng=0), Adam()
+    >>> checkpoint.save("net.safetensors", model, optimizer)
+    >>> checkpoint.load("net.safetensors", model, optimizer)
     """
     path = Path(path).expanduser()
     keys, transpose = _apply_layout(path, model, layout, keys, transpose)
@@ -180,6 +187,18 @@ def load(
         For `keys` or `transpose`, as in `save`.
     ImportError
         If safetensors is not installed, as `nnx-array[checkpoint]` does.
+
+    Examples
+    --------
+    >>> from nnx import TwoLayerNet, checkpoint
+    >>> checkpoint.save("net.safetensors", TwoLayerNet(2, 10, 3, rng=0))
+    >>> checkpoint.load("net.safetensors", TwoLayerNet(2, 10, 3))
+    >>> checkpoint.load("net.safetensors", TwoLayerNet(2, 20, 3))
+    Traceback (most recent call last):
+    ValueError: net.safetensors does not fit, and nothing was loaded:
+      layers.0.W: float32 (2, 20) in the model, float32 (2, 10) in the file
+      layers.0.b: float32 (20,) in the model, float32 (10,) in the file
+      layers.2.W: float32 (20, 3) in the model, float32 (10, 3) in the file
     """
     path = Path(path).expanduser()
     keys, transpose = _apply_layout(path, model, layout, keys, transpose)
@@ -255,6 +274,14 @@ def latest_checkpoint(folder: str | Path) -> Path:
     ------
     FileNotFoundError
         If there is no intact checkpoint.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, callbacks, checkpoint, spiral
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(1.0), rng=0)
+    >>> trainer.fit(*spiral.load_data(), 3, verbose=False, callbacks=[callbacks.Checkpoint("run")])
+    >>> checkpoint.latest_checkpoint("run").name
+    'epoch-0003-step-000000.safetensors'
     """
     for path in reversed(list_checkpoints(Path(folder).expanduser())):
         try:

@@ -24,7 +24,14 @@ __all__ = ["asarray", "synchronize", "to_cpu", "to_gpu"]
 
 
 def to_cpu(x: Any) -> numpy.ndarray:
-    """Return `x` as a NumPy array; on the GPU this waits for pending work on `x`."""
+    """Return `x` as a NumPy array; on the GPU this waits for pending work on `x`.
+
+    Examples
+    --------
+    >>> from nnx import np, to_cpu
+    >>> to_cpu(np.arange(3))
+    array([0, 1, 2])
+    """
     return _cupy.asnumpy(x) if GPU else numpy.asarray(x)
 
 
@@ -35,6 +42,12 @@ def to_gpu(x: Any) -> Array:
     ------
     RuntimeError
         If `NNX_GPU` is not on: the array module is then NumPy, and no layer accepts CuPy arrays.
+
+    Examples
+    --------
+    >>> from nnx import GPU, to_gpu
+    >>> if GPU:
+    ...     x = to_gpu([1.0, 2.0])
     """
     if not GPU:
         raise RuntimeError("to_gpu: nnx runs on NumPy; start Python with NNX_GPU=1 to train on the GPU")
@@ -52,6 +65,13 @@ def asarray(x: Any, dtype: Any = None, *, name: str = "asarray") -> Array:
         If `x` does not hold numbers (strings, None, objects). `name` is the prefix of the message.
     ValueError
         If `x` is a ragged list.
+
+    Examples
+    --------
+    >>> from nnx import asarray
+    >>> print(asarray([[1, 2], [3, 4]], "float32"))
+    [[1. 2.]
+     [3. 4.]]
     """
     x = as_real_array(x, name)
     if GPU and dtype is None and x.dtype.itemsize > 8:  # CuPy has no longdouble
@@ -180,7 +200,17 @@ def current_stream_ptr() -> int:
 
 
 def synchronize() -> None:
-    """Wait until the GPU has finished all work queued on its current stream; a no-op on the CPU."""
+    """Wait until the GPU has finished all work queued on its current stream; a no-op on the CPU.
+
+    Examples
+    --------
+    >>> import time
+    >>> from nnx import np, synchronize
+    >>> begin = time.perf_counter()
+    >>> y = np.ones((64, 64)) @ np.ones((64, 64))
+    >>> synchronize()  # a GPU may still be computing y
+    >>> seconds = time.perf_counter() - begin
+    """
     if GPU:
         _cupy.cuda.get_current_stream().synchronize()
 

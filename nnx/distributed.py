@@ -2,7 +2,7 @@
 
 Each of R processes, the ranks, holds the whole model, computes the gradients of its rows of a batch,
 and takes the same step with the sum over all ranks. `Trainer(..., comm=comm)` does so; in a custom
-training loop:
+training loop::
 
     comm = nnx.distributed.init()  # first, before the data and the model
     comm.broadcast(model.params)
@@ -82,6 +82,13 @@ def init(cuda_aware: bool = False) -> Comm:
         If there is a launcher, but mpi4py is not installed.
     RuntimeError
         If no MPI library can be loaded, or if the launcher reports several ranks and MPI only one.
+
+    Examples
+    --------
+    >>> import nnx
+    >>> comm = nnx.distributed.init()
+    >>> comm.rank, comm.size  # without mpiexec
+    (0, 1)
     """
     if not _instance:
         _instance.append(_connect(cuda_aware))
@@ -135,6 +142,13 @@ class Comm:
         The same among the ranks on this machine.
     mpi : mpi4py.MPI.Comm or None
         The MPI communicator of all ranks, for custom calls; None if there is only one rank.
+
+    Examples
+    --------
+    >>> from nnx.distributed import Comm
+    >>> comm = Comm()  # a single process; `init` returns the one of several
+    >>> comm.rank, comm.size, comm.shard(100), comm.all_sum(1.5)
+    (0, 1, slice(0, 100, None), 1.5)
     """
 
     rank = local_rank = 0

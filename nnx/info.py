@@ -17,7 +17,14 @@ __all__ = ["show_config"]
 
 
 def show_config() -> None:
-    """Print the configuration: versions, device, kernels, BLAS and threads."""
+    """Print the configuration: versions, device, kernels, BLAS and threads.
+
+    Examples
+    --------
+    >>> from nnx import show_config
+    >>> show_config()
+    nnx       ... on ...
+    """
     rows = [
         ("nnx", f"{__version__} on {device.array_module()}"),
         ("Python", f"{sys.version.split()[0]}, {platform.platform()}"),

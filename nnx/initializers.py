@@ -41,6 +41,13 @@ def normal(shape: int | Iterable[int], std: float = 0.01, dtype: Any = numpy.flo
         If `dtype` is not one of these, or `std` is not a number.
     ValueError
         If `std` is negative, infinite or NaN.
+
+    Examples
+    --------
+    >>> from nnx.initializers import normal
+    >>> print(normal((2, 3), std=0.01, rng=0).round(4))
+    [[ 0.0013 -0.0013  0.0064]
+     [ 0.001  -0.0054  0.0036]]
     """
     return _normal("normal", shape, check_number("normal: std", std, 0), dtype, rng)
 
@@ -53,6 +60,13 @@ def xavier(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) ->
     References
     ----------
     Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010, eq. 12.
+
+    Examples
+    --------
+    >>> from nnx.initializers import xavier
+    >>> W = xavier((100, 100), rng=0)
+    >>> W.shape, W.dtype, round(float(W.std()), 2)  # sqrt(2 / 200) = 0.1
+    ((100, 100), dtype('float32'), 0.1)
     """
     D, H = _fans("xavier", shape)
     return _normal("xavier", (D, H), math.sqrt(2 / (D + H)), dtype, rng)
@@ -66,6 +80,13 @@ def he(shape: Iterable[int], dtype: Any = numpy.float32, rng: Any = None) -> Arr
     References
     ----------
     He et al., "Delving deep into rectifiers", 2015, eq. 10.
+
+    Examples
+    --------
+    >>> from nnx.initializers import he
+    >>> W = he((200, 100), rng=0)
+    >>> W.shape, W.dtype, round(float(W.std()), 2)  # sqrt(2 / 200) = 0.1
+    ((200, 100), dtype('float32'), 0.1)
     """
     D, H = _fans("he", shape)
     return _normal("he", (D, H), math.sqrt(2 / D), dtype, rng)

@@ -56,6 +56,20 @@ class Sequential(TiedModel):
     -----
     Weights shared between layers, as the same array or as W and W.T, stay shared in copies by `copy.deepcopy`, in
     pickles and in checkpoints.
+
+    Examples
+    --------
+    >>> from nnx import Affine, ReLU, Sequential, SoftmaxWithLoss
+    >>> model = Sequential([Affine.init(4, 8, rng=0), ReLU(), Affine.init(8, 3, rng=1)], SoftmaxWithLoss())
+    >>> model
+    Sequential(
+      Affine(4, 8)                 40
+      ReLU()                        0
+      Affine(8, 3)                 27
+      SoftmaxWithLoss()             0
+    ) 67 parameters, float32
+    >>> model.predict([[0.1, 0.2, 0.3, 0.4]]).shape
+    (1, 3)
     """
 
     def __init__(self, layers: Iterable[Layer], loss_layer: LossLayer | None = None) -> None:
@@ -224,6 +238,17 @@ class TwoLayerNet(Sequential):
     Shapes
     ------
     x : (N, D)    t : (N,) labels or (N, C) one-hot    predict(x) : (N, C) scores
+
+    Examples
+    --------
+    >>> from nnx import SGD, TwoLayerNet, spiral
+    >>> x, t = spiral.load_data()
+    >>> model = TwoLayerNet(2, 10, 3, rng=0)
+    >>> loss = model.forward(x, t)
+    >>> print(f"{float(loss):.4f}")  # log(3): the weights are still small
+    1.0986
+    >>> model.backward()
+    >>> SGD(lr=1.0).update(model.params, model.grads)
     """
 
     def __init__(
@@ -284,6 +309,19 @@ def mlp(
     ------
     TypeError, ValueError
         If an argument is invalid.
+
+    Examples
+    --------
+    >>> from nnx import models
+    >>> models.mlp([784, 512, 10], batch_norm=True, dropout=0.2, rng=0)
+    Sequential(
+      Affine(784, 512, input_grad=False)            401,920
+      BatchNorm(512, momentum=0.9, eps=1e-05)         1,024
+      ReLU()                                              0
+      Dropout(dropout_ratio=0.2)                          0
+      Affine(512, 10)                                 5,130
+      SoftmaxWithLoss()                                   0
+    ) 408,074 parameters, float32
     """
     *hidden, last = check_list("mlp: sizes", sizes, "integers") or [None]
     if not hidden:
@@ -322,6 +360,18 @@ def load(path: str | Path) -> Sequential:
         user-defined class; the message names it. Build such a model yourself and use `checkpoint.load`.
     ImportError
         If safetensors is not installed, as `nnx-array[checkpoint]` does.
+
+    Examples
+    --------
+    >>> from nnx import checkpoint, models
+    >>> checkpoint.save("net.safetensors", models.mlp([4, 8, 3], rng=0))
+    >>> models.load("net.safetensors")
+    Sequential(
+      Affine(4, 8, input_grad=False)            40
+      ReLU()                                     0
+      Affine(8, 3)                              27
+      SoftmaxWithLoss()                          0
+    ) 67 parameters, float32
     """
     path = Path(path).expanduser()
     configs, names, arrays = checkpoint.read_config(path)

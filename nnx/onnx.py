@@ -25,7 +25,7 @@ def export(model: Layer, path: str | Path, *, input_shape: Iterable[int | None] 
     Parameters
     ----------
     model : Sequential, or a layer of `nnx.layers`
-        Loss layers are left out: y holds scores; for probabilities export Sequential([*model.layers, Softmax()]).
+        Loss layers are left out: y holds scores; for probabilities export `Sequential([*model.layers, Softmax()])`.
     path : str or Path
     input_shape : iterable of int or None
         Shape of x, with None for axes of any length. The default is (None, D), with D of the first layer that has
@@ -38,6 +38,11 @@ def export(model: Layer, path: str | Path, *, input_shape: Iterable[int | None] 
         If a layer is a loss, or not of a class in `nnx.layers`, or cannot take an x of this shape.
     ImportError
         If onnx is not installed.
+
+    Examples
+    --------
+    >>> import nnx
+    >>> nnx.onnx.export(nnx.models.mlp([4, 8, 3], rng=0), "net.onnx")  # x (N, 4) to scores y (N, 3)
     """
     try:
         from onnx import checker, helper, numpy_helper, save, shape_inference  # noqa: PLC0415 - an extra

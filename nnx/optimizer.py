@@ -133,6 +133,14 @@ class SGD(_Optimizer):
     References
     ----------
     Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
+
+    Examples
+    --------
+    >>> from nnx import SGD, np
+    >>> W = np.array([1.0, 2.0])
+    >>> SGD(lr=0.1).update([W], [np.array([1.0, -1.0])])
+    >>> print(W)
+    [0.9 2.1]
     """
 
     _settings = ("lr", "weight_decay")
@@ -168,6 +176,15 @@ class Momentum(_Optimizer):
     References
     ----------
     Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
+
+    Examples
+    --------
+    >>> from nnx import Momentum, np
+    >>> W, optimizer = np.array([1.0, 2.0]), Momentum(lr=0.1)
+    >>> for _ in range(2):
+    ...     optimizer.update([W], [np.array([1.0, -1.0])])
+    >>> print(W.round(3))
+    [0.71 2.29]
     """
 
     _settings = ("lr", "momentum", "weight_decay")
@@ -196,6 +213,14 @@ class Nesterov(Momentum):
     ----------
     Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013; in the
     form of Bengio et al., "Advances in optimizing recurrent networks", 2013, eq. 7.
+
+    Examples
+    --------
+    >>> from nnx import Nesterov, np
+    >>> W, optimizer = np.array([1.0, 2.0]), Nesterov(lr=0.1)
+    >>> optimizer.update([W], [np.array([1.0, -1.0])])
+    >>> print(W.round(3))
+    [0.81 2.19]
     """
 
     def update(self, params: Sequence[Array], grads: Sequence[Array]) -> None:
@@ -218,6 +243,14 @@ class AdaGrad(_Optimizer):
     References
     ----------
     Duchi, Hazan and Singer, "Adaptive subgradient methods", 2011.
+
+    Examples
+    --------
+    >>> from nnx import AdaGrad, np
+    >>> W, optimizer = np.array([1.0, 2.0]), AdaGrad(lr=0.1)
+    >>> optimizer.update([W], [np.array([1.0, -1.0])])
+    >>> print(W.round(3))
+    [0.9 2.1]
     """
 
     _settings = ("lr", "eps", "weight_decay")
@@ -247,6 +280,14 @@ class RMSprop(_Optimizer):
     References
     ----------
     Tieleman and Hinton, "Neural networks for machine learning", 2012, lecture 6e.
+
+    Examples
+    --------
+    >>> from nnx import RMSprop, np
+    >>> W, optimizer = np.array([1.0, 2.0]), RMSprop(lr=0.01)
+    >>> optimizer.update([W], [np.array([1.0, -1.0])])
+    >>> print(W.round(3))
+    [0.9 2.1]
     """
 
     _settings = ("lr", "decay_rate", "eps", "weight_decay")
@@ -286,6 +327,15 @@ class Adam(_Optimizer):
     References
     ----------
     Kingma and Ba, "Adam: A method for stochastic optimization", 2015, in the form given at the end of section 2.
+
+    Examples
+    --------
+    >>> from nnx import Adam, np
+    >>> W, optimizer = np.array([1.0, 2.0]), Adam(lr=0.1)
+    >>> for _ in range(2):
+    ...     optimizer.update([W], [np.array([1.0, -1.0])])
+    >>> print(W.round(3), optimizer.iter)
+    [0.8 2.2] 2
     """
 
     _settings = ("lr", "beta1", "beta2", "eps", "weight_decay")
@@ -335,6 +385,14 @@ class AdamW(Adam):
     References
     ----------
     Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2.
+
+    Examples
+    --------
+    >>> from nnx import AdamW, np
+    >>> W, optimizer = np.array([1.0, 2.0]), AdamW(lr=0.1, weight_decay=0.1)
+    >>> optimizer.update([W], [np.array([1.0, -1.0])])
+    >>> print(W.round(3))
+    [0.89 2.08]
     """
 
     def __init__(
@@ -364,6 +422,14 @@ def clip_grads(grads: Iterable[Array], max_norm: float) -> None:
     References
     ----------
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
+
+    Examples
+    --------
+    >>> from nnx import clip_grads, np
+    >>> grads = [np.array([3.0]), np.array([4.0])]
+    >>> clip_grads(grads, max_norm=1.0)
+    >>> print([grad.round(3).tolist() for grad in grads])
+    [[0.6], [0.8]]
     """
     if not isinstance(max_norm, numbers.Real) or isinstance(max_norm, bool):
         raise TypeError(f"clip_grads: max_norm must be a number, got {max_norm!r:.80}")
@@ -420,6 +486,13 @@ def step_decay(lr: float, every: int, factor: float = 0.1) -> Callable[[int], fl
 
     A TypeError or ValueError for arguments that are no numbers, or out of range: lr and factor 0 or more, every at
     least 1; likewise for the other schedules.
+
+    Examples
+    --------
+    >>> from nnx.optimizer import step_decay
+    >>> schedule = step_decay(0.1, every=100)
+    >>> [round(schedule(step), 4) for step in (0, 99, 100, 250)]
+    [0.1, 0.1, 0.01, 0.001]
     """
     check_number("step_decay: lr", lr, 0)
     check_integer("step_decay: every", every)
@@ -433,6 +506,13 @@ def cosine_decay(lr: float, steps: int, final: float = 0.0) -> Callable[[int], f
     References
     ----------
     Loshchilov and Hutter, "SGDR: Stochastic gradient descent with warm restarts", 2017, eq. 5.
+
+    Examples
+    --------
+    >>> from nnx.optimizer import cosine_decay
+    >>> schedule = cosine_decay(0.1, steps=100)
+    >>> [round(schedule(step), 3) for step in (0, 25, 50, 100, 200)]
+    [0.1, 0.085, 0.05, 0.0, 0.0]
     """
     check_number("cosine_decay: lr", lr, 0)
     check_integer("cosine_decay: steps", steps)
@@ -441,7 +521,15 @@ def cosine_decay(lr: float, steps: int, final: float = 0.0) -> Callable[[int], f
 
 
 def linear_warmup(steps: int, schedule: Callable[[int], float]) -> Callable[[int], float]:
-    """Return `schedule` with its first `steps` values multiplied by 1 / steps, 2 / steps, ..., 1."""
+    """Return `schedule` with its first `steps` values multiplied by 1 / steps, 2 / steps, ..., 1.
+
+    Examples
+    --------
+    >>> from nnx.optimizer import cosine_decay, linear_warmup
+    >>> schedule = linear_warmup(10, cosine_decay(0.1, steps=100))
+    >>> [round(schedule(step), 3) for step in (0, 4, 9, 50, 100)]
+    [0.01, 0.05, 0.098, 0.05, 0.0]
+    """
     check_integer("linear_warmup: steps", steps)
     if not callable(schedule):
         raise TypeError(f"linear_warmup: schedule must be a function of the steps taken, got {schedule!r:.80}")

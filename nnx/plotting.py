@@ -46,6 +46,13 @@ def plot_loss(
     TypeError, ValueError
         If `loss_list` holds anything but numbers, `interval` is not an integer of at least 1, or `ylim` not a pair of
         finite numbers.
+
+    Examples
+    --------
+    >>> from nnx import plotting
+    >>> ax = plotting.plot_loss([1.1, 0.8, 0.6], interval=10, path="loss.png")
+    >>> ax.get_xlabel()
+    'iterations (x10)'
     """
     losses = []
     for loss in check_list("plot_loss: loss_list", loss_list, "numbers"):
@@ -73,6 +80,14 @@ def plot_history(
     ------
     TypeError, ValueError
         If `history` is not a list of dicts with "epoch" and "loss", or `ylim` is not a pair of finite numbers.
+
+    Examples
+    --------
+    >>> from nnx import plotting
+    >>> history = [{"epoch": 1, "loss": 1.1, "val_loss": 1.2}, {"epoch": 2, "loss": 0.8, "val_loss": 1.0}]
+    >>> ax = plotting.plot_history(history, path="history.png")
+    >>> [line.get_label() for line in ax.lines]
+    ['training', 'validation']
     """
     rows = check_list("plot_history: history", history, "dicts")
     for row in rows:
@@ -113,6 +128,11 @@ def plot_data(x: Any, t: Any, *, ax: Axes | None = None, path: str | Path | None
     ------
     ValueError
         If shapes or labels are invalid, there are no points, or a coordinate is NaN or infinite.
+
+    Examples
+    --------
+    >>> from nnx import plotting, spiral
+    >>> ax = plotting.plot_data(*spiral.load_data(), path="spiral.png")
     """
     x, t = _check_points("plot_data", x, t)
     with _axes(ax, path) as ax:
@@ -147,6 +167,12 @@ def plot_decision_regions(
     ValueError
         As for `plot_data`; if `step` gives more than 4 million grid points; if `predict` returns an invalid shape
         or NaN.
+
+    Examples
+    --------
+    >>> from nnx import TwoLayerNet, plotting, spiral
+    >>> model = TwoLayerNet(2, 10, 3, rng=0)
+    >>> ax = plotting.plot_decision_regions(model, *spiral.load_data(), path="regions.png")
     """
     x, t = _check_points("plot_decision_regions", x, t)
     predict = getattr(predict, "predict", predict)

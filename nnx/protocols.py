@@ -13,7 +13,14 @@ __all__ = ["Callback", "Layer", "LossLayer", "Model", "Optimizer"]
 
 
 class LossLayer(Protocol):
-    """A loss function: `forward(x, t)` returns the loss, `backward(dout=1)` its gradient with respect to x."""
+    """A loss function: `forward(x, t)` returns the loss, `backward(dout=1)` its gradient with respect to x.
+
+    Examples
+    --------
+    >>> from nnx import SoftmaxWithLoss
+    >>> from nnx.protocols import LossLayer
+    >>> loss_layer: LossLayer = SoftmaxWithLoss()
+    """
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -29,6 +36,12 @@ class Layer(LossLayer, Protocol):
 
     `backward` overwrites the gradients of the parameters, so a layer that is used twice in one pass keeps only the
     gradients of the use that is differentiated last: create a second layer that shares the weights.
+
+    Examples
+    --------
+    >>> from nnx import Affine, ReLU
+    >>> from nnx.protocols import Layer
+    >>> layers: list[Layer] = [Affine.init(2, 3), ReLU()]  # a type checker accepts both
     """
 
     @property
@@ -41,11 +54,31 @@ class Layer(LossLayer, Protocol):
 
 
 class Model(Layer, Protocol):
-    """A complete network: `forward(x, t)` returns the loss, and `backward()` needs no argument."""
+    """A complete network: `forward(x, t)` returns the loss, and `backward()` needs no argument.
+
+    Examples
+    --------
+    >>> from nnx import TwoLayerNet
+    >>> from nnx.protocols import Model
+    >>> def number_of_parameters(model: Model) -> int:
+    ...     return sum(param.size for param in model.params)
+    >>> number_of_parameters(TwoLayerNet(2, 10, 3))
+    63
+    """
 
 
 class Optimizer(Protocol):
-    """An update rule for parameters."""
+    """An update rule for parameters.
+
+    Examples
+    --------
+    >>> from nnx import Trainer, TwoLayerNet
+    >>> class SignSGD:
+    ...     def update(self, params, grads):
+    ...         for param, grad in zip(params, grads, strict=True):
+    ...             param -= 0.01 * ((grad > 0) * 2 - 1)
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3), SignSGD())
+    """
 
     def update(self, params: Any, grads: Any, /) -> Any:
         """Perform one update step on `params`, in place."""

@@ -304,13 +304,13 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):  # type: ignore[misc]
     classes_ : (C,)
         The sorted labels.
     loss_curve_ : list of float
-        The mean loss of each epoch, over all calls; loss_ is the last one, best_loss_ the lowest.
+        The mean loss of each epoch, over all calls; `loss_` is the last one, `best_loss_` the lowest.
     validation_scores_ : list of float, or None
-        The accuracy, or R2, of the held-out rows after each epoch; best_validation_score_ is the highest.
+        The accuracy, or R2, of the held-out rows after each epoch; `best_validation_score_` is the highest.
     n_iter_ : int
         The number of epochs of the last call.
     n_features_in_, feature_names_in_, n_outputs_ : int, (D,), int
-        feature_names_in_ is set only if X has column names.
+        `feature_names_in_` is set only if X has column names.
     model_ : models.Sequential
         The network, for `checkpoint.save`; its `params` are the weights and biases of the layers.
     trainer_ : Trainer
@@ -321,6 +321,15 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):  # type: ignore[misc]
     differences from scikit-learn: a binary classifier has two outputs. Held-out rows are not stratified. Rows are
     always shuffled. A diverging loss raises a FloatingPointError. There is no solver "lbfgs", no learning rate
     "invscaling", and no support for sparse X and multilabel y.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from nnx.sklearn import MLPClassifier
+    >>> X, y = load_iris(return_X_y=True)
+    >>> classifier = MLPClassifier((16,), learning_rate_init=0.01, batch_size=32, max_iter=60, tol=0.01, random_state=0)
+    >>> classifier.fit(X, y).score(X, y) > 0.9
+    True
     """
 
     _loss, _scale = SoftmaxWithLoss, 1.0
@@ -367,6 +376,15 @@ class MLPRegressor(RegressorMixin, _BaseMLP):  # type: ignore[misc]
     Parameters, attributes and differences from scikit-learn are those of `MLPClassifier`. Targets are (N,), or (N, K)
     for several outputs: the loss is the mean over the outputs, and so is its gradient, which is that of the sum in
     `sklearn.neural_network.MLPRegressor`. There is no Poisson loss.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from nnx.sklearn import MLPRegressor
+    >>> X = numpy.linspace(-1, 1, 100)[:, None]
+    >>> regressor = MLPRegressor((16,), learning_rate_init=0.01, batch_size=10, max_iter=100, tol=0.001, random_state=0)
+    >>> regressor.fit(X, X[:, 0] ** 2).score(X, X[:, 0] ** 2) > 0.9
+    True
     """
 
     _loss, _scale = MeanSquaredError, 0.5

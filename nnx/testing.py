@@ -43,6 +43,17 @@ def check_gradients(layer: Layer, *inputs: Any, rtol: float = 1e-5, eps: float =
     int
         The number of elements at kinks, such as 0 in ReLU, where the difference quotients from the left and from the
         right disagree: there any gradient between these is right.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from nnx import Affine, ReLU
+    >>> from nnx.testing import check_gradients
+    >>> x = numpy.random.default_rng(0).standard_normal((5, 3))
+    >>> check_gradients(Affine.init(3, 4, dtype="float64", rng=0), x)
+    0
+    >>> check_gradients(ReLU(), numpy.array([[-1.0, 0.0, 2.0]]))
+    1
     """
     name = type(layer).__name__
     for i, p in enumerate(layer.params):
@@ -118,6 +129,22 @@ def check_layer(
     inputs : the arguments of `forward`, on the host
         At least two rows each. Floating arrays are cast to the dtype under test, integer arrays are not.
     dtypes : dtypes to test, at least one
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from nnx.testing import check_layer
+    >>> class Square:
+    ...     def __init__(self):
+    ...         self.params, self.grads = [], []
+    ...     def forward(self, x):
+    ...         self.x = x
+    ...         return x * x
+    ...     def backward(self, dout):
+    ...         return self.x * dout  # the factor 2 is missing
+    >>> check_layer(lambda dtype: Square(), numpy.random.default_rng(0).standard_normal((5, 3)))
+    Traceback (most recent call last):
+    AssertionError: Square: ...
     """
     if isinstance(dtypes, str) or not isinstance(dtypes, Iterable) or not (dtypes := list(dtypes)):
         raise TypeError(f"check_layer: dtypes must be a list of dtypes, such as ['float32'], got {dtypes!r}")

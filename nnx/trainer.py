@@ -88,7 +88,7 @@ class Trainer:
         One row of plain numbers per epoch, over all calls of fit: "epoch", counted from 1; "loss", the mean over all
         rows of the epoch, computed before the update of their step, in which batches count by their size; "lr", the
         learning rate at the beginning of the epoch; "seconds", the duration of its steps, or of those after a resume;
-        and with validation "val_loss", "val_accuracy" unless the model has none, and "val_" + name for each of
+        and with validation "val_loss", "val_accuracy" unless the model has none, and `"val_" + name` for each of
         `metrics`. pandas.DataFrame(trainer.history) is a table.
     verbose : bool or None
         That of the last fit; False on ranks other than 0.
@@ -97,6 +97,14 @@ class Trainer:
     iteration, max_iter : int
         The number of steps finished in this epoch, and the number of steps per epoch; 0 until the first epoch ends
         for batches whose number is unknown.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Trainer, TwoLayerNet, spiral
+    >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), SGD(lr=1.0), rng=0)
+    >>> trainer.fit(*spiral.load_data(), max_epoch=5, batch_size=30, verbose=False)
+    >>> trainer.history[-1]["epoch"], trainer.optimizer.lr
+    (5, 1.0)
     """
 
     current_epoch, iteration, max_iter = map(_state_attribute, ("epoch", "iteration", "max_iter"))
@@ -160,7 +168,7 @@ class Trainer:
             Evaluated after each epoch; the results are appended to `val_list` and added to `history`.
         metrics : dict of functions by name, or None
             Each is called after each epoch with the scores of all validation rows and their targets, NumPy arrays, and
-            returns a number, stored in `history` under "val_" + name: {"f1": lambda scores, t: ...}.
+            returns a number, stored in `history` under `"val_" + name`: {"f1": lambda scores, t: ...}.
         sample_weight : (N,) or None
             Weights of the rows, at least 0: the loss of a batch is the mean weighted by them. `loss_list` and `history`
             weight batches by batch size.
@@ -420,6 +428,19 @@ class RnnlmTrainer(Trainer):
         begins a new list in each.)
     time_idx : int
         The position of the next batch in each stream; 0 at the beginning of a fit.
+
+    Examples
+    --------
+    >>> from nnx import SGD, Sequential, np
+    >>> from nnx.initializers import normal
+    >>> from nnx.layers import TimeAffine, TimeEmbedding, TimeSoftmaxWithLoss
+    >>> from nnx.trainer import RnnlmTrainer
+    >>> layers = [TimeEmbedding(normal((5, 4), rng=0)), TimeAffine(normal((4, 5), rng=1), np.zeros(5, "float32"))]
+    >>> words = np.arange(200) % 5
+    >>> trainer = RnnlmTrainer(Sequential(layers, TimeSoftmaxWithLoss()), SGD(1.0))
+    >>> trainer.fit(words[:-1], words[1:], max_epoch=1, batch_size=4, time_size=10, verbose=False)
+    >>> print([f"{ppl:.2f}" for ppl in trainer.ppl_list])  # five words are equally probable before the training
+    ['5.00']
     """
 
     time_idx = 0
@@ -612,6 +633,15 @@ def remove_duplicate(params: Iterable[Array], grads: Iterable[Array]) -> tuple[l
 
     Arrays are shared if they have the same memory, also transposed. (The book compares values, and merges
     different matrices that happen to be equal.)
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.trainer import remove_duplicate
+    >>> W = np.ones((2, 3))
+    >>> params, grads = remove_duplicate([W, W.T], [np.ones((2, 3)), np.ones((3, 2))])
+    >>> len(params), grads[0].tolist()
+    (1, [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]])
     """
     params, grads = list(params), list(grads)
     return TiedParameters(params).sum_tied_gradients(params, grads)

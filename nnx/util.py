@@ -44,6 +44,13 @@ def preprocess(text: str) -> tuple[Array, dict[str, int], dict[int, str]]:
 
     The text is converted to lower case, a full stop becomes a word of its own, and words are separated by single
     spaces. Ids are assigned in order of first appearance.
+
+    Examples
+    --------
+    >>> from nnx.util import preprocess
+    >>> corpus, word_to_id, id_to_word = preprocess("You say goodbye and I say hello.")
+    >>> print(corpus, id_to_word[6])
+    [0 1 2 3 4 1 5 6] .
     """
     if not isinstance(text, str):
         raise TypeError(f"preprocess: text must be a string, got {describe(text)}")
@@ -54,7 +61,14 @@ def preprocess(text: str) -> tuple[Array, dict[str, int], dict[int, str]]:
 
 @quiet
 def cos_similarity(x: Any, y: Any, eps: float = 1e-8) -> Any:
-    """Return x @ y / ((norm(x) + eps) * (norm(y) + eps)) for two vectors (D,)."""
+    """Return x @ y / ((norm(x) + eps) * (norm(y) + eps)) for two vectors (D,).
+
+    Examples
+    --------
+    >>> from nnx.util import cos_similarity
+    >>> print(f"{float(cos_similarity([1.0, 0.0], [1.0, 1.0])):.4f}")
+    0.7071
+    """
     x, y = asarray(x, name="cos_similarity: x"), asarray(y, name="cos_similarity: y")
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"cos_similarity: x and y must be vectors of equal length, got {x.shape} and {y.shape}")
@@ -71,6 +85,18 @@ def most_similar(
     """Print the `top` words whose rows in `word_matrix` (V, D) have the largest cosine similarity with that of `query`.
 
     Words of equal similarity are printed in order of their ids.
+
+    Examples
+    --------
+    >>> from nnx.util import create_co_matrix, most_similar, ppmi, preprocess
+    >>> corpus, word_to_id, id_to_word = preprocess("You say goodbye and I say hello.")
+    >>> W = ppmi(create_co_matrix(corpus, len(word_to_id)))
+    >>> most_similar("you", word_to_id, id_to_word, W, top=3)
+    <BLANKLINE>
+    [query] you
+     goodbye: 0.407...
+     i: 0.407...
+     hello: 0.276...
     """
     word_matrix = _check_word_matrix("most_similar", word_matrix, id_to_word)
     if query not in word_to_id:
@@ -96,6 +122,18 @@ def analogy(
     """Print the `top` words for "a is to b as c is to ?": those with the largest product with vec(b) - vec(a) + vec(c).
 
     That sum is normalized. With `answer`, the product of this word is printed as well.
+
+    Examples
+    --------
+    >>> from nnx.util import analogy
+    >>> words = ["king", "man", "queen", "woman", "apple"]
+    >>> word_to_id, id_to_word = {word: i for i, word in enumerate(words)}, dict(enumerate(words))
+    >>> vectors = [[1.0, 1.0, 0.1], [0.0, 1.0, 0.1], [1.0, -1.0, 0.1], [0.0, -1.0, 0.1], [-1.0, 0.0, 1.0]]
+    >>> analogy("man", "king", "woman", word_to_id, id_to_word, vectors, top=2)
+    <BLANKLINE>
+    [analogy] man:king = woman:?
+     queen: 1.41...
+     apple: -0.63...
     """
     word_matrix = _check_word_matrix("analogy", word_matrix, id_to_word)
     for word in (a, b, c, *([] if answer is None else [answer])):
@@ -119,6 +157,14 @@ def normalize(x: Array) -> Array:
     ------
     TypeError, ValueError
         If `x` is not a writable floating array of the array module with one or two axes.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.util import normalize
+    >>> print(normalize(np.array([[3.0, 4.0], [0.0, 0.0]])))
+    [[0.6 0.8]
+     [0.  0. ]]
     """
     if not isinstance(x, Array) or x.dtype.kind != "f":
         raise TypeError(
@@ -134,7 +180,16 @@ def normalize(x: Array) -> Array:
 
 
 def convert_one_hot(corpus: Any, vocab_size: int) -> Array:
-    """Return the one-hot vectors of word ids (N,) or contexts (N, C): (N, V) or (N, C, V) in int32."""
+    """Return the one-hot vectors of word ids (N,) or contexts (N, C): (N, V) or (N, C, V) in int32.
+
+    Examples
+    --------
+    >>> from nnx.util import convert_one_hot
+    >>> print(convert_one_hot([0, 2, 1], vocab_size=3))
+    [[1 0 0]
+     [0 0 1]
+     [0 1 0]]
+    """
     vocab_size = check_integer("convert_one_hot: vocab_size", vocab_size)
     corpus = _check_ids("convert_one_hot", corpus, vocab_size)
     return (corpus[..., None] == np.arange(vocab_size)).astype(np.int32)
@@ -144,6 +199,19 @@ def create_co_matrix(corpus: Any, vocab_size: int, window_size: int = 1) -> Arra
     """Return the co-occurrence matrix (V, V) of a corpus (N,) in int32.
 
     Element (i, j) counts how often word j is among the `window_size` words to the left or right of word i.
+
+    Examples
+    --------
+    >>> from nnx.util import create_co_matrix, preprocess
+    >>> corpus, word_to_id, id_to_word = preprocess("You say goodbye and I say hello.")
+    >>> print(create_co_matrix(corpus, len(word_to_id)))
+    [[0 1 0 0 0 0 0]
+     [1 0 1 0 1 1 0]
+     [0 1 0 1 0 0 0]
+     [0 0 1 0 1 0 0]
+     [0 1 0 1 0 0 0]
+     [0 1 0 0 0 0 1]
+     [0 0 0 0 0 1 0]]
     """
     vocab_size = check_integer("create_co_matrix: vocab_size", vocab_size)
     check_integer("create_co_matrix: window_size", window_size)
@@ -174,6 +242,13 @@ def ppmi(C: Any, verbose: bool = False, eps: float = 1e-8) -> Array:
     ------
     ValueError
         If C is not a square matrix, or holds negative numbers or NaN.
+
+    Examples
+    --------
+    >>> from nnx.util import ppmi
+    >>> print(ppmi([[0, 2], [2, 1]]).round(3))
+    [[0.    0.737]
+     [0.737 0.   ]]
     """
     C, eps = asarray(C, name="ppmi: C"), check_number("ppmi: eps", eps, 0)
     if C.ndim != 2 or C.shape[0] != C.shape[1]:
@@ -213,6 +288,15 @@ def create_contexts_target(corpus: Any, window_size: int = 1) -> tuple[Array, Ar
     """Return the contexts (N - 2 * window_size, 2 * window_size) and targets (N - 2 * window_size,) of a corpus (N,).
 
     The context of a word are the `window_size` words to its left, then those to its right.
+
+    Examples
+    --------
+    >>> from nnx.util import create_contexts_target
+    >>> contexts, target = create_contexts_target([0, 1, 2, 3, 4])
+    >>> print(contexts, target)
+    [[0 2]
+     [1 3]
+     [2 4]] [1 2 3]
     """
     size = check_integer("create_contexts_target: window_size", window_size)
     corpus = _check_corpus("create_contexts_target", corpus)
@@ -231,6 +315,18 @@ def eval_perplexity(model: Any, corpus: Any, batch_size: int = 10, time_size: in
 
     `model.forward(xs, ts)` gets word ids (batch_size, time_size) and the ids that follow them, and `train_flg=False`
     if it has such an argument. The state of the model is not reset.
+
+    Examples
+    --------
+    >>> from nnx import Sequential, np
+    >>> from nnx.layers import TimeAffine, TimeEmbedding, TimeSoftmaxWithLoss
+    >>> from nnx.util import eval_perplexity
+    >>> layers = [TimeEmbedding(np.zeros((5, 4))), TimeAffine(np.zeros((4, 5)), np.zeros(5))]
+    >>> model = Sequential(layers, TimeSoftmaxWithLoss())
+    >>> perplexity = eval_perplexity(model, np.arange(100) % 5, batch_size=2, time_size=10)
+    evaluating perplexity ...
+    >>> round(perplexity, 2)
+    5.0
     """
     check_integer("eval_perplexity: batch_size", batch_size)
     check_integer("eval_perplexity: time_size", time_size)
@@ -277,6 +373,16 @@ def eval_seq2seq(
         Whether to print question, answer and guess. The Korean edition calls it `verbos`.
     is_reverse : bool
         Whether `question` is reversed; it is printed in the right order.
+
+    Examples
+    --------
+    >>> from nnx.util import eval_seq2seq
+    >>> class Adder:
+    ...     def generate(self, question, start_id, sample_size):
+    ...         return [3, 4]
+    >>> id_to_char = dict(enumerate("+_ 91"))
+    >>> eval_seq2seq(Adder(), [[3, 0, 4]], [[1, 3, 4]], id_to_char)
+    1
     """
     verbose = check_bool("eval_seq2seq: verbose", verbose) or check_bool("eval_seq2seq: verbos", verbos)
     start, *answer = _as_ints(correct)

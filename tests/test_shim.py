@@ -2,11 +2,9 @@
 
 import importlib
 import os
-import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy
 import pytest
@@ -147,12 +145,3 @@ def test_module_run_prints_the_configuration():
     assert rows["nnx"].startswith(f"{nnx.__version__} on {'CuPy' if nnx.GPU else 'NumPy'}")
     assert rows["NumPy"] == numpy.__version__
     assert ("device" in rows) == nnx.GPU
-
-
-def test_every_public_name_is_in_the_readme():
-    readme = (Path(nnx.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    modules = [value for name in nnx.__all__ if isinstance(value := getattr(nnx, name), types.ModuleType)]
-    for module in (nnx, *(m for m in modules if m.__name__.startswith("nnx."))):
-        for name in getattr(module, "__all__", ()):
-            assert hasattr(module, name)
-            assert re.search(rf"\b{name}\b", readme), f"{module.__name__}.{name}"

@@ -21,7 +21,7 @@ _MAX_BYTES = 1 << 24
 def load_data(
     data_type: str = "train", folder: str | os.PathLike[str] | None = None
 ) -> tuple[numpy.ndarray, dict[str, int], dict[int, str]]:
-    """Return the corpus (N,) as word ids, word_to_id and id_to_word.
+    r"""Return the corpus (N,) as word ids, word_to_id and id_to_word.
 
     The files are ptb.train.txt, ptb.test.txt and ptb.valid.txt, those of the book, in `folder` or in the folder nnx of
     the user's cache directory (~/.cache/nnx, $XDG_CACHE_HOME/nnx, ~/Library/Caches/nnx or %LOCALAPPDATA%/nnx). A file
@@ -46,6 +46,15 @@ def load_data(
         If a file is neither there nor can be downloaded.
     ValueError
         If a download is not the published corpus, or a corpus has a word that is not in the training corpus.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from nnx.dataset import ptb
+    >>> _ = Path("ptb.train.txt").write_text(" you say goodbye \n i say hello \n")  # in place of the published file
+    >>> corpus, word_to_id, id_to_word = ptb.load_data("train", folder=".")
+    >>> print(corpus, id_to_word[3])
+    [0 1 2 3 4 1 5 3] <eos>
     """
     key = {"val": "valid"}.get(data_type, data_type)
     if key not in key_file:
@@ -59,7 +68,17 @@ def load_data(
 
 
 def load_vocab(folder: str | os.PathLike[str] | None = None) -> tuple[dict[str, int], dict[int, str]]:
-    """Return word_to_id and id_to_word of the training corpus; see `load_data`."""
+    r"""Return word_to_id and id_to_word of the training corpus; see `load_data`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from nnx.dataset import ptb
+    >>> _ = Path("ptb.train.txt").write_text(" you say goodbye \n")  # in place of the published file
+    >>> word_to_id, id_to_word = ptb.load_vocab(folder=".")
+    >>> word_to_id
+    {'you': 0, 'say': 1, 'goodbye': 2, '<eos>': 3}
+    """
     word_to_id = {word: i for i, word in enumerate(dict.fromkeys(_read_words("train", folder)))}
     return word_to_id, {i: word for word, i in word_to_id.items()}
 

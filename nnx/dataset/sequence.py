@@ -32,7 +32,7 @@ _chars: list[str] = []  # of the last load_data
 def load_data(
     file_name: str = "addition.txt", seed: int | None = 1984, folder: str | os.PathLike[str] | None = None
 ) -> tuple[_Pair, _Pair]:
-    """Return (x_train, t_train), (x_test, t_test), the character ids of questions and answers; 90% are for training.
+    r"""Return (x_train, t_train), (x_test, t_test), the character ids of questions and answers; 90% are for training.
 
     The files are the book's addition.txt and date.txt, in `folder` or in the folder nnx of the user's cache directory
     (~/.cache/nnx, $XDG_CACHE_HOME/nnx, ~/Library/Caches/nnx or %LOCALAPPDATA%/nnx). Where one of these two is not
@@ -59,6 +59,16 @@ def load_data(
         If there is no such file.
     ValueError
         If a line is not a problem of the length of the first.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from nnx.dataset import sequence
+    >>> lines = [f"{a}+{b}_{a + b:<2}\n" for a in range(10) for b in range(10)]
+    >>> _ = Path("sums.txt").write_text("".join(lines))
+    >>> (x_train, t_train), (x_test, t_test) = sequence.load_data("sums.txt", folder=".")
+    >>> x_train.shape, t_train.shape, x_test.shape
+    ((90, 3), (90, 3), (10, 3))
     """
     if seed is not None and check_integer("sequence.load_data: seed", seed, 0) >= 1 << 32:
         raise ValueError(f"sequence.load_data: seed must be below 2**32, got {seed}")
@@ -77,7 +87,18 @@ def load_data(
 
 
 def get_vocab() -> tuple[dict[str, int], dict[int, str]]:
-    """Return char_to_id and id_to_char of the last `load_data`."""
+    r"""Return char_to_id and id_to_char of the last `load_data`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from nnx.dataset import sequence
+    >>> _ = Path("sums.txt").write_text("1+1_2\n1+2_3\n")
+    >>> _ = sequence.load_data("sums.txt", folder=".")
+    >>> char_to_id, id_to_char = sequence.get_vocab()
+    >>> char_to_id
+    {'1': 0, '+': 1, '_': 2, '2': 3, '3': 4}
+    """
     if not _chars:
         raise RuntimeError("sequence.get_vocab: the vocabulary is that of the loaded data; call load_data first")
     return {char: i for i, char in enumerate(_chars)}, dict(enumerate(_chars))

@@ -21,6 +21,13 @@ def load_data(seed: int = 1984) -> tuple[numpy.ndarray, numpy.ndarray]:
     -------
     x : (300, 2) float64
     t : (300, 3) int32, one-hot
+
+    Examples
+    --------
+    >>> from nnx import spiral
+    >>> x, t = spiral.load_data()
+    >>> x.shape, t.shape
+    ((300, 2), (300, 3))
     """
     if check_integer("load_data: seed", seed, 0) >= 1 << 32:
         raise ValueError(f"load_data: seed must be below 2**32, got {seed}")

@@ -13,7 +13,17 @@ __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
 
 
 class Sigmoid(BaseLayer):
-    """The logistic function y = 1 / (1 + exp(-x)), accurate in both tails."""
+    """The logistic function y = 1 / (1 + exp(-x)), accurate in both tails.
+
+    Examples
+    --------
+    >>> from nnx import Sigmoid
+    >>> sigmoid = Sigmoid()
+    >>> print(sigmoid.forward([-1.0, 0.0, 1.0]).round(3))
+    [0.269 0.5   0.731]
+    >>> print(sigmoid.backward([1.0, 1.0, 1.0]).round(3))
+    [0.197 0.25  0.197]
+    """
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass
@@ -30,7 +40,17 @@ class Sigmoid(BaseLayer):
 
 
 class ReLU(BaseLayer):
-    """The rectifier y = max(x, 0); its gradient at 0 is 0."""
+    """The rectifier y = max(x, 0); its gradient at 0 is 0.
+
+    Examples
+    --------
+    >>> from nnx import ReLU
+    >>> relu = ReLU()
+    >>> print(relu.forward([-1.0, 0.0, 1.0]))
+    [0. 0. 1.]
+    >>> print(relu.backward([1.0, 1.0, 1.0]))
+    [0. 0. 1.]
+    """
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass
@@ -47,7 +67,17 @@ class ReLU(BaseLayer):
 
 
 class Tanh(BaseLayer):
-    """The hyperbolic tangent y = tanh(x)."""
+    """The hyperbolic tangent y = tanh(x).
+
+    Examples
+    --------
+    >>> from nnx import Tanh
+    >>> tanh = Tanh()
+    >>> print(tanh.forward([-1.0, 0.0, 1.0]).round(3))
+    [-0.762  0.     0.762]
+    >>> print(tanh.backward([1.0, 1.0, 1.0]).round(3))
+    [0.42 1.   0.42]
+    """
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass
@@ -71,6 +101,15 @@ class GELU(BaseLayer):
     References
     ----------
     Hendrycks and Gimpel, "Gaussian error linear units", 2016, section 2.
+
+    Examples
+    --------
+    >>> from nnx import GELU
+    >>> gelu = GELU()
+    >>> print(gelu.forward([-1.0, 0.0, 1.0]).round(3))
+    [-0.159  0.     0.841]
+    >>> print(gelu.backward([1.0, 1.0, 1.0]).round(3))
+    [-0.083  0.5    1.083]
     """
 
     batch_names = ("x",)
@@ -88,7 +127,17 @@ class GELU(BaseLayer):
 
 
 class Softmax(BaseLayer):
-    """The softmax function y = exp(x) / sum(exp(x)) over the last axis."""
+    """The softmax function y = exp(x) / sum(exp(x)) over the last axis.
+
+    Examples
+    --------
+    >>> from nnx import Softmax
+    >>> softmax = Softmax()
+    >>> print(softmax.forward([[0.0, 1.0, 2.0]]).round(3))
+    [[0.09  0.245 0.665]]
+    >>> print(softmax.backward([[1.0, 0.0, 0.0]]).round(3))
+    [[ 0.082 -0.022 -0.06 ]]
+    """
 
     batch_names = ("out",)
     out: Array  # y of the last forward pass

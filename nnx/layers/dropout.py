@@ -39,6 +39,17 @@ class Dropout(BaseLayer):
     References
     ----------
     Srivastava et al., "Dropout: A simple way to prevent neural networks from overfitting", 2014.
+
+    Examples
+    --------
+    >>> from nnx import Dropout
+    >>> dropout = Dropout(0.5, rng=0)
+    >>> print(dropout.forward([1.0, 1.0, 1.0, 1.0]))
+    [0. 1. 0. 1.]
+    >>> print(dropout.backward([1.0, 1.0, 1.0, 1.0]))
+    [0. 1. 0. 1.]
+    >>> print(dropout.forward([1.0, 1.0, 1.0, 1.0], train_flg=False))
+    [0.5 0.5 0.5 0.5]
     """
 
     state_names = ("seed", "calls")
@@ -87,5 +98,5 @@ class Dropout(BaseLayer):
 
     @property
     def mask(self) -> Array:
-        """The mask of the last forward in training mode, recomputed: the factor of each element."""
+        """The factor of each element in the last forward in training mode; it is recomputed at every access."""
         return self._apply(np.ones(self.shape, self.dtype))

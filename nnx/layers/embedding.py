@@ -32,6 +32,20 @@ class Embedding(BaseLayer):
     ValueError
         If the indices are not integers, or host indices are outside [0, V). Indices on the GPU are not
         checked, to avoid a synchronization: one out of range gives a row of NaN.
+
+    Examples
+    --------
+    >>> from nnx import Embedding, np
+    >>> embedding = Embedding(np.array([[0.0, 0.5], [1.0, 1.5], [2.0, 2.5]]))
+    >>> print(embedding.forward([2, 0, 2]))
+    [[2.  2.5]
+     [0.  0.5]
+     [2.  2.5]]
+    >>> embedding.backward(np.ones((3, 2)))
+    >>> print(embedding.grads[0])
+    [[1. 1.]
+     [0. 0.]
+     [2. 2.]]
     """
 
     param_names = ("W",)

@@ -23,6 +23,17 @@ class Repeat(BaseLayer):
     Shapes
     ------
     x : (1, ...)    y, dout : (N, ...)
+
+    Examples
+    --------
+    >>> from nnx import Repeat, np
+    >>> repeat = Repeat(3)
+    >>> print(repeat.forward(np.array([[1.0, 2.0]])))
+    [[1. 2.]
+     [1. 2.]
+     [1. 2.]]
+    >>> print(repeat.backward(np.ones((3, 2))))
+    [[3. 3.]]
     """
 
     batch_names = ("x",)
@@ -51,6 +62,16 @@ class Sum(BaseLayer):
     Shapes
     ------
     x : (N, ...)    y, dout : (1, ...)
+
+    Examples
+    --------
+    >>> from nnx import Sum, np
+    >>> total = Sum()
+    >>> print(total.forward(np.array([[1.0, 2.0], [3.0, 4.0]])))
+    [[4. 6.]]
+    >>> print(total.backward(np.array([[1.0, 1.0]])))
+    [[1. 1.]
+     [1. 1.]]
     """
 
     batch_names = ("x",)

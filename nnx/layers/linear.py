@@ -38,6 +38,18 @@ class MatMul(BaseLayer):
         If W is not a floating array of the array module.
     ValueError
         If the shapes of W, x or dout do not match.
+
+    Examples
+    --------
+    >>> from nnx import MatMul, np
+    >>> matmul = MatMul(np.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> print(matmul.forward([[1.0, 1.0]]))
+    [[4. 6.]]
+    >>> print(matmul.backward([[1.0, 0.0]]))
+    [[1. 3.]]
+    >>> print(matmul.grads[0])
+    [[1. 0.]
+     [1. 0.]]
     """
 
     batch_names = ("x",)
@@ -123,6 +135,19 @@ class Affine(MatMul):
     Shapes
     ------
     x : (..., D), two or more axes    y, dout : (..., H)
+
+    Examples
+    --------
+    >>> from nnx import Affine, np
+    >>> affine = Affine(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.5, -0.5]))
+    >>> print(affine.forward([[1.0, 1.0]]))
+    [[4.5 5.5]]
+    >>> print(affine.backward([[1.0, 0.0]]))
+    [[1. 3.]]
+    >>> affine.grads[0].shape, affine.grads[1].shape
+    ((2, 2), (2,))
+    >>> Affine.init(784, 100, rng=0)  # with random weights
+    Affine(784, 100)
     """
 
     param_names = ("W", "b")

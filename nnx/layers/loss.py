@@ -158,6 +158,18 @@ class SoftmaxWithLoss(_ClassLoss):
     ValueError
         If t or weight is invalid or the batch is empty. Labels and weights on the GPU are not checked, to
         avoid a synchronization: a label out of range makes the loss NaN.
+
+    Examples
+    --------
+    >>> from nnx import SoftmaxWithLoss
+    >>> loss_layer = SoftmaxWithLoss()
+    >>> print(f"{float(loss_layer.forward([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [0, 2])):.4f}")
+    0.8955
+    >>> print(loss_layer.backward().round(3))
+    [[-0.107  0.053  0.053]
+     [ 0.106  0.288 -0.394]]
+    >>> print(float(loss_layer.accuracy()))
+    0.5
     """
 
     y: Array
@@ -215,6 +227,15 @@ class SigmoidWithLoss(_ClassLoss):
     ValueError
         If t or weight is invalid or the batch is empty. Labels and weights on the GPU are not checked, to
         avoid a synchronization: a label that is neither 0 nor 1 makes the loss NaN.
+
+    Examples
+    --------
+    >>> from nnx import SigmoidWithLoss
+    >>> loss_layer = SigmoidWithLoss()
+    >>> print(f"{float(loss_layer.forward([2.0, -1.0], [1, 0])):.4f}")
+    0.2201
+    >>> print(loss_layer.backward().round(3), float(loss_layer.accuracy()))
+    [-0.06   0.134] 1.0
     """
 
     y: Array
@@ -264,6 +285,16 @@ class MeanSquaredError(_Loss):
     ------
     ValueError
         If the shapes differ or the batch is empty.
+
+    Examples
+    --------
+    >>> from nnx import MeanSquaredError, np
+    >>> loss_layer = MeanSquaredError()
+    >>> print(loss_layer.forward([[1.0], [3.0]], [[0.0], [1.0]]))
+    2.5
+    >>> print(loss_layer.backward())
+    [[1.]
+     [2.]]
     """
 
     @property

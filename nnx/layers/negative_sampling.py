@@ -34,6 +34,17 @@ class EmbeddingDot(BaseLayer):
     Shapes
     ------
     h : (N, H)    idx : (N,) integers in [0, V)    y, dout : (N,)
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import EmbeddingDot
+    >>> dot = EmbeddingDot(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    >>> print(dot.forward([[1.0, 2.0], [3.0, 4.0]], [2, 0]))
+    [3. 3.]
+    >>> print(dot.backward([1.0, 1.0]))
+    [[1. 1.]
+     [1. 0.]]
     """
 
     param_names = ("W",)
@@ -88,6 +99,15 @@ class UnigramSampler:
         The probabilities.
     seed, calls : int
         The state; `calls` counts the calls of `get_negative_sample`.
+
+    Examples
+    --------
+    >>> from nnx.layers.negative_sampling import UnigramSampler
+    >>> sampler = UnigramSampler([0, 1, 2, 1, 3, 1], 0.75, sample_size=2, rng=0)
+    >>> print(sampler.word_p.round(3))
+    [0.189 0.432 0.189 0.189]
+    >>> sampler.get_negative_sample([0, 1, 2]).shape  # two words other than 0, 1 and 2
+    (3, 2)
     """
 
     def __init__(
@@ -167,6 +187,17 @@ class NegativeSamplingLoss(BaseLayer):
     References
     ----------
     Mikolov et al., "Distributed representations of words and phrases and their compositionality", 2013.
+
+    Examples
+    --------
+    >>> from nnx import initializers
+    >>> from nnx.layers import NegativeSamplingLoss
+    >>> loss_layer = NegativeSamplingLoss(initializers.normal((4, 8), rng=0), [0, 1, 2, 1, 3], sample_size=2, rng=0)
+    >>> loss = loss_layer.forward(initializers.normal((5, 8), rng=1), [0, 1, 2, 1, 3])
+    >>> print(f"{float(loss):.2f}")  # about 3 log(2): the vectors are still small
+    2.08
+    >>> loss_layer.backward().shape
+    (5, 8)
     """
 
     param_names = ("W",)

@@ -80,6 +80,14 @@ class LayerNorm(_Norm):
     References
     ----------
     Ba, Kiros and Hinton, "Layer normalization", 2016.
+
+    Examples
+    --------
+    >>> from nnx import LayerNorm
+    >>> norm = LayerNorm.init(2)
+    >>> print(norm.forward([[1.0, 3.0], [10.0, 30.0]]).round(2))
+    [[-1.  1.]
+     [-1.  1.]]
     """
 
     @classmethod
@@ -131,6 +139,16 @@ class BatchNorm(_Norm):
     References
     ----------
     Ioffe and Szegedy, "Batch normalization", 2015, algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> from nnx import BatchNorm
+    >>> norm = BatchNorm.init(2)
+    >>> print(norm.forward([[1.0, 10.0], [3.0, 30.0]]).round(2))
+    [[-1. -1.]
+     [ 1.  1.]]
+    >>> print(norm.running_mean)
+    [0.2 2. ]
     """
 
     state_names = ("running_mean", "running_var")

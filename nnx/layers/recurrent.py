@@ -290,6 +290,15 @@ class RNN(_RNN, _Cell):
         If a weight is not a floating array of the array module.
     ValueError
         If shapes or dtypes do not match.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import RNN
+    >>> rnn = RNN(np.ones((1, 1)), np.ones((1, 1)), np.zeros(1))
+    >>> h = rnn.forward([[0.5]], [[0.0]])
+    >>> print(h.round(3), rnn.forward([[0.5]], h).round(3))
+    [[0.462]] [[0.745]]
     """
 
 
@@ -313,6 +322,16 @@ class LSTM(_LSTM):
     References
     ----------
     Hochreiter and Schmidhuber, "Long short-term memory", 1997.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.initializers import xavier
+    >>> from nnx.layers import LSTM
+    >>> lstm = LSTM(xavier((3, 16), rng=0), xavier((4, 16), rng=1), np.zeros(16, "float32"))
+    >>> h, c = lstm.forward(np.ones((2, 3)), np.zeros((2, 4)), np.zeros((2, 4)))
+    >>> h.shape, c.shape
+    ((2, 4), (2, 4))
     """
 
     def forward(self, x: Any, h_prev: Any, c_prev: Any) -> tuple[Array, Array]:
@@ -345,6 +364,15 @@ class GRU(_GRU, _Cell):
     References
     ----------
     Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation", 2014.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.initializers import xavier
+    >>> from nnx.layers import GRU
+    >>> gru = GRU(xavier((3, 12), rng=0), xavier((4, 12), rng=1))
+    >>> gru.forward(np.ones((2, 3)), np.zeros((2, 4))).shape
+    (2, 4)
     """
 
 
@@ -430,6 +458,16 @@ class TimeRNN(_RNN, _TimeRecurrent):
     Notes
     -----
     `Sequential.predict` starts from the kept state and leaves it as it was.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import TimeRNN
+    >>> rnn = TimeRNN(np.ones((1, 1)), np.ones((1, 1)), np.zeros(1))
+    >>> print(rnn.forward([[[0.5], [0.5], [0.5]]]).round(3).squeeze())
+    [0.462 0.745 0.847]
+    >>> print(rnn.backward(np.ones((1, 3, 1))).round(3).squeeze())
+    [1.235 0.57  0.283]
     """
 
 
@@ -453,6 +491,18 @@ class TimeLSTM(_LSTM, _TimeRecurrent):
         The last states of the last forward, as for `TimeRNN`.
     dh, dc : (N, H) or None
         The gradients of the states that the last forward started from.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.initializers import xavier
+    >>> from nnx.layers import TimeLSTM
+    >>> lstm = TimeLSTM(xavier((3, 16), rng=0), xavier((4, 16), rng=1), np.zeros(16, "float32"), stateful=True)
+    >>> lstm.forward(np.ones((2, 5, 3))).shape
+    (2, 5, 4)
+    >>> lstm.h.shape, lstm.c.shape  # the next forward starts from these
+    ((2, 4), (2, 4))
+    >>> lstm.reset_state()
     """
 
     c: Array | None = None
@@ -481,6 +531,15 @@ class TimeGRU(_GRU, _TimeRecurrent):
     Shapes
     ------
     xs : (N, T, D)    hs, dhs : (N, T, H)
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.initializers import xavier
+    >>> from nnx.layers import TimeGRU
+    >>> gru = TimeGRU(xavier((3, 12), rng=0), xavier((4, 12), rng=1))
+    >>> gru.forward(np.ones((2, 5, 3))).shape
+    (2, 5, 4)
     """
 
 
@@ -501,6 +560,15 @@ class TimeBiLSTM(BaseLayer):
     Attributes
     ----------
     forward_lstm, backward_lstm : TimeLSTM
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.initializers import xavier
+    >>> from nnx.layers import TimeBiLSTM
+    >>> weights = [xavier((3, 16), rng=0), xavier((4, 16), rng=1), np.zeros(16, "float32")]
+    >>> TimeBiLSTM(*weights, *(w.copy() for w in weights)).forward(np.ones((2, 5, 3))).shape
+    (2, 5, 8)
     """
 
     param_names = ("Wx1", "Wh1", "b1", "Wx2", "Wh2", "b2")
@@ -558,7 +626,15 @@ class TimeBiLSTM(BaseLayer):
 
 
 class TimeEmbedding(Embedding):
-    """`Embedding` at every time step: y = W[idx], idx (N, T), y (N, T, H)."""
+    """`Embedding` at every time step: y = W[idx], idx (N, T), y (N, T, H).
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import TimeEmbedding
+    >>> TimeEmbedding(np.ones((10, 3))).forward([[1, 2, 3, 4], [5, 6, 7, 8]]).shape
+    (2, 4, 3)
+    """
 
 
 class TimeAffine(Affine):
@@ -566,11 +642,29 @@ class TimeAffine(Affine):
 
     W may be the transposed view of another layer's weight, as `TimeAffine(W_embed.T, b)`: an update of one is one of
     both.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import TimeAffine
+    >>> affine = TimeAffine(np.ones((3, 4)), np.zeros(4))
+    >>> affine.forward(np.ones((2, 5, 3))).shape  # 2 rows, 5 time steps
+    (2, 5, 4)
+    >>> affine.backward(np.ones((2, 5, 4))).shape
+    (2, 5, 3)
     """
 
 
 class Simple_TimeAffine(Affine):
-    """The same as `TimeAffine`."""
+    """The same as `TimeAffine`.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import Simple_TimeAffine
+    >>> Simple_TimeAffine(np.ones((3, 4)), np.zeros(4)).forward(np.ones((2, 5, 3))).shape
+    (2, 5, 4)
+    """
 
 
 class TimeSoftmaxWithLoss(SoftmaxWithLoss):
@@ -587,6 +681,15 @@ class TimeSoftmaxWithLoss(SoftmaxWithLoss):
     Shapes
     ------
     x : (N, T, V)    t : (N, T) integers in [0, V) or -1, or (N, T, V) one-hot
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import TimeSoftmaxWithLoss
+    >>> loss_layer = TimeSoftmaxWithLoss()
+    >>> loss = loss_layer.forward(np.zeros((2, 3, 4)), [[0, 1, -1], [3, -1, -1]])
+    >>> print(f"{float(loss):.4f}")  # log(4), the mean over three labels
+    1.3863
     """
 
     def __init__(self, class_weight: Any = None, ignore_label: int | None = -1) -> None:
@@ -594,11 +697,28 @@ class TimeSoftmaxWithLoss(SoftmaxWithLoss):
 
 
 class Simple_TimeSoftmaxWithLoss(SoftmaxWithLoss):
-    """`SoftmaxWithLoss` over all time steps, x (N, T, V), t (N, T); no label is ignored."""
+    """`SoftmaxWithLoss` over all time steps, x (N, T, V), t (N, T); no label is ignored.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import Simple_TimeSoftmaxWithLoss
+    >>> loss = Simple_TimeSoftmaxWithLoss().forward(np.zeros((2, 3, 4)), [[0, 1, 2], [3, 0, 1]])
+    >>> print(f"{float(loss):.4f}")  # log(4)
+    1.3863
+    """
 
 
 class TimeSigmoidWithLoss(SigmoidWithLoss):
-    """`SigmoidWithLoss` over all time steps, x and t (N, T)."""
+    """`SigmoidWithLoss` over all time steps, x and t (N, T).
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import TimeSigmoidWithLoss
+    >>> print(f"{float(TimeSigmoidWithLoss().forward(np.zeros((2, 3)), [[0, 1, 1], [1, 0, 0]])):.4f}")  # log(2)
+    0.6931
+    """
 
 
 class TimeDropout(Dropout):
@@ -615,6 +735,14 @@ class TimeDropout(Dropout):
     ----------
     train_flg : bool
         The mode of a forward without the argument of that name; True at first. The book's models assign it.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import TimeDropout
+    >>> print(TimeDropout(0.5, rng=0).forward(np.ones((1, 2, 3))))
+    [[[0. 2. 0.]
+      [2. 0. 0.]]]
     """
 
     def __init__(self, dropout_ratio: float = 0.5, *, rng: Any = None) -> None:

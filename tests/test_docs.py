@@ -1,0 +1,106 @@
+"""Every public name is in the API reference, with an example that runs; so does the code in README and in docs/."""
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+import nnx
+
+ROOT = Path(nnx.__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+INTERNAL = {  # modules whose names users get elsewhere, or not at all
+    *(
+        "__main__",
+        "_version",
+        "arguments",
+        "batches",
+        "checks",
+        "config",
+        "device",
+        "info",
+        "kernels",
+        "np",
+        "rng",
+        "signals",
+    ),
+    *("train_state", "tree"),
+}
+PUBLIC = [
+    "nnx",
+    *(f"nnx.{m.name}" for m in pkgutil.iter_modules(nnx.__path__) if m.name not in {*INTERNAL, "__main__"}),
+]
+
+
+def documented():
+    """Yield the classes and functions listed in the API reference, by name."""
+    for page in sorted(DOCS.glob("api/*.rst")):
+        text = page.read_text(encoding="utf-8")
+        module = re.search(r"automodule:: (\S+)", text)[1]
+        for name in re.findall(r"^   ([A-Za-z_][\w.]*)$", text.partition("autosummary::")[2], re.MULTILINE):
+            yield f"{module}.{name}", pkgutil.resolve_name(f"{module}.{name}")
+
+
+DOCUMENTED = dict(documented())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_in_the_api_reference(name):
+    module = importlib.import_module(name)
+    for key in getattr(module, "__all__", ()):
+        value = getattr(module, key)
+        if isinstance(value, type | FunctionType) and value.__module__.startswith("nnx"):
+            assert any(value is other for other in DOCUMENTED.values()), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_examples_of_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(DOCUMENTED[name]), {}, name, None, 0)
+    assert examples.examples, f"{name} has no example"
+    report = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=report.append)
+    assert not report, "".join(report)
+
+
+def blocks(text):
+    """Yield the language, the code and the number of the first line of each fenced block."""
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield match[1], match[2], text.count("\n", 0, match.start(2))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_of_pages_runs_and_prints_the_shown_output(page, tmp_path):
+    """The python blocks of a page are one script; a block "output" shows what the block before it prints."""
+    script, shown = "", []
+    for language, code, line in blocks(page.read_text(encoding="utf-8")):
+        if language == "python":
+            script += (
+                "\n" * (line - script.count("\n")) + code + "print(end='\\0')\n"
+            )  # the lines of a traceback are the page's
+            shown.append(None)
+        elif language == "output":
+            shown[-1] = code
+    (tmp_path / page.name).write_text(script, encoding="utf-8")
+    environment = os.environ | {"MPLBACKEND": "agg"}
+    done = subprocess.run(
+        [sys.executable, page.name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for want, got in zip(shown, done.stdout.split("\0"), strict=False):
+        assert want is None or doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS), f"{want}\n{got}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_relative_links_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
