@@ -10,7 +10,7 @@ from cases import CASES as ALL_CASES
 
 import nnx
 from nnx import layers, to_cpu
-from nnx.layers import recurrent
+from nnx.layers import attention, recurrent
 from nnx.models import Sequential, TwoLayerNet
 from nnx.np import np
 from nnx.onnx import export
@@ -21,7 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 # Relative to the largest value; onnxruntime has the constants of Gelu in float32.
 TOLERANCE = {"float16": 4e-3, "float32": 1e-5, "float64": 1e-7}
 LOSSES = {"MeanSquaredError", "NegativeSamplingLoss", "SigmoidWithLoss", "SoftmaxWithLoss"}
-NOT_EXPORTED = {"EmbeddingDot", *recurrent.__all__}
+NOT_EXPORTED = {"EmbeddingDot", *recurrent.__all__, *attention.__all__}
 CASES = {name: cases for name, cases in ALL_CASES.items() if name not in LOSSES | NOT_EXPORTED}
 
 
