@@ -403,6 +403,8 @@ def test_ch05_train_and_train_custom_loop():
     assert float(perplexity) == pytest.approx(trainer.ppl_list[-1], rel=0.05)
     for p, q in zip(model.params, other.params, strict=True):
         numpy.testing.assert_allclose(to_cpu(p), to_cpu(q), rtol=1e-5, atol=1e-6)
+    first, second = (float(model.forward(batch_x, batch_t)) for _ in range(2))
+    assert first != second  # the second continues from the state of the first
     model.layers[1].reset_state()
     assert model.layers[1].h is None
 

@@ -59,9 +59,12 @@ def load_data(
     key = {"val": "valid"}.get(data_type, data_type)
     if key not in key_file:
         raise ValueError(f'ptb.load_data: data_type must be "train", "test", "valid" or "val", got {data_type!r}')
-    word_to_id, id_to_word = load_vocab(folder)
+    words = _read_words("train", folder)
+    word_to_id, id_to_word = _vocabulary(words)
+    if key != "train":
+        words = _read_words(key, folder)
     try:
-        corpus = numpy.array([word_to_id[word] for word in _read_words(key, folder)], numpy.int64)
+        corpus = numpy.fromiter(map(word_to_id.__getitem__, words), numpy.int64, len(words))
     except KeyError as error:
         raise ValueError(f"ptb.load_data: {key_file[key]} has {error}, which {key_file['train']} has not") from None
     return corpus, word_to_id, id_to_word
@@ -79,7 +82,12 @@ def load_vocab(folder: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
     >>> word_to_id
     {'you': 0, 'say': 1, 'goodbye': 2, '<eos>': 3}
     """
-    word_to_id = {word: i for i, word in enumerate(dict.fromkeys(_read_words("train", folder)))}
+    return _vocabulary(_read_words("train", folder))
+
+
+def _vocabulary(words: list[str]) -> tuple[dict[str, int], dict[int, str]]:
+    """Return word_to_id and id_to_word, with ids in order of first appearance."""
+    word_to_id = {word: i for i, word in enumerate(dict.fromkeys(words))}
     return word_to_id, {i: word for word, i in word_to_id.items()}
 
 
