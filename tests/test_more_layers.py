@@ -71,6 +71,14 @@ def test_embedding_sums_the_gradients_of_a_repeated_index(rng):
     assert not to_cpu(layer.grads[0]).any()
 
 
+def test_embedding_of_a_column_of_indices_runs_natively(rng):
+    W, contexts = nnx.asarray(rng.standard_normal((5, 3))), numpy.array([[1, 0], [4, 2], [1, 3]])
+    layer = nnx.Embedding(W)
+    numpy.testing.assert_array_equal(to_cpu(layer.forward(contexts[:, 1])), to_cpu(W)[[0, 2, 3]])
+    assert layer.idx.flags.c_contiguous
+    assert layer.forward(numpy.array(4)).shape == (3,)
+
+
 @pytest.mark.parametrize(
     "idx", [[0, 5], [-1], numpy.array([255], "uint8"), numpy.array([1, 256], ">i8"), [0.5], "a", [[0], [1, 2]]]
 )

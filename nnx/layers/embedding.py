@@ -78,7 +78,8 @@ class Embedding(BaseLayer):
     def forward(self, idx: Any) -> Array:
         """Return W[idx]."""
         W = self.params[0]
-        self.idx = check_range(idx, len(W), type(self).__name__, "idx")
+        idx = check_range(idx, len(W), type(self).__name__, "idx")
+        self.idx = np.asarray(idx, order="C")  # native kernels take no strides, as of a column of contexts
         return embedding(W, self.idx)
 
     def backward(self, dout: Any) -> None:
