@@ -22,7 +22,7 @@ import numpy
 
 from nnx import checkpoint
 from nnx.arguments import format_repr
-from nnx.checks import check_integer, check_list, takes_arguments
+from nnx.checks import check_integer, check_list, check_number, takes_arguments
 from nnx.np import Array
 from nnx.signals import NestedInterrupt
 from nnx.tree import (
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 _EVENTS = ("on_begin", "on_evaluate", "on_step", "on_epoch", "on_checkpoint", "on_interrupt", "on_end")
+_MODES = {"loss": "min", "val_loss": "min", "val_accuracy": "max"}
 
 
 class Callback:
@@ -264,15 +265,81 @@ class LearningRateScheduler(Callback):
         trainer.optimizer.lr = self.schedule(self.steps)
 
 
-class EarlyStopping(Callback):
-    """Ends the training when the validation loss has not improved for `patience` epochs.
+class _Monitor(Callback):
+    """Base class of the callbacks that follow a number in the rows of `trainer.history`."""
 
-    Every fit starts counting these epochs anew; the lowest loss is kept between the fits of one model.
+    monitor: str
+    mode: str | None
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether fit must be given validation data."""
+        return self.monitor.startswith("val_")
+
+    def _check_settings(self) -> None:
+        """Check what may have been assigned."""
+        name = type(self).__name__
+        if not isinstance(self.monitor, str):
+            raise TypeError(f"{name}: monitor must be a key of Trainer.history, got {self.monitor!r:.80}")
+        if not (self.mode is None or (isinstance(self.mode, str) and self.mode in ("min", "max"))):
+            raise ValueError(f'{name}: mode must be "min", "max" or None, got {self.mode!r:.80}')
+        if self.mode is None and self.monitor not in _MODES:
+            raise ValueError(f'{name}: mode must be "min" or "max" for {self.monitor}, the better values')
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless the state is that of the same number."""
+        check_kinds(state, numbers.Real, "best")
+        if state.get("monitor", self.monitor) != self.monitor:
+            raise ValueError(f"the saved best is that of {state['monitor']!r:.80}, and this one follows {self.monitor}")
+
+    def reset(self) -> None:
+        """Discard the best value."""
+        self.best = math.inf * self._sign
+
+    def on_begin(self, trainer: Any) -> None:
+        """Check the settings."""
+        self._check_settings()
+
+    @property
+    def _sign(self) -> int:
+        """1 if lower values are better, -1 if higher ones are."""
+        return 1 if (self.mode or _MODES[self.monitor]) == "min" else -1
+
+    def _improves(self, trainer: Any, min_delta: float = 0.0) -> bool:
+        """Return whether the value of the last epoch is better than `best` by more than `min_delta`, and keep it."""
+        row = trainer.history[-1]
+        if self.monitor not in row:
+            raise ValueError(
+                f"{type(self).__name__}: the history has no {self.monitor}, only {', '.join(row)}; pass "
+                "fit(metrics=...) or a callback before this one that adds it"
+            )
+        improves = (self.best - row[self.monitor]) * self._sign > min_delta
+        if improves:
+            self.best = row[self.monitor]
+        return improves
+
+
+class EarlyStopping(_Monitor):
+    """Ends the training when the validation loss, or another number, has not improved for `patience` epochs.
+
+    Every fit starts counting these epochs anew; the best value is kept between the fits of one model.
 
     Parameters
     ----------
     patience : int
         Epochs without improvement, at least 1.
+    monitor : str
+        The number to follow, a key of the rows of `Trainer.history`: "val_loss", "val_accuracy", "loss", or "val_" and
+        the name of a metric.
+    mode : "min", "max" or None
+        Whether lower or higher values are better; None knows it for "loss", "val_loss" and "val_accuracy".
+    min_delta : float
+        A value that is better than the best one by no more than this is no improvement.
+
+    Attributes
+    ----------
+    best : float
+        The value at the last improvement.
 
     Examples
     --------
@@ -285,25 +352,29 @@ class EarlyStopping(Callback):
     True
     """
 
-    needs_validation = True
-    state_names = ("best_loss", "epochs_without_improvement")
+    state_names = ("monitor", "best", "epochs_without_improvement")
 
-    def __init__(self, patience: int = 5) -> None:
-        self.patience = patience
-        self.on_begin(None)
+    def __init__(
+        self, patience: int = 5, *, monitor: str = "val_loss", mode: str | None = None, min_delta: float = 0.0
+    ) -> None:
+        self.patience, self.monitor, self.mode, self.min_delta = patience, monitor, mode, min_delta
+        self._check_settings()
         self.reset()
 
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        check_integer("EarlyStopping: patience", self.patience)
+        check_number("EarlyStopping: min_delta", self.min_delta, 0)
+
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise a ValueError unless the state holds numbers."""
-        check_kinds(state, numbers.Real, *EarlyStopping.state_names)
+        """Raise a ValueError unless the state holds numbers, and is that of the same number."""
+        super().check_state(state)
+        check_kinds(state, numbers.Real, "epochs_without_improvement")
 
     def reset(self) -> None:
-        """Discard the lowest loss."""
-        self.best_loss, self.epochs_without_improvement = math.inf, 0
-
-    def on_begin(self, trainer: Any) -> None:
-        """Check `patience`, which may have been assigned."""
-        check_integer("EarlyStopping: patience", self.patience)
+        """Discard the best value."""
+        super().reset()
+        self.epochs_without_improvement = 0
 
     def _bind_model(self, model: Any, *, resumed: bool) -> None:
         super()._bind_model(model, resumed=resumed)
@@ -311,29 +382,34 @@ class EarlyStopping(Callback):
             self.epochs_without_improvement = 0
 
     def on_epoch(self, trainer: Any) -> None:
-        """Compare the validation loss of the epoch with the lowest one."""
-        loss = trainer.val_list[-1][0]
-        self.epochs_without_improvement = 0 if loss < self.best_loss else self.epochs_without_improvement + 1
-        self.best_loss = min(self.best_loss, loss)
+        """Compare the value of the epoch with the best one."""
+        improves = self._improves(trainer, self.min_delta)
+        self.epochs_without_improvement = 0 if improves else self.epochs_without_improvement + 1
         if self.epochs_without_improvement >= self.patience:
             trainer.stop()
+            limit = f"{'below' if self._sign > 0 else 'above'} {self.best - self._sign * self.min_delta:.4g}"
             trainer.log(
-                f"EarlyStopping: stopped after epoch {trainer.current_epoch}; val_loss has not been below "
-                f"{self.best_loss:.4g} for {self.patience} epochs"
+                f"EarlyStopping: stopped after epoch {trainer.current_epoch}; {self.monitor} has not been {limit} for "
+                f"{self.patience} epochs"
             )
 
 
-class BestWeights(Callback):
-    """Keeps a copy of the weights with the lowest validation loss, and restores it at the end.
+class BestWeights(_Monitor):
+    """Keeps a copy of the weights with the lowest validation loss, or another best number, and restores it at the end.
 
     The running statistics of BatchNorm are kept and restored with them.
 
+    Parameters
+    ----------
+    monitor, mode
+        As for `EarlyStopping`.
+
     Attributes
     ----------
-    best_loss : float
-        The lowest validation loss.
+    best : float
+        The best value.
     epoch : int
-        The epoch of that loss, counted from 1.
+        The epoch of that value, counted from 1.
 
     Examples
     --------
@@ -342,42 +418,45 @@ class BestWeights(Callback):
     >>> best = callbacks.BestWeights()
     >>> trainer = Trainer(TwoLayerNet(2, 10, 3, rng=0), Adam(0.1), rng=0)
     >>> trainer.fit(x[::2], t[::2], 5, verbose=False, validation=(x[1::2], t[1::2]), callbacks=[best])
-    >>> best.best_loss == min(row["val_loss"] for row in trainer.history)
+    >>> best.best == min(row["val_loss"] for row in trainer.history)
     True
     """
 
-    needs_validation = True
-    state_names = ("best_loss", "epoch", "weights")
+    state_names = ("monitor", "best", "epoch", "weights")
 
-    def __init__(self) -> None:
+    def __init__(self, *, monitor: str = "val_loss", mode: str | None = None) -> None:
+        self.monitor, self.mode = monitor, mode
+        self._check_settings()
         self.reset()
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise a ValueError unless the state holds two numbers and floating arrays."""
-        check_kinds(state, numbers.Real, "best_loss", "epoch")
+        """Raise a ValueError unless the state holds two numbers and floating arrays, and is that of the same number."""
+        super().check_state(state)
+        check_kinds(state, numbers.Real, "epoch")
         check_kinds(state, list, "weights")
         weights = state.get("weights", ())
         if not all(getattr(a, "dtype", numpy.dtype(int)).kind == "f" for a in weights):
             raise ValueError("weights must be floating arrays")
-        if not weights and "weights" in state and state["best_loss"] < math.inf:
-            raise ValueError("the weights of best_loss are missing")
+        if not weights and "weights" in state and math.isfinite(state["best"]):
+            raise ValueError("the weights of the best value are missing")
 
     def reset(self) -> None:
         """Discard the copy."""
-        self.best_loss, self.epoch = math.inf, 0
+        super().reset()
+        self.epoch = 0
         self.weights: list[Array] = []
 
     def on_begin(self, trainer: Any) -> None:
         """Raise a ValueError if the copy, restored from a checkpoint, does not fit the model."""
+        super().on_begin(trainer)
         shapes, copied = ([a.shape for a in arrays] for arrays in (named_arrays(trainer.model).values(), self.weights))
         if copied and copied != shapes:
             raise ValueError(f"BestWeights: the saved weights have the shapes {copied}, and the model has {shapes}")
 
     def on_epoch(self, trainer: Any) -> None:
-        """Copy the weights if the epoch's validation loss is the lowest."""
-        loss = trainer.val_list[-1][0]
-        if loss < self.best_loss:
-            self.best_loss, self.epoch = loss, trainer.current_epoch
+        """Copy the weights if the epoch's value is the best."""
+        if self._improves(trainer):
+            self.epoch = trainer.current_epoch
             self.weights = [a.copy() for a in named_arrays(trainer.model).values()]
 
     def on_end(self, trainer: Any) -> None:
@@ -385,7 +464,7 @@ class BestWeights(Callback):
         for a, best in zip(named_arrays(trainer.model).values(), self.weights, strict=bool(self.weights)):
             a[...] = best
         if self.weights:
-            trainer.log(f"BestWeights: restored the weights of epoch {self.epoch}, val_loss {self.best_loss:.4g}")
+            trainer.log(f"BestWeights: restored the weights of epoch {self.epoch}, {self.monitor} {self.best:.4g}")
 
 
 class Checkpoint(Callback):

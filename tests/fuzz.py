@@ -546,7 +546,11 @@ def constructor_calls():
             {"model": instance(Sequential, nnx.SoftmaxWithLoss), "optimizer": instance(nnx.SGD), "rng": seed},
         ),
     )
-    yield "EarlyStopping", simple(callbacks.EarlyStopping, {"patience": integer()}, patience=5)
+    followed = {"monitor": lambda v: isinstance(v, str), "mode": lambda v: v in ("min", "max")}
+    given = {"monitor": "val_f1", "mode": "max"}
+    valid = {"patience": integer(), "min_delta": number(0), **followed}
+    yield "EarlyStopping", simple(callbacks.EarlyStopping, valid, patience=5, min_delta=0.0, **given)
+    yield "BestWeights", simple(callbacks.BestWeights, followed, **given)
     every = {"every_epochs": optional(integer()), "every_steps": optional(integer()), "keep": integer()}
     yield (
         "Checkpoint",
@@ -748,7 +752,10 @@ def time_loss_calls():
         kept = t.astype(int) >= 0
         return cross_entropy(x[kept], t[kept]) if kept.any() else 0.0
 
-    ignored = {"x": real, "t": lambda v: labels(numpy.asarray(v) + (numpy.asarray(v) == -1))}
+    def valid_t(v):  # one row of scores has one label
+        return integer(-1)(v) or labels(numpy.asarray(v) + (numpy.asarray(v) == -1))
+
+    ignored = {"x": real, "t": valid_t}
     yield "TimeSoftmaxWithLoss.forward", simple(layers.TimeSoftmaxWithLoss().forward, ignored, loss, x=X, t=T - 1)
     yield (
         "TimeDropout",

@@ -618,7 +618,7 @@ def test_subclasses_may_have_more_state_and_less(tmp_path):
         history = ()
 
     class Light(nnx.callbacks.BestWeights):
-        state_names = ("best_loss", "epoch")
+        state_names = ("best", "epoch")
 
     first, sigmoid, last = TwoLayerNet(2, 4, 3).layers
     trainer = nnx.Trainer(Sequential([first, sigmoid, Noted(0.5), last], nnx.SoftmaxWithLoss()), nnx.SGD())

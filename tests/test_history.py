@@ -349,7 +349,7 @@ def test_reprs_say_class_sizes_and_settings():
     trainer.fit(X, T, 1, 30, verbose=False)  # now the optimizer has state
     assert repr(trainer) == f"Trainer(TwoLayerNet, {optimizer!r}, current_epoch=1)"
     assert repr(optimizer).startswith("Adam(lr=0.5, ")
-    assert repr(EarlyStopping(3)) == "EarlyStopping(patience=3)"
+    assert repr(EarlyStopping(3)) == "EarlyStopping(patience=3, monitor='val_loss', min_delta=0.0)"
     assert "Sequential(\n    ReLU()" in repr(Sequential([Sequential([nnx.ReLU()])]))
 
 

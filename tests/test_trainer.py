@@ -300,10 +300,77 @@ def test_early_stopping_waits_for_its_patience():
     assert fit_losses([5, 9, 8, 7, 6, 5, 4], EarlyStopping(3)).current_epoch == 4  # lower than the last, not the lowest
 
 
+@pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
+@pytest.mark.parametrize("name", ["val_f1", "seen"])
+def test_callbacks_follow_any_number_of_the_history_in_either_direction(name, mode, sign):
+    """A metric, or a number that an earlier callback adds to the row."""
+    values = iter([sign * v for v in (5, 4, 6, 3, 3, 4, 3, 2, 1, 0)])
+
+    class Model(Losses):
+        def evaluate(self, x, t, metrics=None):
+            return (0.0, None, {"f1": next(values)}) if metrics else (0.0, None)
+
+    class Add(Callback):
+        def on_epoch(self, trainer):
+            trainer.history[-1]["seen"] = next(values)
+
+    early, best = (kind(monitor=name, mode=mode) for kind in (EarlyStopping, BestWeights))
+    early.patience = 2
+    trainer, data = Trainer(Model(), SGD(1.0), rng=0), (numpy.zeros((2, 1)), numpy.zeros(2))
+    options = {"verbose": False, "callbacks": [Add(), early, best]}
+    if name == "val_f1":
+        options |= {"validation": data, "metrics": {"f1": max}, "callbacks": [early, best]}
+    trainer.fit(*data, 10, 2, **options)
+    assert trainer.current_epoch == 6
+    assert (best.best, best.epoch, early.best) == (3 * sign, 4, 3 * sign)
+    assert float(trainer.model.params[0][0]) == 4
+
+
+def test_accuracy_is_known_to_be_better_if_higher():
+    assert EarlyStopping(monitor="val_accuracy").best == -math.inf
+    best, x_t = BestWeights(monitor="val_accuracy"), spiral()
+    trainer = new_trainer()
+    trainer.fit(*x_t, 20, 30, validation=x_t, verbose=False, callbacks=[best])
+    accuracies = [row["val_accuracy"] for row in trainer.history]
+    assert (best.best, best.epoch) == (max(accuracies), 1 + accuracies.index(max(accuracies)))
+    assert trainer.model.evaluate(*x_t)[1] == best.best
+
+
+def test_an_improvement_must_exceed_min_delta():
+    losses = [5, 4.5, 4.1, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3]
+    assert fit_losses(losses, EarlyStopping(2)).current_epoch == 10
+    early = EarlyStopping(3, min_delta=1.0)
+    assert fit_losses(losses, early).current_epoch == 7  # 3.9 is, compared with the 5 that was the last improvement
+    assert early.best == 3.9
+    assert fit_losses([4, 3, 3, 1], EarlyStopping(2, min_delta=1.0)).current_epoch == 3  # 3 is not below 3
+
+
+def test_settings_of_callbacks_that_follow_a_number_are_checked():
+    for kind in (EarlyStopping, BestWeights):
+        name = kind.__name__
+        with pytest.raises(ValueError, match=rf'{name}: mode must be "min" or "max" for val_f1'):
+            kind(monitor="val_f1")
+        with pytest.raises(ValueError, match=rf'{name}: mode must be "min", "max" or None, got \'auto\''):
+            kind(mode="auto")
+        with pytest.raises(TypeError, match=rf"{name}: monitor must be a key of Trainer.history, got 3"):
+            kind(monitor=3)
+        with pytest.raises(ValueError, match=rf"{name}: the history has no val_f1, only epoch, loss, .*metrics="):
+            fit_losses([3, 2], kind(monitor="val_f1", mode="max"))
+        with pytest.raises(
+            ValueError, match=r"the saved best is that of 'val_loss', and this one follows val_accuracy"
+        ):
+            kind(monitor="val_accuracy").check_state({"monitor": "val_loss", "best": 1.0})
+    with pytest.raises(ValueError, match="EarlyStopping: min_delta must be finite and at least 0"):
+        EarlyStopping(min_delta=-1)
+    assert repr(EarlyStopping(3, monitor="loss", min_delta=0.1)) == (
+        "EarlyStopping(patience=3, monitor='loss', min_delta=0.1)"
+    )
+
+
 def test_best_weights_are_restored():
     best = BestWeights()
     trainer = fit_losses([5, 4, 2, 6, 3, 2, 9, 9, 9, 9], best)
-    assert (best.best_loss, best.epoch) == (2, 3)
+    assert (best.best, best.epoch) == (2, 3)
     assert float(trainer.model.params[0][0]) == 3
 
 
@@ -316,7 +383,7 @@ def test_best_weights_include_running_statistics():
     validation = x[1::2], t[1::2]
     Trainer(model, SGD(10.0), rng=0).fit(*data, 10, 10, validation=validation, verbose=False, callbacks=[best])
     assert best.epoch < 10
-    assert model.evaluate(*validation)[0] == pytest.approx(best.best_loss)
+    assert model.evaluate(*validation)[0] == pytest.approx(best.best)
 
 
 @pytest.mark.parametrize("callback", [EarlyStopping(), BestWeights()])
