@@ -46,6 +46,8 @@ class Sequential(TiedModel):
         Objects with `params`, `grads`, `forward` and `backward`. They are not changed; no layer may occur
         twice. A Sequential without a loss layer is a layer too.
     loss_layer : layer with forward(x, t) and backward(dout=1), or None
+        A last layer Softmax under SoftmaxWithLoss, or Sigmoid under SigmoidWithLoss, is a RuntimeWarning: the loss
+        applies the function too.
 
     Attributes
     ----------
@@ -79,6 +81,7 @@ class Sequential(TiedModel):
             _check_layer(f"{name}: layers[{i}]", layer, layers)
         if loss_layer is not None:
             _check_loss_layer(f"{name}: loss_layer", loss_layer)
+            _warn_of_two_activations(name, layers, loss_layer)
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
                 f"{type(self).__name__}: a layer occurs twice, so its second forward would overwrite what its first "
@@ -451,6 +454,19 @@ def _check_loss_layer(name: str, layer: Any) -> None:
         )
     if not takes_arguments(forward, 2):
         raise TypeError(f"{name} must be a loss with forward(x, t), got {type(layer).__name__}")
+
+
+def _warn_of_two_activations(name: str, sequence: list[Any], loss_layer: Any) -> None:
+    """Warn if the last layer applies the function that the loss layer applies, which makes training slow and poor."""
+    last = sequence[-1] if sequence else None
+    while isinstance(last, Sequential) and last.layers:
+        last = last.layers[-1]
+    for kind, loss_kind in ((layers.Softmax, SoftmaxWithLoss), (Sigmoid, layers.SigmoidWithLoss)):
+        if isinstance(last, kind) and isinstance(loss_layer, loss_kind):
+            checkpoint.warn(
+                f"{name}: {type(loss_layer).__name__} applies {kind.__name__.lower()} to the result of the last layer, "
+                f"{type(last).__name__}, again; leave that layer out, predict_proba returns probabilities"
+            )
 
 
 def _takes_train_flg(layer: Any) -> bool:

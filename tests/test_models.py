@@ -10,7 +10,7 @@ import pytest
 
 import nnx
 from benchmarks import book
-from nnx import Affine, MeanSquaredError, Sequential, Sigmoid, SoftmaxWithLoss, TwoLayerNet, np, to_cpu
+from nnx import Affine, MeanSquaredError, Sequential, Sigmoid, SoftmaxWithLoss, TwoLayerNet, layers, np, to_cpu
 
 
 def data(rng, n=6):
@@ -363,3 +363,21 @@ def test_duplicate_layers_are_rejected():
     layer = Sigmoid()
     with pytest.raises(ValueError, match="Sequential: a layer occurs twice"):
         Sequential([layer, layer])
+
+
+@pytest.mark.parametrize("kind", ["Softmax", "Sigmoid"])
+def test_an_activation_that_the_loss_applies_again_is_a_warning(kind, rng):
+    loss, other = getattr(layers, f"{kind}WithLoss"), {"Softmax": "SigmoidWithLoss", "Sigmoid": "SoftmaxWithLoss"}[kind]
+    affine, last = nnx.Affine.init(2, 3), getattr(layers, kind)()
+    for sequence in ([affine, last], [affine, Sequential([last])]):
+        words = (
+            rf"^Sequential: {kind}WithLoss applies {kind.lower()} to the result of the last layer, {kind}, again; leave"
+        )
+        with pytest.warns(RuntimeWarning, match=words) as caught:
+            Sequential(sequence, loss())
+        assert caught[0].filename == __file__
+        Sequential(sequence)
+        Sequential(sequence, getattr(layers, other)())
+        Sequential(sequence, nnx.MeanSquaredError())
+    Sequential([last, affine], loss())
+    Sequential([], loss())

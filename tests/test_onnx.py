@@ -82,8 +82,8 @@ def mixed(rng, dtype="float32"):
     net = TwoLayerNet(6, 5, 3, dtype=dtype, rng=0, input_grad=True)
     net.loss_layer = None
     parts = [Sequential([*block, layers.ReLU()]), Sequential(inner), net, layers.Softmax()]
-    model = Sequential(parts, layers.SoftmaxWithLoss())
-    model.forward(array(rng, 20, 4, dtype=dtype), numpy.zeros(20, int))
+    model = Sequential(parts, layers.MeanSquaredError())
+    model.forward(array(rng, 20, 4, dtype=dtype), numpy.zeros((20, 3)))
     return model
 
 
