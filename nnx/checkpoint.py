@@ -114,7 +114,7 @@ def save(
     >>> checkpoint.load("net.safetensors", model, optimizer)
     """
     path = Path(path).expanduser()
-    keys, transpose = _apply_layout(path, model, layout, keys, transpose)
+    keys, transpose, gates = _apply_layout(path, model, layout, keys, transpose)
     tensors = rename_arrays(path, named_arrays(model), keys, transpose)
     config = json.dumps(layer_config(model, tensors))
     states = {name: state for name, (_, state) in _states(model, optimizer, trainer).items()}
@@ -130,7 +130,7 @@ def save(
         "nnx.format": _FORMAT,
         "nnx.state": text,
         "nnx.layers": config,
-        "nnx.names": json.dumps({"keys": keys or {}, "transpose": list(transpose)}),
+        "nnx.names": json.dumps({"layout": layout} if layout else {"keys": keys or {}, "transpose": list(transpose)}),
         "nnx.versions": json.dumps(
             {
                 "nnx": __version__,
@@ -140,7 +140,7 @@ def save(
             }
         ),
     }
-    _atomic_save(path, {name: to_cpu(a) for name, a in tensors.items()}, metadata)
+    _atomic_save(path, _to_torch_gates({name: to_cpu(a) for name, a in tensors.items()}, gates), metadata)
 
 
 def load(
@@ -173,9 +173,11 @@ def load(
     layout : "torch" or None
         In place of `keys` and `transpose`, the names of a torch.nn.Sequential, "0.weight", with the same layers at the
         same positions: Linear as Affine, or MatMul without a bias, Embedding, BatchNorm1d (whose momentum is 1 minus
-        that of BatchNorm), LayerNorm, nested Sequentials, and layers without arrays. Dropout must have the ratio 0, as
-        PyTorch scales in training, not in prediction; GELU is that of approximate="tanh". An array that layers share
-        has the name of the first.
+        that of BatchNorm), LayerNorm, RNN and LSTM of one layer (TimeRNN, TimeLSTM and TimeBiLSTM, whose order of gates
+        differs; the two biases are added when they are loaded, and the second is 0 in a saved file) and their cells,
+        nested Sequentials, and layers without arrays. Dropout must have the ratio 0, as PyTorch scales in training, not
+        in prediction; GELU is that of approximate="tanh"; a GRU has another formula. An array that layers share has the
+        name of the first.
 
     Raises
     ------
@@ -201,8 +203,9 @@ def load(
       layers.2.W: float32 (20, 3) in the model, float32 (10, 3) in the file
     """
     path = Path(path).expanduser()
-    keys, transpose = _apply_layout(path, model, layout, keys, transpose)
+    keys, transpose, gates = _apply_layout(path, model, layout, keys, transpose)
     file = _read(path)
+    _from_torch_gates(file, gates)
     targets = rename_arrays(path, named_arrays(model), keys, transpose)
     ignored = {name for name, model_name in (keys or {}).items() if model_name is None}
     receivers = _states(model, optimizer, trainer)
@@ -348,7 +351,7 @@ def _plain_settings(layer: Any) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Return of a file of `save` the `layer_config`, `keys` and `transpose`, and dtype and shape of its arrays by name.
+    """Return of a file of `save` the `layer_config`, the arguments for its names, and dtype and shape of each array.
 
     Raises
     ------
@@ -362,7 +365,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, t
         )
     try:
         names = json.loads(file.names)
-        names = {"keys": dict(names["keys"]), "transpose": name_list("transpose", names["transpose"])}
+        if names != {"layout": "torch"}:
+            names = {"keys": dict(names["keys"]), "transpose": name_list("transpose", names["transpose"])}
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"{path}: invalid names of arrays: {error}") from error
     return file.layers, names, file.arrays
@@ -445,33 +449,64 @@ def rename_arrays(
 
 def _apply_layout(
     path: Path, model: Any, layout: str | None, keys: Mapping[str, str | None] | None, transpose: Iterable[str]
-) -> tuple[Mapping[str, str | None] | None, Iterable[str]]:
-    """Return `keys` and `transpose`, or those of `layout`."""
+) -> tuple[Mapping[str, str | None] | None, Iterable[str], dict[str, Sequence[int]]]:
+    """Return `keys` and `transpose`, or those of `layout`, and the orders of gates by names in the file."""
     if layout is None:
-        return keys, transpose
+        return keys, transpose, {}
     if layout != "torch" or keys is not None or list(transpose):
         raise ValueError(f'{path}: layout must be "torch" or None, and takes no keys and transpose; got {layout!r:.80}')
     return _torch_layout(path, model)
 
 
-def _torch_layout(path: Path, model: Any) -> tuple[dict[str, str | None], list[str]]:
-    """Return `keys` and `transpose` for the names of a torch.nn.Sequential."""
+def _torch_layout(path: Path, model: Any) -> tuple[dict[str, str | None], list[str], dict[str, Sequence[int]]]:
+    """Return `keys`, `transpose` and the orders of gates for the names of a torch.nn.Sequential."""
     keys: dict[str, str | None] = {}
-    transpose, arrays = [], named_arrays(model)
+    names: dict[str, tuple[str, bool, Sequence[int]]] = {}  # of the arrays; a layer replaces those of layers within
+    arrays = named_arrays(model)
     for place, layer in named_layers(model):
         if getattr(layer, "dropout_ratio", 0):
             raise ValueError(f'{path}: {place}: PyTorch scales dropout otherwise; use layout="torch" with Dropout(0.0)')
+        if difference := getattr(layer, "torch_difference", ""):
+            raise ValueError(f'{path}: {place}: {difference}; layout="torch" has no {type(layer).__name__}')
         module = ".".join(part for part in place.split(".") if part != "layers")
         for array, torch_name in getattr(layer, "torch_names", {}).items():
             name = f"{module}{(torch_name or array).removesuffix('.T')}"
             if torch_name is None:
                 keys[name] = None
             elif place + array in arrays:
-                keys[name] = place + array
-                transpose += [name] if torch_name.endswith(".T") else []
-    if unknown := arrays.keys() - set(keys.values()):
+                names[place + array] = name, torch_name.endswith(".T"), getattr(layer, "torch_gates", ())
+    if unknown := arrays.keys() - names.keys():
         raise ValueError(f'{path}: {_join(unknown)} has no name in the layout "torch"; pass keys')
-    return keys, transpose
+    keys |= {name: array for array, (name, _, _) in names.items()}
+    return keys, [n for n, transposed, _ in names.values() if transposed], {n: g for n, _, g in names.values() if g}
+
+
+def _to_torch_gates(arrays: dict[str, numpy.ndarray], gates: Mapping[str, Sequence[int]]) -> dict[str, numpy.ndarray]:
+    """Return the arrays of a file with the gates of recurrent layers in PyTorch's order, and its second biases of 0."""
+    ordered = {name: _reorder(arrays[name], order) for name, order in gates.items()}
+    second = {name.replace("bias_ih", "bias_hh"): numpy.zeros_like(arrays[name]) for name in gates if "bias_ih" in name}
+    return arrays | ordered | second
+
+
+def _from_torch_gates(file: _Reader, gates: Mapping[str, Sequence[int]]) -> None:
+    """Let a file of PyTorch's read as if it had the gates in the order of nnx, and one bias: the sum of both."""
+    read, second = file.read, {}
+    for name in gates:
+        other = name.replace("bias_ih", "bias_hh")
+        if other != name and file.arrays.get(other) == file.arrays.get(name) is not None:
+            second[name] = other
+            del file.arrays[other]
+
+    def converted(name: str) -> numpy.ndarray:
+        array = read(name) + read(second[name]) if name in second else read(name)
+        return _reorder(array, numpy.argsort(gates[name])) if name in gates else array
+
+    file.read = converted
+
+
+def _reorder(array: numpy.ndarray, order: Any) -> numpy.ndarray:
+    """Return an array with the equal blocks of its rows in another order."""
+    return array.reshape(len(order), -1, *array.shape[1:])[list(order)].reshape(array.shape)
 
 
 def _join(names: Collection[str]) -> str:

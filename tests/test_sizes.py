@@ -30,6 +30,7 @@ from nnx import (
     TwoLayerNet,
     checkpoint,
     initializers,
+    layers,
     np,
     to_cpu,
 )
@@ -369,6 +370,99 @@ def test_weights_pass_to_and_from_pytorch_without_a_map(rng, tmp_path):
         checkpoint.save(path, model, layout="torch")
         theirs.load_state_dict(load_file(path))
         numpy.testing.assert_allclose(to_cpu(model.predict(x)), theirs(torch.tensor(x)), rtol=1e-4, atol=1e-5)
+
+
+def recurrent_torch_nets(kind, bias):
+    """Return a layer and the same one in PyTorch, with a function for its result."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    cells = {"RNN": torch.nn.RNNCell, "LSTM": torch.nn.LSTMCell}
+    if kind in cells:
+        theirs = cells[kind](4, 3, bias=bias)
+        states = [numpy.full((5, 3), 0.25, "float32")] * (1 + (kind == "LSTM"))
+        given = [torch.tensor(state) for state in states]
+
+        def result(x):
+            return theirs(x, tuple(given) if kind == "LSTM" else given[0])
+
+    else:
+        name, states = kind.removeprefix("Time").removeprefix("Bi"), []
+        theirs = getattr(torch.nn, name)(4, 3, batch_first=True, bidirectional="Bi" in kind, bias=bias)
+
+        def result(x):
+            return theirs(x)[0]
+
+    if kind == "TimeBiLSTM":
+        (W1, U1, b1), (W2, U2, b2) = (layers.TimeLSTM.init(4, 3).params for _ in range(2))
+        return layers.TimeBiLSTM(W1, U1, b1, W2, U2, b2), theirs, states, result
+    layer = getattr(layers, kind).init(4, 3)
+    return (layer if bias else type(layer)(*layer.params[:2])), theirs, states, result
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "TimeRNN", "TimeLSTM", "TimeBiLSTM"])
+def test_weights_of_recurrent_layers_pass_to_and_from_pytorch(kind, bias, rng, tmp_path):
+    if kind == "TimeBiLSTM" and not bias:
+        pytest.skip("needs its biases")
+    layer, theirs, states, result = recurrent_torch_nets(kind, bias)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path, x = tmp_path / "torch.safetensors", rng.standard_normal((5, 6, 4)).astype("float32")
+    x = x if kind.startswith("Time") else x[:, 0]
+
+    def assert_same(layer):
+        for ours, expected in zip(as_list(layer.forward(x, *states)), as_list(result(torch.tensor(x))), strict=True):
+            numpy.testing.assert_allclose(to_cpu(ours), expected, rtol=1e-5, atol=1e-6)
+
+    def as_list(value):
+        return list(value) if isinstance(value, tuple) else [value]
+
+    with torch.no_grad():
+        save_file({f"0.{name}": p for name, p in theirs.state_dict().items()}, path)
+        model = Sequential([layer])
+        checkpoint.load(path, model, layout="torch")
+        assert_same(layer)
+        for p in layer.params:
+            p *= 1.5
+        checkpoint.save(path, model, layout="torch")
+        theirs.load_state_dict({name.removeprefix("0."): p for name, p in load_file(path).items()})
+        assert_same(layer)
+        assert_same(load(path).layers[0])
+
+
+def test_a_language_model_passes_to_pytorch(rng, tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    model = Sequential([layers.TimeEmbedding.init(9, 4), layers.TimeLSTM.init(4, 3), layers.TimeAffine.init(3, 9)])
+    checkpoint.save(tmp_path / "torch.safetensors", model, layout="torch")
+    theirs = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.LSTM(4, 3, batch_first=True), torch.nn.Linear(3, 9))
+    theirs.load_state_dict(load_file(tmp_path / "torch.safetensors"))
+    idx = rng.integers(0, 9, (2, 5))
+    with torch.no_grad():
+        expected = theirs[2](theirs[1](theirs[0](torch.tensor(idx)))[0])
+    numpy.testing.assert_allclose(to_cpu(model.predict(idx)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [layers.GRU, layers.TimeGRU])
+def test_a_gru_has_no_layout_of_pytorch(kind, tmp_path):
+    words = rf"layers.0.: PyTorch's GRU applies the reset gate after .*; layout=\"torch\" has no {kind.__name__}"
+    with pytest.raises(ValueError, match=words):
+        checkpoint.save(tmp_path / "a.safetensors", Sequential([kind.init(2, 3)]), layout="torch")
+
+
+def test_biases_of_unequal_shapes_are_not_added(tmp_path):
+    pytest.importorskip("safetensors")
+    from safetensors.numpy import load_file, save_file
+
+    path, model = tmp_path / "a.safetensors", Sequential([layers.TimeLSTM.init(2, 3)])
+    checkpoint.save(path, model, layout="torch")
+    arrays = load_file(path)
+    assert not arrays["0.bias_hh_l0"].any()
+    save_file(arrays | {"0.bias_hh_l0": numpy.ones(1, "float32")}, path)
+    with pytest.raises(ValueError, match=r"0.bias_hh_l0: in the file, but not in the model"):
+        checkpoint.load(path, model, layout="torch")
 
 
 def test_the_layout_of_pytorch_has_its_names_and_transposes(tmp_path):

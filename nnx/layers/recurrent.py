@@ -60,6 +60,7 @@ class _Recurrent(BaseLayer):
 
     batch_names: tuple[str, ...] = ("xs", "gates", "h_prev", "dh")
     param_names = ("Wx", "Wh", "b")
+    torch_names: ClassVar[dict[str, str]] = {"Wx": "weight_ih.T", "Wh": "weight_hh.T", "b": "bias_ih"}
     _blocks: ClassVar[int]  # of H columns in Wx, Wh and b, one for each gate
     _states: ClassVar[tuple[str, ...]] = ("h",)
     xs: Array  # (N, T, D), of the last forward
@@ -171,6 +172,7 @@ def _as_state(name: str, what: str, state: Any, shape: tuple[int, int], dtype: A
 
 
 class _RNN(_Recurrent):
+    torch_gates = (0,)
     _blocks = 1
 
     def _run(self) -> Array:
@@ -189,6 +191,7 @@ class _RNN(_Recurrent):
 
 class _LSTM(_Recurrent):
     batch_names = (*_Recurrent.batch_names, "cs", "dc")
+    torch_gates = (2, 0, 1, 3)  # i, f, g, o
     _blocks = 4
     _states = ("h", "c")
     cs: Array  # (N, T + 1, H), c before the first and after each step
@@ -214,6 +217,7 @@ class _LSTM(_Recurrent):
 
 class _GRU(_Recurrent):
     batch_names = (*_Recurrent.batch_names, "reset")
+    torch_difference = "PyTorch's GRU applies the reset gate after the product with Wh, not before it"
     _blocks = 3
     reset: Array  # (N, T, H), r * h_prev
 
@@ -383,6 +387,7 @@ class _TimeRecurrent(_Recurrent):
     """All time steps of a recurrent layer, and the state that it keeps for the next batch."""
 
     state_names = ("state",)
+    torch_names: ClassVar[dict[str, str]] = {"Wx": "weight_ih_l0.T", "Wh": "weight_hh_l0.T", "b": "bias_ih_l0"}
     h: Array | None = None
 
     def __init__(self, Wx: Array, Wh: Array, b: Array | None = None, stateful: bool = False) -> None:
@@ -572,6 +577,13 @@ class TimeBiLSTM(BaseLayer):
     """
 
     param_names = ("Wx1", "Wh1", "b1", "Wx2", "Wh2", "b2")
+    torch_names: ClassVar[dict[str, str]] = {
+        **{f"forward_lstm.{name}": torch_name for name, torch_name in TimeLSTM.torch_names.items()},
+        "backward_lstm.Wx": "weight_ih_l0_reverse.T",
+        "backward_lstm.Wh": "weight_hh_l0_reverse.T",
+        "backward_lstm.b": "bias_ih_l0_reverse",
+    }
+    torch_gates = TimeLSTM.torch_gates
 
     def __init__(
         self, Wx1: Array, Wh1: Array, b1: Array, Wx2: Array, Wh2: Array, b2: Array, stateful: bool = False
