@@ -95,9 +95,14 @@ INLINE void NAME(exp_rows)(const T *restrict x, T *restrict y, T *restrict tops,
             for (int k = 1; k < LANES / 4; k++) top = LARGER(top, lanes[k]);
         }
         for (; c < classes; c++) top = LARGER(top, row[c]);
-        for (c = 0; c < classes; c++) y[r * classes + c] = row[c] == top ? 0 : row[c] - top;
         tops[r] = top;
+        T *out = y + r * classes;
+        if (classes >= BLOCK) /* a long row: in one pass */
+            SUM(totals[r], classes, out[k] = NAME(exp_nonpositive)(row[k] == top ? 0 : row[k] - top));
+        else
+            for (c = 0; c < classes; c++) out[c] = row[c] == top ? 0 : row[c] - top;
     }
+    if (classes >= BLOCK) return;
     for (Size i = 0; i < rows * classes; i++) y[i] = NAME(exp_nonpositive)(y[i]);
     for (Size r = 0; r < rows; r++) SUM(totals[r], classes, y[r * classes + k]);
 }
