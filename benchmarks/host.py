@@ -17,7 +17,7 @@ import numpy
 
 from benchmarks import peers, report
 from benchmarks.layers import LAYERS, OPTIMIZERS, nnx_call
-from nnx import Affine, asarray, clip_grads, np
+from nnx import Affine, asarray, clip_grads, layers, np
 from nnx.kernels import gather
 
 STEPS = [
@@ -28,6 +28,8 @@ STEPS = [
     "LayerNorm GELU AdamW 512-2048-512-10/1024",
 ]
 LAYER_SIZE, OPTIMIZER_SIZE = "32x64", "64-100-10"
+RECURRENT = [layers.TimeRNN, layers.TimeLSTM, layers.TimeGRU]
+TIME_STEPS = 100  # of which a mean is taken: what is done once per call is a few percent of it
 PRODUCT = "a product: a.dot(b)"
 HEAD = ["", "launches", "host time (quartiles)", "products"]
 
@@ -40,6 +42,17 @@ def step(workload):
     net = peers.nnx([p.astype("float32") for p in params], 1e-3, "cuda", between, optimizer)
     x, t = asarray(rng.standard_normal((N, sizes[0]), "float32")), asarray(rng.integers(sizes[-1], size=N))
     return functools.partial(net.step, x, t)
+
+
+def time_steps():
+    """Return the forward and backward functions of the recurrent layers, by name."""
+    xs, calls = asarray(numpy.zeros((20, TIME_STEPS, 100), "float32")), {}
+    for kind in RECURRENT:
+        layer = kind.init(100, 100, rng=0)
+        dhs = layer.forward(xs)
+        calls[f"{kind.__name__}, a time step forward"] = functools.partial(layer.forward, xs)
+        calls[f"{kind.__name__}, a time step backward"] = functools.partial(layer.backward, dhs)
+    return calls
 
 
 def calls():
@@ -56,6 +69,7 @@ def calls():
         **{name: nnx_call(name, OPTIMIZER_SIZE, "cuda")[0] for name in OPTIMIZERS},
         "clip_grads": lambda: clip_grads(grads, 1.0),
         "gather a batch": lambda: gather(a, rows),
+        **time_steps(),
     }
 
 
@@ -70,11 +84,18 @@ def launches(call):
     return cupy_on_cpu.counters()["launches"]
 
 
-def seconds(call, repeats):
+def parts(name):
+    """Return the number of parts of a call, of which one is reported."""
+    return TIME_STEPS if "time step" in name else 1
+
+
+def seconds(name, call, repeats):
+    """Return the mean time of a part of a call."""
+    repeats = max(1, repeats // parts(name))
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - begin) / repeats
+    return (time.perf_counter() - begin) / (repeats * parts(name))
 
 
 def measure(rounds, repeats):
@@ -86,14 +107,15 @@ def measure(rounds, repeats):
     with importlib.import_module("cupy_on_cpu").free_work():
         for _ in range(rounds):
             for name, call in timed.items():
-                seconds(call, repeats // 10)  # warm up again after the others
-                product = seconds(timed[PRODUCT], repeats)
-                times[name].append(seconds(call, repeats))
+                seconds(name, call, repeats // 10)  # warm up again after the others
+                product = seconds(PRODUCT, timed[PRODUCT], repeats)
+                times[name].append(seconds(name, call, repeats))
                 products[name].append(times[name][-1] / product)
     rows = []
     for name in timed:
         low, median, high = map(report.duration, statistics.quantiles(times[name], method="inclusive"))
-        rows.append([name, str(counts[name]), f"{median} ({low}-{high})", f"{statistics.median(products[name]):.1f}"])
+        count = f"{counts[name] / parts(name):.3g}"
+        rows.append([name, count, f"{median} ({low}-{high})", f"{statistics.median(products[name]):.1f}"])
     return rows
 
 
@@ -102,6 +124,7 @@ def main():
     lines += report.table(["", ""], report.configuration().items())
     lines += ["", f"Layers forward and backward at {LAYER_SIZE}, optimizers at {OPTIMIZER_SIZE}; float32. Kernels and"]
     lines += ["products are counted, not executed: this is the time of Python and CuPy, not a time on a GPU."]
+    lines += [f"A time step is the mean of {TIME_STEPS}, with what a call does once."]
     print("\n".join(lines + report.table(HEAD, measure(rounds=9, repeats=300))))
 
 
