@@ -25,4 +25,5 @@ def test_kernel(measure, kernel, shape, variant):
     case = (N, 3, H) if CASES[kernel][0] is STEPS else (N, H), "float32", "C"  # a step of 3
     if variant == NAME:
         assert_same(outcome(fast, kernel, *case), outcome(portable, kernel, *case), 1e-3)
-    measure(f"{kernel} {shape}", getattr(MODULES[variant], kernel), *arguments(CASES[kernel][1], *case))
+    compared = f"the portable kernel and the {NAME} one"
+    measure(f"{kernel} {shape}", compared, getattr(MODULES[variant], kernel), *arguments(CASES[kernel][1], *case))

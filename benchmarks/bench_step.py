@@ -24,4 +24,4 @@ def test_step(measure, assert_close, problem, variant):
     if variant != "floor":
         reference, expected = ready(problem, "book float64")
         assert_close((step(), weights()), (reference(), expected()))
-    measure(f"step {problem.name}", step)
+    measure(f"step {problem.name}", "forward, backward and update of a net D-H-C on N rows", step)

@@ -1,15 +1,19 @@
-"""Shared fixtures: the workloads, the comparison of results before timing, and timing that synchronizes with the GPU.
+"""Shared fixtures: the workloads, the comparison of results before timing, timing that synchronizes with the GPU.
+
+The tables have a row per variant: its median, and the ratio of that to the median of the first row in the group, which
+is the floor, the matrix products alone, if the group has one.
 
 D inputs, H hidden units, C classes, N rows in a batch.
 """
 
+import itertools
 import re
 from typing import Any, NamedTuple
 
 import numpy
 import pytest
 
-from benchmarks import book
+from benchmarks import book, report
 from nnx import GPU, np, synchronize, to_cpu
 
 
@@ -43,16 +47,31 @@ def _book_on_device():
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the tables of this module in place of pytest-benchmark's, which are wider than a terminal."""
+    session = config._benchmarksession
+    session.quiet = True
+    timed = [b for b in session.benchmarks if b.stats.rounds]
+    for (group, what), rows in itertools.groupby(timed, key=lambda b: (b.group, b.extra_info["compared"])):
+        rows = [(b.params["variant"], b.stats.median) for b in rows]
+        first = rows[0]
+        terminalreporter.write_line(f"\n{group}: {what}")
+        for name, median in rows:
+            ratio = "" if len(rows) == 1 else f"{median / first[1]:7.2f} x {first[0]}"
+            terminalreporter.write_line(f"  {name:16}{report.duration(median):>10}{ratio}".rstrip())
+
+
 @pytest.fixture
 def measure(benchmark):
     """Return a function that times a call including synchronization: GPU work is asynchronous."""
 
-    def measure(group, function, *args):
+    def measure(group, compared, function, *args):
         def to_the_end():
             function(*args)
             synchronize()
 
-        benchmark.group = group
+        benchmark.group, benchmark.extra_info["compared"] = group, compared
         if GPU:
             benchmark(to_the_end)
         else:

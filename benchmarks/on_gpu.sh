@@ -4,7 +4,7 @@
 #     benchmarks/on_gpu.sh [FOLDER]    # for <device>.json, <device>.md and logs; default: benchmarks/results
 #
 # FOLDER/peers compares nnx with PyTorch and JAX, if installed: steps of one net limited by the host and of two
-# limited by the GPU, and layers at a small and a large size.
+# limited by the GPU, and layers at a small and a large size; FOLDER/language, a language model and word2vec.
 #
 # PYTHON (default: python, or python3) needs nnx's extras cuda12 or cuda13, test and bench. A stage that fails or
 # exceeds its time limit (it then gets SIGINT) does not end the run, but the exit status is nonzero.
@@ -43,8 +43,8 @@ stage() { # NAME SECONDS COMMAND...: run it, record name, verdict, seconds and t
 # The most telling stages come first; their limits add up to 540 s. Deprecation warnings are not errors here, and CI
 # has compiled the kernels for all architectures.
 tests=("$python" -m pytest -q --tb=short --maxfail=20 -W default)
-stage preflight 30 "$python" -m nnx
-stage native 30 "$python" setup.py -q build_ext --inplace
+stage preflight 20 "$python" -m nnx
+stage native 20 "$python" setup.py -q build_ext --inplace
 stage cuda-against-portable 90 "${tests[@]}" -m gpu -k "not compiles_for"
 stage suite 140 "${tests[@]}" -m "not gpu and not slow" --ignore=tests/test_distributed.py
 stage curves 30 "$python" -m benchmarks.curves
@@ -53,8 +53,11 @@ groups=('2-10-3/30' '784-512-10/128' '1024-4096-1024/512')
 only=('layers/* 32x64' 'layers/* 1024x1024' 'layers/* 1024-4096-1024')
 for group in "${groups[@]}"; do only+=("${beside[@]/#/$group/}"); done
 stage peers 80 "$python" -m benchmarks.compare --quick --only "${only[@]}" --out "$folder/peers"
-stage ranks 70 "${tests[@]}" tests/test_distributed.py
-stage benchmarks 60 "$python" -m pytest benchmarks -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds \
+only=()
+for group in 'LSTM 10000-650/20x35' 'CBOW 10000-100/100'; do only+=("${beside[@]/#/$group/}"); done
+stage language 50 "$python" -m benchmarks.compare --quick --only "${only[@]}" --out "$folder/language"
+stage ranks 60 "${tests[@]}" tests/test_distributed.py
+stage benchmarks 40 "$python" -m pytest benchmarks -q --benchmark-max-time=0.05 \
   --benchmark-json="$work/benchmarks.json"
 stage report 10 "$python" -m benchmarks.report "$work/benchmarks.json" "$stages" "$folder"
 

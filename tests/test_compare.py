@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import nnx
+from benchmarks import book, language
 from benchmarks.parts import take_apart
 from benchmarks.report import duration
 
@@ -62,6 +63,50 @@ def test_compare_layers(tmp_path):
     assert f"| all | {statistics.geometric_mean(ratios.values()):.2f} |" in table
 
 
+@pytest.mark.parametrize("variant", ["nnx", "PyTorch eager"])
+@pytest.mark.parametrize("workload", ["LSTM 50-6/3x4", "GRU 50-6/3x4", "CBOW 50-6/7"])
+def test_language_models_train_as_the_book_does(workload, variant, monkeypatch):
+    if variant != "nnx":
+        pytest.importorskip("torch")
+    monkeypatch.setattr(book, "np", nnx.np)
+    losses, checked = {}, True
+    for name in ("book float32", variant):
+        device = "cuda" if nnx.GPU and name != "PyTorch eager" else "cpu"
+        make_net, _, x, t = language.prepare(name, workload, device)
+        net = make_net(False)
+        x, t = net.put(x), net.put(t)
+        losses[name] = [float(net.step(x, t)) for _ in range(9)]
+        checked &= net.checked
+    expected = losses["book float32"]
+    assert expected[-1] < expected[0]
+    assert checked == ((workload[:3], variant) != ("GRU", "PyTorch eager"))
+    close = 1e-2 if (workload[:4], variant) == ("CBOW", "PyTorch eager") else 1e-4  # it adds Adam's eps elsewhere
+    assert not checked or losses[variant] == pytest.approx(expected, rel=close)
+
+
+def test_negative_samples_are_drawn_unless_the_losses_are_compared():
+    make_net, draws, x, t = language.prepare("nnx", "CBOW 50-6/7", "cpu")
+    assert draws
+    net = make_net(True)
+    assert len({float(net.step(net.put(x), net.put(t))) for _ in range(3)}) == 3
+
+
+@pytest.mark.skipif(nnx.GPU, reason="the same on both devices")
+def test_pytest_benchmarks_prints_tables_that_fit_a_terminal():
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "benchmarks/bench_layers.py"]
+    done = subprocess.run(
+        [*command, "-k", "2-10-3 and matmul", "--benchmark-max-time=0.01"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    table = lines[lines.index("matmul 2-10-3/30: x @ W") :][:4]
+    assert [line.split("  ")[1] for line in table[1:]] == ["floor float32", "nnx float32", "book float64"]
+    assert all(line.endswith(" x floor float32") for line in table[1:])
+    assert max(map(len, lines)) <= 80
+
+
 def test_readme_quotes_the_committed_results():
     result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
@@ -74,7 +119,8 @@ def test_readme_quotes_the_committed_results():
         step = "floor" in rows
         cells = [duration(nnx_row["quartiles"][1])]
         cells.append(f"{nnx_row['to floor'][1]:.2f}" if step else f"{nnx_row['bytes'] / 1e6:.0f} MB")
-        for peer in ("book float64", "PyTorch eager", *["torch.compile"] * step, "jax.jit"):
+        in_book = "book float64" if "book float64" in rows else "book float32"
+        for peer in (in_book, "PyTorch eager", *["torch.compile"] * step, "jax.jit"):
             cells.append(f"{rows[peer]['to nnx'][1]:.2f}" if peer in rows else "-")
         assert quoted[group] == cells, group
 
