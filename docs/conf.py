@@ -33,6 +33,7 @@ default_role = "literal"
 autosummary_generate = True
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings have types in words
 napoleon_use_param = False  # types in words are no cross-references
 napoleon_custom_sections = [
@@ -59,6 +60,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
+html_sidebars = {"index": [], "start": [], "chapter1": []}  # sections of a single page
 html_show_sourcelink = False
 html_show_copyright = False
 

@@ -1,11 +1,164 @@
-"""Write the parts of the documentation that come from other files of the repository, into docs/_generated."""
+"""Write the parts of the documentation that come from other files of the repository.
 
+`python docs/generate.py` puts the table of speed into README.md as well; a test compares it with the measured results.
+"""
+
+import ast
+import json
+import re
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-OUT = Path(__file__).parent / "_generated"
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+OUT = DOCS / "_generated"
+README = ROOT / "README.md"
+sys.path.insert(0, str(ROOT))
+
+from matplotlib import pyplot
+
+from benchmarks.compare import means
+from benchmarks.report import duration, table
+
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+GROUPS = RESULTS["groups"]
+STEPS = {name: rows for name, rows in GROUPS.items() if "/" in name}
+PROGRAMS = {name: rows for name, rows in GROUPS.items() if rows[0].get("bytes")}
+OTHERS = ["book float64", "PyTorch eager", "torch.compile", "jax.jit"]
+PEERS = OTHERS[1:]
+CHOSEN = (  # the steps in README
+    *("2-10-3/30", "64-100-10/100", "784-512-10/128", "784-1024-10/1024", "1024-4096-1024/512"),
+    *("ReLU Adam 784-512-512-10/128", "BatchNorm ReLU Dropout Adam 784-512-512-10/128"),
+    "LayerNorm GELU AdamW 512-2048-512-10/1024",
+)
+
+
+def ratio(rows, variant, base="nnx"):
+    """Return the median ratio of the variant's time to that of `base`, None if it was not measured."""
+    quartiles = next((row.get(f"to {base}") for row in rows if row["variant"] == variant), None)
+    return quartiles and quartiles[1]
+
+
+def cell(value):
+    """Format a ratio, in bold if the other one is faster than nnx."""
+    return "-" if value is None else f"**{value:.2f}**" if round(value, 2) < 1 else f"{value:.2f}"
+
+
+def time_of(rows, variant="nnx"):
+    """Return the median time of a variant."""
+    return next(duration(row["quartiles"][1]) for row in rows if row["variant"] == variant)
+
+
+def steps_table(others, names=STEPS):
+    """Return the lines of the table of training steps."""
+    rows = [
+        [name, time_of(rows), f"{ratio(rows, 'nnx', 'floor'):.2f}", *(cell(ratio(rows, other)) for other in others)]
+        for name, rows in STEPS.items()
+        if name in names
+    ]
+    return table(["step", "nnx", "times its products", *others], rows)
+
+
+def programs_table():
+    """Return the lines of the table of complete programs."""
+    peers = [other for other in OTHERS if any(ratio(rows, other) for rows in PROGRAMS.values())]
+    rows = [
+        [name, time_of(rows), f"{rows[0]['bytes'] / 1e6:.0f} MB", *(cell(ratio(rows, peer)) for peer in peers)]
+        for name, rows in PROGRAMS.items()
+    ]
+    return table(["program", "nnx", "peak memory", *peers], rows)
+
+
+def layer_ratios():
+    """Return the ratio of nnx's time to PyTorch's for each layer and optimizer."""
+    rows = [row for row in GROUPS["layers"] if row["variant"] == "nnx" and row["to PyTorch eager"]]
+    return {row["group"]: row["to PyTorch eager"][1] for row in rows}
+
+
+def losses():
+    """Return a sentence with the measurements in which another library is faster."""
+    layers = layer_ratios()
+    slower = sorted((name for name in layers if round(layers[name], 2) > 1), key=layers.get, reverse=True)
+    found = [f"{name} ({layers[name]:.2f} times the time of PyTorch)" for name in slower]
+    for name, rows in STEPS.items():
+        ratios = {peer: ratio(rows, peer) for peer in PEERS}
+        found += [f"{name} ({1 / r:.2f} times that of {peer})" for peer, r in ratios.items() if r and round(r, 2) < 1]
+    where = f"{len(found)}: {', '.join(found)}" if found else "none"
+    return f"Of {len(layers)} layers and optimizers and {len(STEPS)} steps, nnx is slower in {where}."
+
+
+def readme(text):
+    """Return README's `text` with the measured table of speed and the losses."""
+    lines = [*steps_table(PEERS, CHOSEN), "", textwrap.fill(losses(), 119), ""]
+    start, end = "<!-- speed -->\n", "<!-- end -->\n"
+    return text.partition(start)[0] + start + "\n".join(lines) + "\n" + end + text.partition(end)[2]
+
+
+def draw(name, points, xlabel):
+    """Draw a row of points per label on a logarithmic axis; grey text is readable on light and dark pages."""
+    series = list(dict.fromkeys(label for row in points.values() for label in row))
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
+    with pyplot.rc_context({**grey, "font.size": 9, "svg.hashsalt": "nnx", "legend.labelcolor": "#808080"}):
+        figure, ax = pyplot.subplots(figsize=(5.6, 1.2 + 0.3 * len(points)), layout="constrained")
+        for label, color in zip(series, ("#e8710a", "#3b82c4", "#2f9e62"), strict=False):
+            rows = [(row[label], y) for y, row in enumerate(points.values()) if row.get(label)]
+            ax.plot(*zip(*rows, strict=True), "o", color=color, label=label)
+        ax.axvline(1, color="#808080", linewidth=1)
+        ax.set(xscale="log", yticks=range(len(points)), yticklabels=points)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.grid(color="#808080", alpha=0.25)
+        ax.invert_yaxis()
+        figure.supxlabel(xlabel, fontsize=9)
+        figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
+        figure.savefig(OUT / f"{name}.svg", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def draw_speed():
+    """Draw the steps and the layers compared with the other libraries."""
+    steps = {
+        re.sub(r" (?=\S+$)", "\n", name): {peer: ratio(rows, peer) for peer in PEERS} for name, rows in STEPS.items()
+    }
+    draw("steps", steps, "time divided by that of nnx: right of 1, nnx is faster")
+    sizes = {"32x64": "small", "128x512": "medium", "1024x1024": "large"}
+    sizes |= {"64-100-10": "small", "784-512-10": "medium", "1024-4096-1024": "large", "10000x100": "medium"}
+    layers = {}
+    for name, value in layer_ratios().items():
+        layer, size = name.split()
+        layers.setdefault(layer, {})[sizes.get(size, size)] = 1 / value
+    draw("layers", layers, "PyTorch's time divided by that of nnx: right of 1, nnx is faster")
+
+
+def write(name, lines):
+    """Write a fragment, which a page includes."""
+    (OUT / f"{name}.inc.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def examples():
+    """Yield the lines of the examples page: docstring, command, picture and source of each script."""
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        head, _, rest = ast.get_docstring(ast.parse(text)).partition("\n\n")
+        yield f"\n## {path.stem}\n\n**{head}**\n\n{rest}\n\n```sh\npython examples/{path.name}\n```"
+        picture = path.with_name(f"{path.stem.removeprefix('train_')}.png")
+        if picture.exists():
+            yield f"\n![what {path.name} draws](../examples/{picture.name})"
+        yield f"\n:::{{dropdown}} {path.name}\n```{{literalinclude}} ../examples/{path.name}\n```\n:::"
 
 
 def main():
     """Write all parts."""
     OUT.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "examples" / "chapter1.ipynb", DOCS)
+    write("examples", examples())
+    write("configuration", [re.sub("-+:", "---", line) for line in table(["", ""], RESULTS["configuration"].items())])
+    write("steps", [losses(), *steps_table(OTHERS)])
+    write("layers", table(*(lambda head, *rows: (head, rows))(*means(GROUPS["layers"]))))
+    write("programs", programs_table())
+    draw_speed()
+
+
+if __name__ == "__main__":
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -432,10 +432,9 @@ class RnnlmTrainer(Trainer):
     Examples
     --------
     >>> from nnx import SGD, Sequential, np
-    >>> from nnx.initializers import normal
     >>> from nnx.layers import TimeAffine, TimeEmbedding, TimeSoftmaxWithLoss
     >>> from nnx.trainer import RnnlmTrainer
-    >>> layers = [TimeEmbedding(normal((5, 4), rng=0)), TimeAffine(normal((4, 5), rng=1), np.zeros(5, "float32"))]
+    >>> layers = [TimeEmbedding.init(5, 4, rng=0), TimeAffine.init(4, 5, rng=1)]
     >>> words = np.arange(200) % 5
     >>> trainer = RnnlmTrainer(Sequential(layers, TimeSoftmaxWithLoss()), SGD(1.0))
     >>> trainer.fit(words[:-1], words[1:], max_epoch=1, batch_size=4, time_size=10, verbose=False)

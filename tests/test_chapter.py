@@ -147,26 +147,3 @@ def test_train_mnist_error_messages(mnist, name, content, words):
 def test_examples_are_short_and_have_help(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 100
     assert run(path.stem, "--help").startswith("usage:")
-
-
-def test_readme_code_runs_and_prints_the_documented_output(tmp_path):
-    pytest.importorskip("safetensors")
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    first, table, estimator, layers, own_layer, checkpoints, ranks = blocks
-    data = "from numpy import arange, random\nx = x_val = x_test = random.randn(256, 784)\n"
-    data += "t = t_val = t_test = arange(256) % 10\n"
-    output = output_of(tmp_path, data + own_layer + first + table + ranks)
-    assert re.search(r"^\{'epoch': \d+, .*, 'val_errors': ", output, re.MULTILINE)
-    assert len((tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()) == 1 + 3
-    assert re.fullmatch(r"accuracy 0\.9\d\n", output_of(tmp_path, estimator))
-    printed = re.findall(r"^prints\n\n```\n(.*?)```", readme, re.DOTALL | re.MULTILINE)
-    assert [output_of(tmp_path, code) for code in (layers, checkpoints)] == printed
-
-
-def output_of(folder, code):
-    """Run `code` as a separate script."""
-    (folder / "script.py").write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -6,6 +6,7 @@ import inspect
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,27 +19,10 @@ import nnx
 ROOT = Path(nnx.__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-INTERNAL = {  # modules whose names users get elsewhere, or not at all
-    *(
-        "__main__",
-        "_version",
-        "arguments",
-        "batches",
-        "checks",
-        "config",
-        "device",
-        "info",
-        "kernels",
-        "np",
-        "rng",
-        "signals",
-    ),
-    *("train_state", "tree"),
-}
-PUBLIC = [
-    "nnx",
-    *(f"nnx.{m.name}" for m in pkgutil.iter_modules(nnx.__path__) if m.name not in {*INTERNAL, "__main__"}),
-]
+# modules whose names users get elsewhere, or not at all
+INTERNAL = "__main__ _version arguments batches checks config device info kernels np rng signals train_state tree"
+NAMES = {module.name for module in pkgutil.iter_modules(nnx.__path__)} - {*INTERNAL.split()}
+PUBLIC = ["nnx", *(f"nnx.{name}" for name in sorted(NAMES))]
 
 
 def documented():
@@ -84,9 +68,8 @@ def test_code_of_pages_runs_and_prints_the_shown_output(page, tmp_path):
     script, shown = "", []
     for language, code, line in blocks(page.read_text(encoding="utf-8")):
         if language == "python":
-            script += (
-                "\n" * (line - script.count("\n")) + code + "print(end='\\0')\n"
-            )  # the lines of a traceback are the page's
+            # blank lines, so that a traceback has the line numbers of the page
+            script += "\n" * (line - script.count("\n")) + code + "print(end='\\0')\n"
             shown.append(None)
         elif language == "output":
             shown[-1] = code
@@ -104,3 +87,16 @@ def test_code_of_pages_runs_and_prints_the_shown_output(page, tmp_path):
 def test_relative_links_lead_to_files(page):
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).exists(), link
+
+
+def test_readme_is_short_and_has_the_measured_speed():
+    generate = runpy.run_path(str(DOCS / "generate.py"))
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert generate["readme"](text) == text, "run docs/generate.py"
+
+
+def test_picture_of_the_modules_has_every_module():
+    picture = (DOCS / "modules.svg").read_text(encoding="utf-8")
+    modules = {module.name for module in pkgutil.iter_modules(nnx.__path__)} - {"__main__", "_version"}
+    assert {name for name in modules if not re.search(rf">{name}\b", picture)} == set()

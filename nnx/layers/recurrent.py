@@ -330,9 +330,8 @@ class LSTM(_LSTM):
     Examples
     --------
     >>> from nnx import np
-    >>> from nnx.initializers import xavier
     >>> from nnx.layers import LSTM
-    >>> lstm = LSTM(xavier((3, 16), rng=0), xavier((4, 16), rng=1), np.zeros(16, "float32"))
+    >>> lstm = LSTM.init(3, 4, rng=0)
     >>> h, c = lstm.forward(np.ones((2, 3)), np.zeros((2, 4)), np.zeros((2, 4)))
     >>> h.shape, c.shape
     ((2, 4), (2, 4))
@@ -372,9 +371,8 @@ class GRU(_GRU, _Cell):
     Examples
     --------
     >>> from nnx import np
-    >>> from nnx.initializers import xavier
     >>> from nnx.layers import GRU
-    >>> gru = GRU(xavier((3, 12), rng=0), xavier((4, 12), rng=1))
+    >>> gru = GRU.init(3, 4, rng=0)
     >>> gru.forward(np.ones((2, 3)), np.zeros((2, 4))).shape
     (2, 4)
     """
@@ -500,9 +498,8 @@ class TimeLSTM(_LSTM, _TimeRecurrent):
     Examples
     --------
     >>> from nnx import np
-    >>> from nnx.initializers import xavier
     >>> from nnx.layers import TimeLSTM
-    >>> lstm = TimeLSTM(xavier((3, 16), rng=0), xavier((4, 16), rng=1), np.zeros(16, "float32"), stateful=True)
+    >>> lstm = TimeLSTM.init(3, 4, rng=0, stateful=True)
     >>> lstm.forward(np.ones((2, 5, 3))).shape
     (2, 5, 4)
     >>> lstm.h.shape, lstm.c.shape  # the next forward starts from these
@@ -540,9 +537,8 @@ class TimeGRU(_GRU, _TimeRecurrent):
     Examples
     --------
     >>> from nnx import np
-    >>> from nnx.initializers import xavier
     >>> from nnx.layers import TimeGRU
-    >>> gru = TimeGRU(xavier((3, 12), rng=0), xavier((4, 12), rng=1))
+    >>> gru = TimeGRU.init(3, 4, rng=0)
     >>> gru.forward(np.ones((2, 5, 3))).shape
     (2, 5, 4)
     """
@@ -569,10 +565,9 @@ class TimeBiLSTM(BaseLayer):
     Examples
     --------
     >>> from nnx import np
-    >>> from nnx.initializers import xavier
-    >>> from nnx.layers import TimeBiLSTM
-    >>> weights = [xavier((3, 16), rng=0), xavier((4, 16), rng=1), np.zeros(16, "float32")]
-    >>> TimeBiLSTM(*weights, *(w.copy() for w in weights)).forward(np.ones((2, 5, 3))).shape
+    >>> from nnx.layers import TimeBiLSTM, TimeLSTM
+    >>> first, second = TimeLSTM.init(3, 4, rng=0), TimeLSTM.init(3, 4, rng=1)
+    >>> TimeBiLSTM(*first.params, *second.params).forward(np.ones((2, 5, 3))).shape
     (2, 5, 8)
     """
 
