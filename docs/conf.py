@@ -28,6 +28,7 @@ extensions = [
 exclude_patterns = ["_build", "_generated/*.inc.md"]
 templates_path = ["_templates"]
 nitpicky = True
+smartquotes = False  # options such as --help keep their dashes
 default_role = "literal"
 
 autosummary_generate = True
