@@ -75,6 +75,14 @@ class AttentionWeight(_AttentionLayer):
     Notes
     -----
     The layers of this module compute in the dtype of hs, and float16 in float32.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import AttentionWeight
+    >>> hs = np.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    >>> print(AttentionWeight().forward(hs, np.array([[1.0, 0.0]])).round(3))
+    [[0.422 0.155 0.422]]
     """
 
     @quiet
@@ -105,6 +113,14 @@ class WeightSum(_AttentionLayer):
     ------
     ValueError
         As for `AttentionWeight`.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import WeightSum
+    >>> hs = np.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    >>> print(WeightSum().forward(hs, np.array([[0.5, 0.25, 0.25]])))
+    [[0.75 0.5 ]]
     """
 
     _inputs = "hs must have shape (N, T, H) and a (N, T)"
@@ -144,6 +160,17 @@ class Attention(_AttentionLayer):
     References
     ----------
     Luong, Pham and Manning, "Effective approaches to attention-based neural machine translation", 2015, section 3.1.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import Attention
+    >>> attention = Attention()
+    >>> hs = np.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    >>> print(attention.forward(hs, np.array([[1.0, 0.0]])).round(3))
+    [[0.845 0.578]]
+    >>> print(attention.attention_weight.round(3))
+    [[0.422 0.155 0.422]]
     """
 
     @quiet
@@ -189,6 +216,16 @@ class TimeAttention(_AttentionLayer):
     Notes
     -----
     A forward takes two matrix products, a backward three for all time steps; the book has an `Attention` for each.
+
+    Examples
+    --------
+    >>> from nnx import np
+    >>> from nnx.layers import TimeAttention
+    >>> attention = TimeAttention()
+    >>> attention.forward(np.ones((2, 5, 4)), np.ones((2, 3, 4))).shape
+    (2, 3, 4)
+    >>> attention.attention_weights.shape
+    (3, 2, 5)
     """
 
     _inputs = "hs_enc must have shape (N, Te, H) and hs_dec (N, Td, H)"
