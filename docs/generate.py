@@ -155,8 +155,11 @@ def main():
     write("examples", examples())
     write("configuration", [re.sub("-+:", "---", line) for line in table(["", ""], RESULTS["configuration"].items())])
     write("steps", [losses(), *steps_table(OTHERS)])
-    write("layers", table(*(lambda head, *rows: (head, rows))(*means(GROUPS["layers"]))))
+    head, *rows = means(GROUPS["layers"])
+    write("layers", table(head, rows))
     write("programs", programs_table())
+    sizes = [[name, f"{size / 1e6:.0f} MB"] for name, size in RESULTS["installed"].items() if size]
+    write("installed", table(["library", "on disk"], sizes))
     draw_speed()
 
 

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -16,7 +17,7 @@ import pytest
 
 import nnx
 
-ROOT = Path(nnx.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 # modules whose names users get elsewhere, or not at all
@@ -62,6 +63,17 @@ def blocks(text):
         yield match[1], match[2], text.count("\n", 0, match.start(2))
 
 
+def output_of(script, name, folder):
+    """Run the script in the folder and return what it prints."""
+    (folder / name).write_text(script, encoding="utf-8")
+    environment = os.environ | {"MPLBACKEND": "agg"}
+    done = subprocess.run(
+        [sys.executable, name], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_pages_runs_and_prints_the_shown_output(page, tmp_path):
     """The python blocks of a page are one script; a block "output" shows what the block before it prints."""
@@ -73,14 +85,17 @@ def test_code_of_pages_runs_and_prints_the_shown_output(page, tmp_path):
             shown.append(None)
         elif language == "output":
             shown[-1] = code
-    (tmp_path / page.name).write_text(script, encoding="utf-8")
-    environment = os.environ | {"MPLBACKEND": "agg"}
-    done = subprocess.run(
-        [sys.executable, page.name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for want, got in zip(shown, done.stdout.split("\0"), strict=False):
+    for want, got in zip(shown, output_of(script, page.name, tmp_path).split("\0"), strict=False):
         assert want is None or doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS), f"{want}\n{got}"
+
+
+def test_notebook_runs_and_is_stored_without_outputs(tmp_path):
+    notebook = json.loads((ROOT / "examples" / "chapter1.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    script = "\n".join("".join(cell["source"]).removeprefix("%matplotlib inline") for cell in cells)
+    accuracies = re.findall(r"accuracy (\S+)", output_of(script, "chapter1.py", tmp_path))
+    assert [float(accuracy) > 0.94 for accuracy in accuracies] == [True, True]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
