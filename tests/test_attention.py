@@ -181,6 +181,18 @@ def test_backward_checks_its_argument(kind):
         layer.backward(dout[:1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_forward_leaves_a_pending_backward_alone(kind):
+    layer, (hs, other, dout) = kind(), inputs(kind)
+    layer.forward(hs, other)
+    before = layer.backward(dout)
+    with pytest.raises(ValueError, match="must have shape"):
+        layer.forward(hs.astype("float32")[:1], other)
+    for a, b in zip(layer.backward(dout), before, strict=True):
+        assert a.dtype == b.dtype
+        assert (a == b).all()
+
+
 def close(ours, expected, tolerance):
     expected = expected if hasattr(expected, "numpy") else to_cpu(expected)
     numpy.testing.assert_allclose(to_cpu(ours), numpy.asarray(expected), rtol=tolerance, atol=tolerance)

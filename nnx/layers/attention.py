@@ -24,7 +24,7 @@ class _AttentionLayer(BaseLayer):
 
     batch_names = ("cache",)
     _inputs: ClassVar[str] = "hs must have shape (N, T, H) and h (N, H)"
-    _ndim: ClassVar[int] = 2  # of the second input, whose last axis is that of hs
+    _ndim: ClassVar[int] = 2  # of the second input
     cache: tuple[Array, ...]  # both inputs and the weights, in float32 if the inputs are float16
     dtype: Any
 
@@ -32,7 +32,7 @@ class _AttentionLayer(BaseLayer):
         """Return both as arrays; raise unless `other` has N rows and a last axis as long as the `axis` of hs."""
         name = type(self).__name__
         hs = as_floating(hs, None, name)
-        self.dtype, wide = hs.dtype, accumulation_dtype(hs.dtype)  # scores may be beyond the range of float16
+        dtype, wide = hs.dtype, accumulation_dtype(hs.dtype)  # scores may be beyond the range of float16
         hs, other = as_floating(hs, wide, name), as_floating(other, wide, name)
         if (
             (hs.ndim, other.ndim) != (3, self._ndim)
@@ -41,6 +41,7 @@ class _AttentionLayer(BaseLayer):
             or not other.size
         ):
             raise ValueError(f"{name}: {self._inputs}, not empty, got {hs.shape} and {other.shape}")
+        self.dtype = dtype
         return hs, other
 
     def _attend(self, hs: Array, queries: Array) -> Array:
