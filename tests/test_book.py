@@ -4,7 +4,9 @@ ch01/forward_net, ch06/clip_grads and ch06/rnn_gradient_graph import nothing of 
 in test_book_seq2seq.py.
 """
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy
 import pytest
@@ -489,3 +491,18 @@ def test_ch06_clip_grads():
     grads = [np.full((3, 3), 4.0), np.full((2, 2), 3.0)]  # of norm sqrt(9 * 16 + 4 * 9) = 13.4
     clip_grads(grads, 5.0)
     numpy.testing.assert_allclose([float(g[0, 0]) for g in grads], [4 * 5 / 180**0.5, 3 * 5 / 180**0.5], rtol=1e-5)
+
+
+def test_the_page_lists_every_script_with_its_measured_ratio():
+    root, chapter, ratios = Path(__file__).parents[1], 0, {}
+    for line in (root / "docs" / "from_the_book.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("### Chapter "):
+            chapter = int(line.split()[2].rstrip(":"))
+        elif chapter and line.count("|") == 7 and not line.startswith(("| script", "|---")):
+            name, *_, ratio = (cell.strip() for cell in line.strip("|").split("|"))
+            ratios[f"ch{chapter:02}/{name}"] = ratio
+    results = json.loads((root / "benchmarks/results/book_scripts.json").read_text(encoding="utf-8"))["scripts"]
+    assert len(ratios) == 41
+    assert {name: ratio for name, ratio in ratios.items() if ratio} == {
+        name: f"{times['nnx'] / times['book']:.2f}" for name, times in results.items()
+    }
