@@ -288,5 +288,6 @@ def _check_range(idx: Array, stop: int, name: str, what: str, ignored: int | Non
 
 
 def _is_one_hot(t: numpy.ndarray, indices: numpy.ndarray) -> bool:
-    ones = numpy.take_along_axis(t, indices[..., None], -1)
-    return bool(numpy.all(ones == 1)) and numpy.count_nonzero(t) == indices.size
+    # Flat indices take a third of the time of take_along_axis.
+    ones = t.ravel().take(indices.ravel() + numpy.arange(0, t.size, t.shape[-1])) == 1
+    return numpy.count_nonzero(t) == indices.size == numpy.count_nonzero(ones)
