@@ -32,9 +32,9 @@ def test_word_vectors_finds_words_of_the_same_contexts(tmp_path, capsys):
     draw = random.Random(0)
     sentences = "some {} catches mice", "they drive the {} home", "we drink hot {} with sugar"
     pairs = ("cat", "owl"), ("car", "bus"), ("tea", "mocha")
-    text = [sentences[i].format(draw.choice(pairs[i])) for i in draw.choices(range(3), k=300)]
+    text = [sentences[i].format(draw.choice(pairs[i])) for i in draw.choices(range(3), k=120)]
     (tmp_path / "text").write_text("\n".join(text), encoding="utf-8")
-    options = {"epochs": 8, "lr": 0.05, "window": 2, "vector_size": 16, "sample_size": 2, "threshold": 1}
+    options = {"epochs": 6, "lr": 0.1, "window": 2, "vector_size": 16, "sample_size": 2, "threshold": 1}
     words = [first for first, _ in pairs]
     load("word_vectors")["main"](text=tmp_path / "text", words=[*words, "missing"], **options)
     out = capsys.readouterr().out
