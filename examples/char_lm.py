@@ -65,8 +65,8 @@ def main(epochs=6, hidden_size=128, lr=0.01, temperature=0.6, length=500, seed=0
     rate = LearningRateScheduler(cosine_decay(lr, steps=epochs * (len(train) // (16 * 50))))
     trainer.fit(train[:-1], train[1:], epochs, 16, 50, max_grad=5, eval_interval=50, callbacks=[rate])
     after = perplexity(model, lstm, held_out)
-    print(f"the first 100 held-out characters, and {length} generated ones:")
-    print("".join(chars[generate(net, lstm, held_out[:100].tolist(), length, temperature, rng)]))
+    print(f"the last 100 held-out characters, and {length} generated ones:")
+    print("".join(chars[generate(net, lstm, held_out[-100:].tolist(), length, temperature, rng)]))
     print(f"perplexity on the held-out text: {before:.1f} before training, {after:.2f} after")
     return before, after
 
