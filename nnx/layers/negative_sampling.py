@@ -141,15 +141,17 @@ class UnigramSampler:
             raise ValueError(f"UnigramSampler: target must have one axis, got shape {target.shape}")
         uniform = asarray(self._draw((self.sample_size, len(target))))
         drawn = target[:, None].astype(np.int64)
+        width, before = self._width[drawn], np.zeros_like(drawn)  # before: widths of the drawn words with smaller ids
         for u in uniform:
             # Draw an integer among those of the words that remain, then skip the intervals of the others: each if the
             # integer has reached its start less the widths of the excluded intervals before it.
-            width = self._width[drawn]
-            before = np.where(drawn[:, None, :] < drawn[:, :, None], width[:, None, :], 0).sum(axis=2)
             ticket = np.floor(u * (self._total - width.sum(axis=1))).astype(np.int64)
             ticket += np.where(ticket[:, None] >= self._start[drawn] - before, width, 0).sum(axis=1)
-            word = np.searchsorted(self._ends, ticket, side="right")
-            drawn = np.concatenate([drawn, word[:, None]], axis=1)
+            word = np.searchsorted(self._ends, ticket, side="right")[:, None]
+            smaller, new_width = drawn < word, self._width[word]
+            before += np.where(smaller, 0, new_width)
+            before = np.concatenate([before, np.where(smaller, width, 0).sum(axis=1, keepdims=True)], axis=1)
+            drawn, width = np.concatenate([drawn, word], axis=1), np.concatenate([width, new_width], axis=1)
         return drawn[:, 1:]
 
     def _draw(self, shape: tuple[int, ...]) -> numpy.ndarray:
