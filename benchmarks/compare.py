@@ -1,6 +1,7 @@
 """Compare nnx with other libraries, and write `cpu.json`, `.md` and `.png`, and `cpu-layers.png`.
 
     python -m benchmarks.compare [--quick] [--only 2-10-3/30 'layers/*' ...]    # in the repository root, on Linux
+    python -m benchmarks.compare --update --only 'LSTM*' 'GRU*' 'CBOW*'         # these groups of the files anew
 
 It times a training step of each workload D-H-C/N and of those of `language.py`, complete programs from start to
 exit, single layers and optimizers (`layers`), and an epoch of `Trainer` on arrays in several memory layouts (`data`),
@@ -350,7 +351,7 @@ def draw(path, groups):
         return
     layers = [row for row in groups.get("layers", ()) if row["variant"] == "nnx" and row[f"to {PAIR[1]}"]]
     if layers:
-        figure, ax = pyplot.subplots(figsize=(8, 1 + 0.22 * len(layers)), layout="constrained")
+        figure, ax = pyplot.subplots(figsize=(8, 1 + 0.22 * len(layers)), dpi=150, layout="constrained")
         bars = ax.barh([row["group"] for row in layers], [row[f"to {PAIR[1]}"][1] - 1 for row in layers], left=1)
         ax.bar_label(bars, [f" {row[f'to {PAIR[1]}'][1]:.2f} " for row in layers])
         ax.axvline(1, color="black")
@@ -365,15 +366,28 @@ def draw(path, groups):
     }
     if not groups:
         return
-    figure, panels = pyplot.subplots(-(-len(groups) // 2), 2, figsize=(12, 1 + len(groups)), layout="constrained")
-    for ax, ((name, base), rows) in zip(panels.flat, groups.items(), strict=False):
-        colors = ["tab:orange" if "nnx" in row["variant"] else "tab:blue" for row in rows]
-        bars = ax.barh([row["variant"] for row in rows], [row[f"to {base}"][1] for row in rows], color=colors)
-        ax.bar_label(bars, fmt=" %.2f")
-        ax.set_title(f"{name}, times {base}", loc="left", fontsize="medium")
-        ax.margins(x=0.2)
-        ax.invert_yaxis()
-    figure.suptitle("relative time: shorter is faster")
+    heights = [len(rows) + 2 for rows in groups.values()]
+    totals = list(itertools.accumulate(heights))
+    half = 1 + sum(total < totals[-1] / 2 for total in totals)
+    columns = [[*groups.items()][part] for part in (slice(half), slice(half, None))]
+    tallest = max(totals[half - 1], totals[-1] - totals[half - 1])
+    figure = pyplot.figure(figsize=(9, 0.5 + 0.22 * tallest), dpi=150, layout="constrained")
+    for column, part in zip(columns, figure.subfigures(1, 2), strict=True):
+        ratios = [len(rows) + 2 for _, rows in column]
+        ratios.append(tallest - sum(ratios) + 0.01)  # empty: bars are equally thick in both columns
+        *axes, empty = part.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios).flat
+        empty.set_axis_off()
+        for ax, ((name, base), rows) in zip(axes, column, strict=True):
+            colors = ["tab:orange" if "nnx" in row["variant"] else "tab:blue" for row in rows]
+            bars = ax.barh([row["variant"] for row in rows], [row[f"to {base}"][1] for row in rows], color=colors)
+            ax.bar_label(bars, fmt=" %.2f")
+            title = name if base == "nnx" else f"{name}, relative to {base}"
+            ax.set_title(title, loc="left", x=-0.3, fontsize=9, weight="bold")
+            ax.margins(x=0.2, y=0.02)
+            ax.set_xticks([])
+            ax.spines[["top", "right", "bottom"]].set_visible(False)
+            ax.invert_yaxis()
+    figure.suptitle("time relative to nnx: shorter is faster")
     figure.savefig(path)
 
 
@@ -394,7 +408,16 @@ def write(path, device, groups, about):
     draw(path.with_suffix(".png"), groups)
 
 
-def main(only, rounds, quick, threads, out):
+def add_earlier(path, groups, about):
+    """Return `groups` and those of the file of an earlier run that are missing; say so in `about`."""
+    earlier = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    kept = [name for name in earlier["groups"] if name not in groups]
+    when = " of ".join(filter(None, map(earlier["configuration"].get, ("commit", "date"))))
+    about["measured before"] = f"{', '.join(kept)}: {when}"
+    return {name: {**earlier["groups"], **groups}[name] for name in GROUPS if name in groups or name in kept}
+
+
+def main(only, rounds, quick, update, threads, out):
     if "OPENBLAS_CORETYPE" in os.environ:
         print(f"warning: OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']} selects the kernels of NumPy's products")
     effort = QUICK if quick else FULL
@@ -414,7 +437,10 @@ def main(only, rounds, quick, threads, out):
             if chosen:
                 groups[group] = measure(group, chosen, effort, folder)
                 show(group, groups[group])
-    write(path, device, groups, configuration(threads))
+    about = configuration(threads)
+    if update:
+        groups = add_earlier(path, groups, about)
+    write(path, device, groups, about)
     print(f"\nwritten: {path}.md, .json and, with matplotlib, .png")
 
 
@@ -423,6 +449,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GROUP[/VARIANT]", help="shell-style patterns")
     parser.add_argument("--rounds", type=int, help="at least 2 (default: 9)")
     parser.add_argument("--quick", action="store_true", help="few short rounds: a test, not a measurement")
+    parser.add_argument("--update", action="store_true", help="keep the other groups of the files that are there")
     parser.add_argument("--threads", type=int, help="per variant (default: all cores)")
     parser.add_argument("--out", default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     main(**vars(parser.parse_args()))

@@ -5,10 +5,11 @@
 runs one variant in its own process; every answer is a line of JSON. The TASK 784-100-10/100 is a
 workload, and so is `ReLU Adam 784-100-10/100`, with the layers between two Affine and the optimizer
 (default: Sigmoid and SGD): it first prints the losses of the first steps, then, for each line of
-standard input, a number of tens of steps, the seconds and page faults of these steps. `data` is
-timed in the same way: an epoch of `Trainer` on an array whose memory layout is the VARIANT. `layers` reads names
-and sizes of `layers.py`, each followed by such numbers and an empty line. The other tasks, `import` and
-the JOBS, are complete programs. D inputs, H hidden (one or more), C classes, N rows in a batch.
+standard input, a number of tens of steps, the seconds and page faults of these steps. The workloads
+of `language.py` are timed in the same way, in single steps, and so is `data`: an epoch of `Trainer` on
+an array whose memory layout is the VARIANT. `layers` reads names and sizes of `layers.py`, each
+followed by such numbers and an empty line. The other tasks, `import` and the JOBS, are complete
+programs. D inputs, H hidden (one or more), C classes, N rows in a batch.
 """
 # ruff: noqa: PLC0415 - a process imports only its own library
 
@@ -290,17 +291,17 @@ def prepare(make, dtype, workload):
     return make_net, "Dropout" in between, x, t
 
 
-def steps(make_net, draws, x, t, trainer=False, each=10):
-    """Print the losses of the first steps of a net, then times.
+def steps(make_net, draws, x, t, trainer=False, checked=CHECKED, each=10):
+    """Print the losses of the first steps of a net, then times of `each` steps.
 
     `make_net(draws)` makes it; without random numbers for the losses, which differ between libraries.
     """
     net, N = make_net(False), len(x)
     if trainer:  # an epoch of ten batches
-        losses, tenfold = net.fit(x, t, CHECKED, N), (numpy.tile(x, (10, 1)), numpy.tile(t, 10))
+        losses, tenfold = net.fit(x, t, checked, N), (numpy.tile(x, (10, 1)), numpy.tile(t, 10))
     else:
         x, t = net.put(x), net.put(t)
-        losses = [float(net.step(x, t)) for _ in range(CHECKED)]
+        losses = [float(net.step(x, t)) for _ in range(checked)]
     if draws:
         net = make_net(True)
         net.step(x, t)
@@ -391,7 +392,7 @@ def main(device, variant, task, *data):
             make = functools.partial(make, device=device)
             importlib.import_module(module)
             if task in language.WORKLOADS:
-                steps(*language.prepare(variant, task, device), each=1)
+                steps(*language.prepare(variant, task, device), checked=5, each=1)  # of up to a second
             elif "/" in task:
                 steps(*prepare(make, dtype, task), trainer=variant == "nnx Trainer")
             else:

@@ -22,10 +22,10 @@ WORKLOAD = "2-10-3/30"
 on_linux = pytest.mark.skipif(nnx.GPU or sys.platform != "linux", reason="the comparison without a GPU, on Linux")
 
 
-def compare(*patterns, out, path=ROOT):
+def compare(*patterns, out, path=ROOT, flags=()):
     """Run the comparison, and return its output, groups and tables."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)]), "OPENBLAS_CORETYPE": "Haswell"}
-    command = [sys.executable, "-m", "benchmarks.compare", "--quick", "--only", *patterns, "--out", out]
+    command = [sys.executable, "-m", "benchmarks.compare", "--quick", *flags, "--only", *patterns, "--out", out]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     groups = json.loads((out / "cpu.json").read_text(encoding="utf-8"))["groups"]
@@ -50,6 +50,11 @@ def test_compare_without_peers(tmp_path):
     mine, peer = groups["layers"]
     assert mine["quartiles"]
     assert peer["note"] == "absent: torch is not installed"
+    before = groups[WORKLOAD]
+    _, groups, table = compare("import/nnx", out=tmp_path / "results", path=tmp_path, flags=["--update"])
+    assert [*groups] == ["layers", WORKLOAD, "import"]
+    assert groups[WORKLOAD] == before
+    assert f"| measured before | layers, {WORKLOAD}: " in table
 
 
 @on_linux
