@@ -4,6 +4,7 @@
 """
 
 import ast
+import io
 import json
 import re
 import shutil
@@ -97,10 +98,10 @@ def readme(text):
 
 
 def draw(name, points, xlabel):
-    """Draw a row of points per label on a logarithmic axis; grey text is readable on light and dark pages."""
+    """Draw a row of points per label on a logarithmic axis, as SVG within a page, whose text colour it takes."""
     series = list(dict.fromkeys(label for row in points.values() for label in row))
     grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
-    with pyplot.rc_context({**grey, "font.size": 9, "svg.hashsalt": "nnx", "legend.labelcolor": "#808080"}):
+    with pyplot.rc_context({**grey, "font.size": 9, "svg.hashsalt": name, "legend.labelcolor": "#808080"}):
         figure, ax = pyplot.subplots(figsize=(5.6, 1.2 + 0.3 * len(points)), layout="constrained")
         for label, color in zip(series, ("#e8710a", "#3b82c4", "#2f9e62"), strict=False):
             rows = [(row[label], y) for y, row in enumerate(points.values()) if row.get(label)]
@@ -112,8 +113,12 @@ def draw(name, points, xlabel):
         ax.invert_yaxis()
         figure.supxlabel(xlabel, fontsize=9)
         figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
-        figure.savefig(OUT / f"{name}.svg", transparent=True, metadata={"Date": None})
+        figure.savefig(
+            buffer := io.StringIO(), format="svg", transparent=True, metadata={"Date": None, "Title": xlabel}
+        )
         pyplot.close(figure)
+    picture = "<svg" + buffer.getvalue().partition("<svg")[2].replace("#808080", "currentColor")
+    (OUT / f"{name}.svg").write_text(picture, encoding="utf-8")
 
 
 def draw_speed():
