@@ -29,16 +29,16 @@ def load(path):
     return ids, chars
 
 
-def perplexity(model, lstm, ids, streams=20):
+def perplexity(model, ids, streams=20):
     """Return exp(mean loss) over a text, cut into streams that are read side by side from an empty state."""
-    lstm.reset_state()  # of the batch before, which may have another size
+    model.reset_state()  # of the batch before, which may have another size
     rows = ids[: len(ids) // streams * streams].reshape(streams, -1)
     return math.exp(model.evaluate(rows[:, :-1], rows[:, 1:])[0])
 
 
-def generate(net, lstm, prompt, length, temperature, rng):
+def generate(net, prompt, length, temperature, rng):
     """Return the ids of `prompt` and of `length` characters, each drawn from the distribution of the net."""
-    lstm.reset_state()
+    net.reset_state()
     ids = list(prompt)
     scores = net.forward(numpy.array([prompt]))[0, -1]
     for _ in range(length):
@@ -59,14 +59,14 @@ def main(epochs=6, hidden_size=128, lr=0.01, temperature=0.6, length=500, seed=0
     lstm = TimeLSTM.init(64, hidden_size, rng=rng, stateful=True)
     net = Sequential([embedding, lstm, TimeAffine.init(hidden_size, len(chars), rng=rng)])
     model = Sequential([net], TimeSoftmaxWithLoss())
-    before = perplexity(model, lstm, held_out)
+    before = perplexity(model, held_out)
 
     trainer = RnnlmTrainer(model, Adam(lr), rng=rng)
     rate = LearningRateScheduler(cosine_decay(lr, steps=epochs * (len(train) // (16 * 50))))
     trainer.fit(train[:-1], train[1:], epochs, 16, 50, max_grad=5, eval_interval=50, callbacks=[rate])
-    after = perplexity(model, lstm, held_out)
+    after = perplexity(model, held_out)
     print(f"the last 100 held-out characters, and {length} generated ones:")
-    print("".join(chars[generate(net, lstm, held_out[-100:].tolist(), length, temperature, rng)]))
+    print("".join(chars[generate(net, held_out[-100:].tolist(), length, temperature, rng)]))
     print(f"perplexity on the held-out text: {before:.1f} before training, {after:.2f} after")
     return before, after
 

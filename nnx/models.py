@@ -132,6 +132,12 @@ class Sequential(TiedModel):
             y[start : start + len(part)] = scores
         return y
 
+    def reset_state(self) -> None:
+        """Let stateful layers, such as TimeLSTM with stateful=True, start the next forward from zeros."""
+        for layer in self.layers:
+            if hasattr(layer, "reset_state"):
+                layer.reset_state()
+
     def predict_proba(self, x: Any, batch_size: int | None = None) -> Array:
         """Return the probabilities of the classes for `x`: those of the loss layer, for the scores of `predict`.
 

@@ -312,6 +312,16 @@ def test_model_does_not_keep_replaced_arrays():
     assert len(pickle.dumps(net)) < 10_000
 
 
+def test_reset_state_reaches_the_stateful_layers_of_nested_models(rng):
+    lstm = layers.TimeLSTM.init(3, 4, rng=0, stateful=True)
+    model = Sequential([Sequential([lstm]), layers.ReLU()])
+    xs = np.asarray(rng.standard_normal((2, 5, 3)))
+    first, second = model.forward(xs), model.forward(xs)
+    model.reset_state()
+    assert lstm.h is None and lstm.c is None
+    assert not (first == second).all() and (model.forward(xs) == first).all()
+
+
 def test_layer_classes_are_rejected():
     with pytest.raises(TypeError, match=r"Sequential: layers\[1\] must be a layer, got the class ReLU; make one"):
         Sequential([Sigmoid(), nnx.ReLU])
