@@ -1,6 +1,6 @@
 """Write the parts of the documentation that come from other files of the repository.
 
-`python docs/generate.py` puts the table of speed into README.md as well; a test compares it with the measured results.
+`python docs/generate.py` puts the measured speed into the READMEs as well; a test compares them with the results.
 """
 
 import ast
@@ -15,7 +15,6 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 OUT = DOCS / "_generated"
-README = ROOT / "README.md"
 sys.path.insert(0, str(ROOT))
 
 from matplotlib import pyplot
@@ -79,22 +78,26 @@ def layer_ratios():
 
 
 def losses():
-    """Return a sentence with the measurements in which another library is faster."""
+    """Return the measurements in which another library is faster, with the ratio of nnx's time to its."""
     layers = layer_ratios()
     slower = sorted((name for name in layers if round(layers[name], 2) > 1), key=layers.get, reverse=True)
-    found = [f"{name} ({layers[name]:.2f} times the time of PyTorch)" for name in slower]
+    found = [f"{name} (PyTorch {layers[name]:.2f})" for name in slower]
     for name, rows in STEPS.items():
         ratios = {peer: ratio(rows, peer) for peer in PEERS}
-        found += [f"{name} ({1 / r:.2f} times that of {peer})" for peer, r in ratios.items() if r and round(r, 2) < 1]
-    where = f"{len(found)}: {', '.join(found)}" if found else "none"
-    return f"Of {len(layers)} layers and optimizers and {len(STEPS)} steps, nnx is slower in {where}."
+        found += [f"{name} ({peer} {1 / r:.2f})" for peer, r in ratios.items() if r and round(r, 2) < 1]
+    return f"{len(found)} / {len(layers) + len(STEPS)}: {', '.join(found)}"
 
 
 def readme(text):
-    """Return README's `text` with the measured table of speed and the losses."""
-    lines = [*steps_table(PEERS, CHOSEN), "", textwrap.fill(losses(), 119), ""]
-    start, end = "<!-- speed -->\n", "<!-- end -->\n"
-    return text.partition(start)[0] + start + "\n".join(lines) + "\n" + end + text.partition(end)[2]
+    """Return the `text` of a README, in any language, with the measured rows of its table, and the losses."""
+    rows = "\n".join(steps_table(PEERS, CHOSEN)[3:])
+    for block, measured in {"speed": rows, "losses": textwrap.fill(losses(), 119, break_on_hyphens=False)}.items():
+        # The heading of a table, up to its rule, stays.
+        pattern = rf"(<!-- {block} -->\n+(?:\|.*\n\| ---.*\n)?)(?:.|\n)*?(?=\n+<!-- end -->)"
+        text, found = re.subn(pattern, lambda match, measured=measured: match[1] + measured, text)
+        if not found:
+            raise ValueError(f"README has no block {block}")
+    return text
 
 
 def draw(name, points, xlabel):
@@ -159,7 +162,8 @@ def main():
     shutil.copy(ROOT / "examples" / "chapter1.ipynb", DOCS)
     write("examples", examples())
     write("configuration", [re.sub("-+:", "---", line) for line in table(["", ""], RESULTS["configuration"].items())])
-    write("steps", [losses(), *steps_table(OTHERS)])
+    write("steps", steps_table(OTHERS))
+    write("losses", [losses()])
     head, *rows = means(GROUPS["layers"])
     write("layers", table(head, rows))
     write("programs", programs_table())
@@ -169,4 +173,5 @@ def main():
 
 
 if __name__ == "__main__":
-    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in sorted(ROOT.glob("README*.md")):
+        path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")

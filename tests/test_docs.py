@@ -19,7 +19,8 @@ import nnx
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+READMES = sorted(ROOT.glob("README*.md"))
+PAGES = [*READMES, *sorted(DOCS.glob("*.md"))]
 # modules whose names users get elsewhere, or not at all
 INTERNAL = "__main__ _version arguments batches checks config device info kernels np rng signals train_state tree"
 NAMES = {module.name for module in pkgutil.iter_modules(nnx.__path__)} - {*INTERNAL.split()}
@@ -106,9 +107,10 @@ def test_relative_links_lead_to_files(page):
         assert (page.parent / link).exists(), link
 
 
-def test_readme_is_short_and_has_the_measured_speed():
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.stem)
+def test_readme_is_short_and_has_the_measured_speed(page):
     generate = runpy.run_path(str(DOCS / "generate.py"))
-    text = PAGES[0].read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
     assert generate["readme"](text) == text, "run docs/generate.py"
 
