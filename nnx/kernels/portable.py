@@ -423,7 +423,8 @@ def _normalize(x: Array, gamma: Array, beta: Array, eps: float, axis: int) -> tu
 def embedding(W: Array, idx: Array) -> Array:
     """Return W[idx], with a row of NaN for an index outside [0, V)."""
     valid = ((idx >= 0) & (idx < len(W)))[..., None]
-    return np.where(valid, W.take(np.where(valid[..., 0], idx, 0), axis=0), np.nan)
+    rows = np.where(valid[..., 0], idx, 0).astype(np.intp, copy=False)  # NumPy 2.0 takes no uint64
+    return np.where(valid, W.take(rows, axis=0), np.nan)
 
 
 @quiet
