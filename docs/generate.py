@@ -150,9 +150,9 @@ def examples():
         text = path.read_text(encoding="utf-8")
         head, _, rest = ast.get_docstring(ast.parse(text)).partition("\n\n")
         yield f"\n## {path.stem}\n\n**{head}**\n\n{rest}\n\n```sh\npython examples/{path.name}\n```"
-        picture = path.with_name(f"{path.stem.removeprefix('train_')}.png")
-        if picture.exists():
-            yield f"\n![what {path.name} draws](../examples/{picture.name})"
+        for picture in re.findall(r"\w+\.png", text):
+            if path.with_name(picture).exists():
+                yield f"\n![what {path.name} draws](../examples/{picture})"
         yield f"\n:::{{dropdown}} {path.name}\n```{{literalinclude}} ../examples/{path.name}\n```\n:::"
 
 

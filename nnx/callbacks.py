@@ -329,8 +329,8 @@ class EarlyStopping(_Monitor):
     patience : int
         Epochs without improvement, at least 1.
     monitor : str
-        The number to follow, a key of the rows of `Trainer.history`: "val_loss", "val_accuracy", "loss", or "val_" and
-        the name of a metric.
+        The number to follow, a key of the rows of `Trainer.history`: "val_loss", "val_accuracy", "loss", or `"val_"`
+        and the name of a metric.
     mode : "min", "max" or None
         Whether lower or higher values are better; None knows it for "loss", "val_loss" and "val_accuracy".
     min_delta : float
