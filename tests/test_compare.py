@@ -13,7 +13,6 @@ import pytest
 import nnx
 from benchmarks import book, language
 from benchmarks.parts import take_apart
-from benchmarks.report import duration
 
 ROOT = Path(__file__).parents[1]
 WORKLOAD = "2-10-3/30"
@@ -110,24 +109,6 @@ def test_pytest_benchmarks_prints_tables_that_fit_a_terminal():
     assert [line.split("  ")[1] for line in table[1:]] == ["floor float32", "nnx float32", "book float64"]
     assert all(line.endswith(" x floor float32") for line in table[1:])
     assert max(map(len, lines)) <= 80
-
-
-def test_readme_quotes_the_committed_results():
-    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    quoted = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines)}
-    for group, rows in result["groups"].items():
-        if group in ("layers", "data"):  # separate tables
-            continue
-        rows = {row["variant"]: row for row in rows}
-        nnx_row = rows["nnx"]
-        step = "floor" in rows
-        cells = [duration(nnx_row["quartiles"][1])]
-        cells.append(f"{nnx_row['to floor'][1]:.2f}" if step else f"{nnx_row['bytes'] / 1e6:.0f} MB")
-        in_book = "book float64" if "book float64" in rows else "book float32"
-        for peer in (in_book, "PyTorch eager", *["torch.compile"] * step, "jax.jit"):
-            cells.append(f"{rows[peer]['to nnx'][1]:.2f}" if peer in rows else "-")
-        assert quoted[group] == cells, group
 
 
 def test_take_apart_lists_the_parts_in_execution_order():
