@@ -116,6 +116,20 @@ def test_readme_is_short_and_has_the_measured_speed(page):
     assert generate["readme"](text) == text, "run docs/generate.py"
 
 
+def untranslated(page):
+    """Return what a README has in any language: its markers, headings and code, and its links to the other READMEs."""
+    text = page.read_text(encoding="utf-8")
+    parts = re.findall(r"^(?:<!-- \w+ -->$|#+ |```(?:.|\n)*?^```$)", text, re.MULTILINE)
+    prose = {*re.findall(r"`[^`\n]+`", text), *re.findall(r"\]\((.*?)\)", text), page.name}
+    return [re.sub(" +# .*", "", part) for part in parts], prose
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.stem)
+def test_translations_have_the_code_links_and_headings_of_readme(page):
+    assert {other.name for other in READMES} == {f"README{language}.md" for language in ("", ".ja", ".ko", ".zh")}
+    assert untranslated(page) == untranslated(ROOT / "README.md")
+
+
 def test_picture_of_the_modules_has_every_module():
     picture = (DOCS / "modules.svg").read_text(encoding="utf-8")
     modules = {module.name for module in pkgutil.iter_modules(nnx.__path__)} - {"__main__", "_version"}
