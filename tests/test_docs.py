@@ -78,8 +78,8 @@ def output_of(script, name, folder):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_pages_runs_and_prints_the_shown_output(page, tmp_path):
     """The python blocks of a page are one script; a block "output" shows what the block before it prints."""
-    if nnx.GPU and page.stem in ("training", "from_keras", "from_sklearn"):
-        pytest.skip("long trainings, whose parts are tested on CuPy elsewhere")
+    if nnx.GPU and page.stem in ("training", "from_keras", "from_sklearn", "README.ja", "README.ko", "README.zh"):
+        pytest.skip("long trainings, whose parts are tested on CuPy elsewhere, or the code of README.md")
     script, shown = "", []
     for language, code, line in blocks(page.read_text(encoding="utf-8")):
         if language == "python":
