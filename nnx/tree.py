@@ -110,13 +110,18 @@ class TiedModel:
 
 
 def _replace_array(model: Any, old: Array, new: Array) -> None:
-    """Replace an array in the attributes of a model and its layers, and in lists there."""
+    """Replace an array and its transposed view in the attributes of a model and its layers, and in lists there."""
+    views = dict(zip(reversed(memory_keys(old)), (new.T, new), strict=True))
+
+    def replaced(value: Any) -> Any:
+        return views.get(memory_keys(value)[0], value) if isinstance(value, Array) else value
+
     for _, layer in named_layers(model):
         for name, value in list(vars(layer).items()):
-            if value is old:
-                setattr(layer, name, new)
-            elif isinstance(value, list):
-                value[:] = [new if item is old else item for item in value]
+            if isinstance(value, list):
+                value[:] = map(replaced, value)
+            elif (other := replaced(value)) is not value:
+                setattr(layer, name, other)
 
 
 def named_layers(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import nnx
 from nnx import Sequential, Trainer, checkpoint, clip_grads, models, np, to_cpu
 from nnx.base_model import BaseModel
 from nnx.callbacks import Checkpoint
-from nnx.layers import TimeAffine, TimeDropout, TimeEmbedding, TimeLSTM, TimeSoftmaxWithLoss
+from nnx.layers import MatMul, TimeAffine, TimeDropout, TimeEmbedding, TimeLSTM, TimeSoftmaxWithLoss
 from nnx.trainer import RnnlmTrainer, remove_duplicate
 
 V, H, N, T = 7, 4, 2, 3
@@ -168,6 +168,18 @@ def test_arrays_in_attributes_stay_tied(copied):
     twin.W[0, 1] = 5
     assert twin.params[1] is twin.U
     assert float(twin.U[1, 0]) == 5
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_ties_within_and_across_nested_models_are_kept(copied):
+    W = MatMul.init(3, 3, rng=0).params[0]
+    parts = [Sequential([MatMul(W), MatMul(W.T)]), Sequential([MatMul(W.T), Sequential([MatMul(W)])])]
+    twin = copied(Sequential(parts))
+    assert len(remove_duplicate(twin.params, twin.grads)[0]) == 1
+    twin.params[0][...] = np.arange(9).reshape(3, 3)
+    first, second = (twin.layers[i].predict(np.eye(3, dtype=W.dtype)) for i in range(2))
+    assert (first == twin.params[0] @ twin.params[0].T).all()
+    assert (second == twin.params[0].T @ twin.params[0]).all()
 
 
 @pytest.mark.parametrize("kind", MODELS)
