@@ -134,8 +134,8 @@ class Sequential(TiedModel):
 
     def reset_state(self) -> None:
         """Let stateful layers, such as TimeLSTM with stateful=True, start the next forward from zeros."""
-        for layer in self.layers:
-            if hasattr(layer, "reset_state"):
+        for _, layer in named_layers(self):
+            if layer is not self and hasattr(layer, "reset_state"):
                 layer.reset_state()
 
     def predict_proba(self, x: Any, batch_size: int | None = None) -> Array:

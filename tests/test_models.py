@@ -312,9 +312,18 @@ def test_model_does_not_keep_replaced_arrays():
     assert len(pickle.dumps(net)) < 10_000
 
 
-def test_reset_state_reaches_the_stateful_layers_of_nested_models(rng):
+class Wrapper:
+    """A user-defined layer around another one."""
+
+    def __init__(self, layer):
+        self.layer, self.params, self.grads = layer, layer.params, layer.grads
+        self.forward, self.backward = layer.forward, layer.backward
+
+
+@pytest.mark.parametrize("outer", [lambda layer: Sequential([layer]), Wrapper])
+def test_reset_state_reaches_the_stateful_layers_within_others(rng, outer):
     lstm = layers.TimeLSTM.init(3, 4, rng=0, stateful=True)
-    model = Sequential([Sequential([lstm]), layers.ReLU()])
+    model = Sequential([outer(lstm), layers.ReLU()])
     xs = np.asarray(rng.standard_normal((2, 5, 3)))
     first, second = model.forward(xs), model.forward(xs)
     model.reset_state()
