@@ -270,6 +270,7 @@ class _Monitor(Callback):
 
     monitor: str
     mode: str | None
+    followed: str  # the target of `best`; monitor and mode may have been assigned since
 
     @property
     def needs_validation(self) -> bool:
@@ -284,21 +285,28 @@ class _Monitor(Callback):
         if not (self.mode is None or (isinstance(self.mode, str) and self.mode in ("min", "max"))):
             raise ValueError(f'{name}: mode must be "min", "max" or None, got {self.mode!r:.80}')
         if self.mode is None and self.monitor not in _MODES:
-            raise ValueError(f'{name}: mode must be "min" or "max" for {self.monitor}, the better values')
+            raise ValueError(f'{name}: mode must be "min" or "max" for {self.monitor}, as lower or higher is better')
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless the state is that of the same number."""
         check_kinds(state, numbers.Real, "best")
-        if state.get("monitor", self.monitor) != self.monitor:
-            raise ValueError(f"the saved best is that of {state['monitor']!r:.80}, and this one follows {self.monitor}")
+        if state.get("followed", self._target) != self._target:
+            raise ValueError(f"the saved best is the {state['followed']!s:.80}, here it is the {self._target}")
 
     def reset(self) -> None:
         """Discard the best value."""
-        self.best = math.inf * self._sign
+        self.followed, self.best = self._target, math.inf * self._sign
 
     def on_begin(self, trainer: Any) -> None:
-        """Check the settings."""
+        """Check the settings, and discard the best value of another monitor or mode."""
+        if self.followed != self._target:
+            self.reset()
+
+    @property
+    def _target(self) -> str:
+        """What `best` is, such as "lowest val_loss"."""
         self._check_settings()
+        return f"{'lowest' if self._sign > 0 else 'highest'} {self.monitor}"
 
     @property
     def _sign(self) -> int:
@@ -352,13 +360,12 @@ class EarlyStopping(_Monitor):
     True
     """
 
-    state_names = ("monitor", "best", "epochs_without_improvement")
+    state_names = ("followed", "best", "epochs_without_improvement")
 
     def __init__(
         self, patience: int = 5, *, monitor: str = "val_loss", mode: str | None = None, min_delta: float = 0.0
     ) -> None:
         self.patience, self.monitor, self.mode, self.min_delta = patience, monitor, mode, min_delta
-        self._check_settings()
         self.reset()
 
     def _check_settings(self) -> None:
@@ -422,11 +429,10 @@ class BestWeights(_Monitor):
     True
     """
 
-    state_names = ("monitor", "best", "epoch", "weights")
+    state_names = ("followed", "best", "epoch", "weights")
 
     def __init__(self, *, monitor: str = "val_loss", mode: str | None = None) -> None:
         self.monitor, self.mode = monitor, mode
-        self._check_settings()
         self.reset()
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -650,7 +656,7 @@ class CallbackList:
         for callback in self.callbacks:
             if validation is None and getattr(callback, "needs_validation", False):
                 kind = type(callback).__name__
-                raise ValueError(f"{kind}: there is no validation loss to follow; pass fit(validation=(x, t))")
+                raise ValueError(f"{kind}: there are no validation data; pass fit(validation=(x, t))")
 
     def restore_states(self, model: Any, saved: list[Any] | None) -> None:
         """Reset callbacks that were used with another model; let each take the next saved state of its class.

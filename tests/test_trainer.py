@@ -21,6 +21,7 @@ from nnx import SGD, Affine, MeanSquaredError, Sequential, Sigmoid, SoftmaxWithL
 from nnx.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, LearningRateScheduler
 from nnx.optimizer import step_decay
 from nnx.trainer import remove_duplicate
+from nnx.tree import object_state
 
 
 def spiral():
@@ -356,15 +357,29 @@ def test_settings_of_callbacks_that_follow_a_number_are_checked():
             kind(monitor=3)
         with pytest.raises(ValueError, match=rf"{name}: the history has no val_f1, only epoch, loss, .*metrics="):
             fit_losses([3, 2], kind(monitor="val_f1", mode="max"))
-        with pytest.raises(
-            ValueError, match=r"the saved best is that of 'val_loss', and this one follows val_accuracy"
-        ):
-            kind(monitor="val_accuracy").check_state({"monitor": "val_loss", "best": 1.0})
+        for other in (kind(monitor="val_accuracy"), kind(mode="max")):
+            with pytest.raises(
+                ValueError, match=f"the saved best is the lowest val_loss, here it is the highest {other.monitor}"
+            ):
+                other.check_state(object_state(kind()))
     with pytest.raises(ValueError, match="EarlyStopping: min_delta must be finite and at least 0"):
         EarlyStopping(min_delta=-1)
     assert repr(EarlyStopping(3, monitor="loss", min_delta=0.1)) == (
         "EarlyStopping(patience=3, monitor='loss', min_delta=0.1)"
     )
+
+
+def test_a_monitor_or_mode_assigned_after_a_fit_starts_from_no_best_value():
+    x_t = spiral()
+    for kind in (EarlyStopping, BestWeights):
+        callback, trainer = kind(), new_trainer()
+        for monitor, mode in [("val_loss", None), ("val_accuracy", None), ("val_loss", "max"), ("val_loss", "min")]:
+            callback.monitor, callback.mode = monitor, mode
+            trainer.fit(*x_t, 1, 30, validation=x_t, verbose=False, callbacks=[callback])
+            assert callback.best == trainer.history[-1][monitor]
+        callback.monitor, callback.mode = "val_f1", None
+        with pytest.raises(ValueError, match=rf'{kind.__name__}: mode must be "min" or "max" for val_f1'):
+            new_trainer().fit(*x_t, 1, 30, validation=x_t, verbose=False, callbacks=[callback])
 
 
 def test_best_weights_are_restored():
@@ -388,7 +403,7 @@ def test_best_weights_include_running_statistics():
 
 @pytest.mark.parametrize("callback", [EarlyStopping(), BestWeights()])
 def test_callbacks_that_need_validation_data(callback):
-    with pytest.raises(ValueError, match=f"{type(callback).__name__}: there is no validation loss to follow"):
+    with pytest.raises(ValueError, match=f"{type(callback).__name__}: there are no validation data"):
         new_trainer().fit(*spiral(), callbacks=[callback], verbose=False)
     with pytest.raises(ValueError, match="patience must be at least 1"):
         EarlyStopping(0)
