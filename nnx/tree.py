@@ -110,18 +110,18 @@ class TiedModel:
 
 
 def _replace_array(model: Any, old: Array, new: Array) -> None:
-    """Replace an array and its transposed view in the attributes of a model and its layers, and in lists there."""
+    """Replace an array and its transposed view in attributes, lists and tuples of a model and its layers."""
     views = dict(zip(reversed(memory_keys(old)), (new.T, new), strict=True))
 
     def replaced(value: Any) -> Any:
         return views.get(memory_keys(value)[0], value) if isinstance(value, Array) else value
 
     for _, layer in named_layers(model):
-        for name, value in list(vars(layer).items()):
+        for name, value in vars(layer).items():
             if isinstance(value, list):
                 value[:] = map(replaced, value)
-            elif (other := replaced(value)) is not value:
-                setattr(layer, name, other)
+            else:
+                vars(layer)[name] = tuple(map(replaced, value)) if type(value) is tuple else replaced(value)
 
 
 def named_layers(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:

@@ -163,8 +163,11 @@ class Attribute(BaseModel):
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_arrays_in_attributes_stay_tied(copied):
-    twin = copied(Attribute())
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_arrays_in_attributes_stay_tied(copied, kind):
+    model = Attribute()
+    model.params = kind(model.params)
+    twin = copied(model)
     twin.W[0, 1] = 5
     assert twin.params[1] is twin.U
     assert float(twin.U[1, 0]) == 5
