@@ -11,6 +11,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
@@ -160,7 +163,9 @@ static PyObject *call_portable(const char *py_name, PyObject *const *args, Py_ss
 #define MOST (1 << 28)  /* maximum size of the cache in bytes */
 #define SLOTS 48
 #define HEADER 64 /* bytes before an array: holds the block size, and keeps the array aligned */
-#define OLD 1024  /* number of allocations after which an unused block is freed */
+#define HUGE_PAGE (1 << 21)
+#define HUGE_SIZE (1 << 22) /* minimum size of arrays in huge pages, as in NumPy: they save misses of the TLB */
+#define OLD 1024            /* number of allocations after which an unused block is freed */
 
 typedef struct {
     char *block;
@@ -203,8 +208,13 @@ static void *cache_malloc(void *Py_UNUSED(context), size_t size) {
         if (size <= found && found - size <= size / 8) block_size = found, block = take(i);
     }
     UNLOCK;
-    if (!block) block = aligned_alloc(HEADER, (HEADER + size + HEADER - 1) / HEADER * HEADER);
-    if (!block) return NULL;
+    if (!block) {
+        const size_t whole = (HEADER + size + HEADER - 1) / HEADER * HEADER;
+        if (!(block = aligned_alloc(size < HUGE_SIZE ? HEADER : HUGE_PAGE, whole))) return NULL;
+#ifdef MADV_HUGEPAGE
+        if (size >= HUGE_SIZE) madvise(block, whole, MADV_HUGEPAGE);
+#endif
+    }
     memcpy(block, &block_size, sizeof block_size);
     return block + HEADER;
 }
