@@ -8,6 +8,7 @@ Wh and a kernel for its gates.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import numpy
@@ -222,7 +223,7 @@ class _GRU(_Recurrent):
     reset: Array  # (N, T, H), r * h_prev
 
     def _run(self) -> Array:
-        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split(self.params[1])
+        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split_Wh()
         self.reset, hs = np.empty(h_prev.shape, gates.dtype), np.empty(h_prev.shape, gates.dtype)
         for t in range(hs.shape[1]):
             gru_gates(gates, affine(h_prev[:, t], of_gates, None), h_prev, self.reset, t)
@@ -231,7 +232,7 @@ class _GRU(_Recurrent):
 
     @quiet
     def _run_back(self, dhs: Array, da: Array) -> Array:
-        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split(self.params[1])
+        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split_Wh()
         dgates, dcandidate = self._split(da)
         dh, product = self._zeros(), self._zeros()  # the gradient of h is their sum
         for t in reversed(range(dhs.shape[1])):
@@ -245,6 +246,9 @@ class _GRU(_Recurrent):
             product = np.empty(out.shape, out.dtype)
             affine_grad(h.reshape(len(rows), len(dWh)), np.ascontiguousarray(da), product, None)
             out[...] = product
+
+    def _split_Wh(self) -> Iterator[Array]:
+        return map(np.ascontiguousarray, self._split(self.params[1]))  # else each product copies its part
 
     def _split(self, a: Array) -> tuple[Array, Array]:
         """Return the columns of the gates z and r, and those of the candidate state."""
