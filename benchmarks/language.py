@@ -82,7 +82,7 @@ def floor(given, device):
     products += [(a, Wx.T, x.copy()), (x.T, a, Wx.copy()), (h.T, a, Wh.copy())]
     start, parts = 0, {"LSTM": [4], "GRU": [2, 1]}[given.kind]  # GRU: of h for the gates, and of r * h
     for width in parts:
-        W = Wh[:, start : start + width * H]
+        W = np.ascontiguousarray(Wh[:, start : start + width * H])  # np.dot would copy it each time
         state, gates = np.ones((N, H), "float32"), np.ones((N, width * H), "float32")
         products += [(state, W, gates.copy()), (gates, W.T, state.copy())] * T
         start += width * H
