@@ -26,7 +26,7 @@ RESULTS = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(en
 GROUPS = RESULTS["groups"]
 STEPS = {name: rows for name, rows in GROUPS.items() if "/" in name}
 PROGRAMS = {name: rows for name, rows in GROUPS.items() if rows[0].get("bytes")}
-OTHERS = ["book float64", "PyTorch eager", "torch.compile", "jax.jit"]
+OTHERS = ["book", "PyTorch eager", "torch.compile", "jax.jit"]
 PEERS = OTHERS[1:]
 CHOSEN = (  # the steps in README
     *("2-10-3/30", "64-100-10/100", "784-512-10/128", "784-1024-10/1024", "1024-4096-1024/512"),
@@ -37,13 +37,15 @@ CHOSEN = (  # the steps in README
 
 def ratio(rows, variant, base="nnx"):
     """Return the median ratio of the variant's time to that of `base`, None if it was not measured."""
-    quartiles = next((row.get(f"to {base}") for row in rows if row["variant"] == variant), None)
+    # The book's weights are float64 in its first chapters, float32 later.
+    names = ("book float64", "book float32") if variant == "book" else (variant,)
+    quartiles = next((row.get(f"to {base}") for name in names for row in rows if row["variant"] == name), None)
     return quartiles and quartiles[1]
 
 
-def cell(value):
+def cell(value, *, bold=True):
     """Format a ratio, in bold if the other one is faster than nnx."""
-    return "-" if value is None else f"**{value:.2f}**" if round(value, 2) < 1 else f"{value:.2f}"
+    return "-" if value is None else f"**{value:.2f}**" if bold and round(value, 2) < 1 else f"{value:.2f}"
 
 
 def time_of(rows, variant="nnx"):
@@ -54,7 +56,12 @@ def time_of(rows, variant="nnx"):
 def steps_table(others, names=STEPS):
     """Return the lines of the table of training steps."""
     rows = [
-        [name, time_of(rows), f"{ratio(rows, 'nnx', 'floor'):.2f}", *(cell(ratio(rows, other)) for other in others)]
+        [
+            name,
+            time_of(rows),
+            cell(ratio(rows, "nnx", "floor"), bold=False),
+            *(cell(ratio(rows, other)) for other in others),
+        ]
         for name, rows in STEPS.items()
         if name in names
     ]
