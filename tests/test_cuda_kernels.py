@@ -273,30 +273,6 @@ def test_wrong_shapes_are_rejected(call, message):
         call()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("of_W", ["turned", "columns", "every second"])
-@pytest.mark.parametrize("of_x", ["turned", "columns", "every second", "backwards", "broadcast"])
-def test_products_of_every_layout(of_x, of_W, dtype):
-    def matrix(layout, rows, columns):
-        a = np.asarray(numpy.random.default_rng(rows).normal(size=(20, 20)).astype(dtype))
-        return {
-            "turned": a[:columns, :rows].copy().T,
-            "columns": a[:rows, 1 : 1 + columns],
-            "every second": a[:rows, : 2 * columns : 2],
-            "backwards": a[rows - 1 :: -1, :columns],
-            "broadcast": np.broadcast_to(a[0, :columns], (rows, columns)),
-        }[layout]
-
-    for N, D, H in ((5, 7, 3), (1, 7, 3), (5, 1, 1), (1, 1, 1), (4, 4, 4)):
-        x, W = matrix(of_x, N, D), matrix(of_W, D, H)
-        dout = np.ones((N, H), dtype)
-        dW = np.full((D, H), np.nan, dtype)
-        cuda.affine_grad(x, dout, dW, None)
-        results = [cuda.affine(x, W, None), cuda.input_grad(dout, W), dW]
-        expected = [portable.affine(x, W, None), portable.input_grad(dout, W), x.T.dot(dout)]
-        assert_same(results, expected, TOLERANCE[dtype])
-
-
 def test_reduced_precision_products_are_delegated_to_cupy(monkeypatch):
     """CUPY_TF32=1 selects TF32 on tensor cores, which is implemented by CuPy."""
     core = pytest.importorskip("cupy._core._routines_linalg")

@@ -5,9 +5,11 @@ import math
 import numpy
 import pytest
 from cases import CASES, W, X
+from kernel_cases import DTYPES, TOLERANCE, assert_same
 
 import nnx
 from nnx import layers, np, to_cpu
+from nnx.kernels import affine, affine_grad, input_grad
 from nnx.layers import Affine, MatMul, MeanSquaredError, ReLU, Repeat, Sigmoid, Softmax, SoftmaxWithLoss, Sum, Tanh
 from nnx.testing import check_layer
 
@@ -37,6 +39,33 @@ def test_star_import_brings_the_names_that_the_books_scripts_use():
 def test_every_weight_has_a_name_for_checkpoints(name):
     layer = CASES[name][0][0]("float32")
     assert len(getattr(layer, "param_names", ())) >= len(layer.params)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_W", ["turned", "columns", "every second"])
+@pytest.mark.parametrize("of_x", ["turned", "columns", "every second", "backwards", "broadcast"])
+def test_products_of_every_layout(of_x, of_W, dtype):
+    def matrix(layout, rows, columns):
+        a = np.asarray(numpy.random.default_rng(rows).normal(size=(20, 20)).astype(dtype))
+        return {
+            "turned": a[:columns, :rows].copy().T,
+            "columns": a[:rows, 1 : 1 + columns],
+            "every second": a[:rows, : 2 * columns : 2],
+            "backwards": a[rows - 1 :: -1, :columns],
+            "broadcast": np.broadcast_to(a[0, :columns], (rows, columns)),
+        }[layout]
+
+    for N, D, H in ((5, 7, 3), (1, 7, 3), (5, 1, 1), (1, 1, 1), (4, 4, 4)):
+        x, W, dout = matrix(of_x, N, D), matrix(of_W, D, H), matrix(of_W, N, H)
+        around = np.full((9, 9), 2, dtype)
+        dW = around[1 : 1 + D, 1 : 1 + H]
+        affine_grad(x, dout, dW, None)
+        results = [affine(x, W, None), input_grad(dout, W), dW.copy()]
+        x, W, dout = (to_cpu(a).astype("float64") for a in (x, W, dout))
+        expected = [np.asarray(a.astype(dtype)) for a in (x @ W, dout @ W.T, x.T @ dout)]
+        assert_same(results, expected, TOLERANCE[dtype])
+        dW[...] = 2
+        assert bool((around == 2).all())
 
 
 def test_float16_sums_accumulate_in_float32():

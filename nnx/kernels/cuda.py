@@ -257,15 +257,15 @@ def _product(a: Any, b: Any, trans_a: bool = False, trans_b: bool = False, out: 
     """
     plan = _gemm_plan(_layout(a), _layout(b), out if out is None else _layout(out), trans_a, trans_b, getDevice())
     if plan is None:
-        return (a.T if trans_a else a).dot(b.T if trans_b else b, out)
-    rows, columns, inner, trans_a, trans_b, lda, ldb, data_type, compute_type, algorithm, one, zero = plan
+        return portable.product(a.T if trans_a else a, b.T if trans_b else b, out)
+    rows, columns, inner, trans_a, trans_b, lda, ldb, ldc, data_type, compute_type, algorithm, one, zero = plan
     if out is None:
         out = Array((rows, columns), a.dtype)
     # cuBLAS expects Fortran order, in which all three matrices are transposed: out.T = b.T @ a.T.
     _gemm(
         get_cublas_handle(), trans_b, trans_a, columns, rows, inner,
         one, b.data.ptr, data_type, ldb, a.data.ptr, data_type, lda,
-        zero, out.data.ptr, data_type, columns, compute_type, algorithm,
+        zero, out.data.ptr, data_type, ldc, compute_type, algorithm,
     )  # fmt: skip
     return out
 
@@ -279,7 +279,7 @@ _gemm = cupy.cuda.cublas.gemmEx
 def _gemm_plan(a: Any, b: Any, out: Any, trans_a: bool, trans_b: bool, device: int) -> tuple[Any, ...] | None:
     """Return the cuBLAS arguments for a product of arrays with these layouts, as CuPy chooses them.
 
-    Return None to use `dot` instead: for arrays that cuBLAS cannot read without a copy, empty arrays, and
+    Return None to let CuPy multiply them instead: for arrays that cuBLAS cannot read without a copy, empty arrays, and
     computation in lower precision, such as with CUPY_TF32=1.
     """
     cublas, runtime = cupy.cuda.cublas, cupy.cuda.runtime
@@ -289,7 +289,7 @@ def _gemm_plan(a: Any, b: Any, out: Any, trans_a: bool, trans_b: bool, device: i
     if out is not None and out[0] != (rows, columns):
         raise ValueError(f"affine_grad: dW must have shape {(rows, columns)}, got {out[0]}")
     order_a, order_b, order_out = (_order(*layout) if layout else (False, columns) for layout in (a, b, out))
-    if not (rows and columns and inner and order_a and order_b and order_out == (False, columns)):
+    if not (rows and columns and inner and order_a and order_b and order_out and not order_out[0]):
         return None
     if dtype not in _TYPES or get_compute_type(numpy.dtype(dtype)) != COMPUTE_TYPE_DEFAULT or (out and out[2] != dtype):
         return None
@@ -298,7 +298,7 @@ def _gemm_plan(a: Any, b: Any, out: Any, trans_a: bool, trans_b: bool, device: i
     has_tensor_cores = int(cupy.cuda.Device(device).compute_capability) >= (70 if dtype == "e" else 80)
     algorithm = cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP if has_tensor_cores else cublas.CUBLAS_GEMM_DEFAULT
     one, zero = (number.ctypes.data for number in _COEFFICIENTS[dtype == "d"])
-    operands = trans_a != order_a[0], trans_b != order_b[0], order_a[1], order_b[1]
+    operands = trans_a != order_a[0], trans_b != order_b[0], order_a[1], order_b[1], order_out[1]
     return rows, columns, inner, *operands, data_type, compute_type, algorithm, one, zero
 
 

@@ -8,7 +8,6 @@ Wh and a kernel for its gates.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import numpy
@@ -223,7 +222,7 @@ class _GRU(_Recurrent):
     reset: Array  # (N, T, H), r * h_prev
 
     def _run(self) -> Array:
-        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split_Wh()
+        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split(self.params[1])
         self.reset, hs = np.empty(h_prev.shape, gates.dtype), np.empty(h_prev.shape, gates.dtype)
         for t in range(hs.shape[1]):
             gru_gates(gates, affine(h_prev[:, t], of_gates, None), h_prev, self.reset, t)
@@ -232,7 +231,7 @@ class _GRU(_Recurrent):
 
     @quiet
     def _run_back(self, dhs: Array, da: Array) -> Array:
-        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split_Wh()
+        gates, h_prev, (of_gates, of_reset) = self.gates, self.h_prev, self._split(self.params[1])
         dgates, dcandidate = self._split(da)
         dh, product = self._zeros(), self._zeros()  # the gradient of h is their sum
         for t in reversed(range(dhs.shape[1])):
@@ -243,12 +242,7 @@ class _GRU(_Recurrent):
 
     def _write_dWh(self, rows: Array, dWh: Array) -> None:
         for h, da, out in zip((self.h_prev, self.reset), self._split(rows), self._split(dWh), strict=True):
-            product = np.empty(out.shape, out.dtype)
-            affine_grad(h.reshape(len(rows), len(dWh)), np.ascontiguousarray(da), product, None)
-            out[...] = product
-
-    def _split_Wh(self) -> Iterator[Array]:
-        return map(np.ascontiguousarray, self._split(self.params[1]))  # else each product copies its part
+            affine_grad(h.reshape(len(rows), len(dWh)), da, out, None)
 
     def _split(self, a: Array) -> tuple[Array, Array]:
         """Return the columns of the gates z and r, and those of the candidate state."""
