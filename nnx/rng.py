@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import numpy
 
-__all__ = ["as_generator", "check_state", "get_state", "set_state"]
+__all__ = ["as_generator", "check_counters", "check_state", "get_state", "set_state"]
 
 
 def as_generator(rng: Any = None) -> Any:
@@ -57,3 +58,10 @@ def check_state(rng: Any, state: dict[str, Any]) -> None:
             raise ValueError(f"position {max(pos)}")
     except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError) as error:
         raise ValueError(f"invalid generator state ({error})") from error
+
+
+def check_counters(state: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise a ValueError unless the values `names` of `state`, if it has them, are integers of 64 bits."""
+    for name, value in ((name, state[name]) for name in names if name in state):
+        if type(value) is not int or not 0 <= value < 1 << 64:
+            raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}")

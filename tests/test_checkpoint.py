@@ -163,6 +163,14 @@ def test_duplicate_array_names_are_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_arrays_of_a_state_with_equal_paths_are_an_error(tmp_path):
+    net = OwnNet(1)
+    net.state_names, net.sums = ("sums",), {"a": {"b": np.ones(1)}, "a.b": np.ones(2)}
+    with pytest.raises(ValueError, match=r"two arrays are named .*sums\.a\.b"):
+        checkpoint.save(tmp_path / "net.safetensors", net)
+    assert not list(tmp_path.iterdir())
+
+
 class Branches:
     """A user-defined net with its layers in a dict of lists."""
 

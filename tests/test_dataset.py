@@ -1,6 +1,7 @@
 """The spiral equals the book's, bit for bit."""
 
 import numpy
+import pytest
 
 from nnx import spiral
 
@@ -26,3 +27,9 @@ def test_spiral_does_not_change_the_global_generator():
     x, _ = spiral.load_data(seed=7)
     assert numpy.random.rand() == expected
     assert (x != spiral.load_data()[0]).any()
+
+
+def test_a_seed_that_the_generator_does_not_take_is_refused():
+    for seed in (-1, 1 << 32):
+        with pytest.raises(ValueError, match=rf"load_data: seed must be .*, got {seed}"):
+            spiral.load_data(seed=seed)

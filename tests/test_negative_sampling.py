@@ -222,3 +222,11 @@ def test_a_large_vocabulary_takes_about_a_millisecond(rng):
         layer.backward()
         durations.append(time.perf_counter() - start)
     assert min(durations) < 0.01  # 0.6 ms alone; the book's code takes 70 ms
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 64, 1.0, None])
+def test_a_state_that_is_no_pair_of_64_bit_integers_is_refused(value):
+    layer = CBOW().ns_loss
+    for name in layer.state_names:
+        with pytest.raises(ValueError, match=f"{name} must be an integer of 64 bits, got {value}"):
+            layer.check_state({"seed": 1, "calls": 2, name: value})

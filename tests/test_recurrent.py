@@ -160,6 +160,7 @@ def test_both_directions_of_the_bidirectional_layer_read_the_sequence_in_their_o
 
 def test_a_stateful_bidirectional_layer_keeps_the_states_of_both_directions():
     layer, xs = recurrent(TimeBiLSTM, stateful=True)("float64"), normal(2, 6, 4)
+    assert layer.stateful
     parts = [to_cpu(layer.forward(block)) for block in (xs[:, :4], xs[:, 4:])]
     weights, states = [*map(to_cpu, layer.params)], [(numpy.zeros((2, 3)),) * 2] * 2
     for hs, block in zip(parts, (to_cpu(xs)[:, :4], to_cpu(xs)[:, 4:]), strict=True):

@@ -389,6 +389,22 @@ def test_best_weights_are_restored():
     assert float(trainer.model.params[0][0]) == 3
 
 
+def test_best_weights_that_do_not_fit_are_refused():
+    best = BestWeights()
+    fit_losses([5] * 10, best)
+    state = object_state(best)
+    with pytest.raises(ValueError, match="weights must be floating arrays"):
+        BestWeights().check_state({**state, "weights": [np.ones(3, int)]})
+    with pytest.raises(ValueError, match="the weights of the best value are missing"):
+        BestWeights().check_state({**state, "weights": []})
+    other = new_trainer()
+    best.weights = [np.ones(7)]
+    with pytest.raises(
+        ValueError, match=r"BestWeights: the saved weights have the shapes \[\(7,\)\], and the model has"
+    ):
+        best.on_begin(other)
+
+
 def test_best_weights_include_running_statistics():
     x, t = spiral()
     norm = nnx.BatchNorm(np.ones(10, "float32"), np.zeros(10, "float32"))

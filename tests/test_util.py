@@ -158,6 +158,11 @@ def test_ids_outside_the_vocabulary_are_refused(call):
         call(numpy.array([0.0, 1.0]))
 
 
+def test_a_corpus_has_one_axis():
+    with pytest.raises(ValueError, match=r"create_co_matrix: corpus must have one axis, got shape \(2, 4\)"):
+        util.create_co_matrix(CORPUS[:8].reshape(2, 4), 7)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
 def test_cos_similarity_is_that_of_the_book(dtype, rng):
     x, y = (5 * rng.standard_normal((2, 50))).astype(dtype)

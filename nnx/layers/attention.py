@@ -151,7 +151,7 @@ class Attention(_AttentionLayer):
     Attributes
     ----------
     attention_weight : (N, T)
-        The weights of the last forward.
+        The weights of the last forward; `Trainer.fit` releases them at its end.
 
     Raises
     ------
@@ -207,7 +207,8 @@ class TimeAttention(_AttentionLayer):
     Attributes
     ----------
     attention_weights : (Td, N, Te)
-        The weights of the last forward, copied to the host: they are made for a plot.
+        The weights of the last forward, copied to the host: they are made for a plot. `Trainer.fit` releases them
+        at its end.
 
     Raises
     ------

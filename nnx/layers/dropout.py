@@ -10,7 +10,7 @@ from nnx.device import quiet
 from nnx.kernels import dropout
 from nnx.layers.base import BaseLayer
 from nnx.np import Array, np
-from nnx.rng import as_generator
+from nnx.rng import as_generator, check_counters
 
 __all__ = ["Dropout"]
 
@@ -63,9 +63,7 @@ class Dropout(BaseLayer):
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless the state is two integers of 64 bits."""
-        for name, value in ((name, state[name]) for name in Dropout.state_names if name in state):
-            if type(value) is not int or not 0 <= value < 1 << 64:
-                raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}")
+        check_counters(state, Dropout.state_names)
 
     def forward(self, x: Any, train_flg: bool = True) -> Array:
         """Return x * mask with a new mask, or x * (1 - dropout_ratio) if train_flg is False."""

@@ -16,7 +16,7 @@ from nnx.kernels import embedding, embedding_grad, sigmoid_loss, sigmoid_loss_gr
 from nnx.layers.base import BaseLayer
 from nnx.layers.embedding import Embedding
 from nnx.np import Array, Scalar, np
-from nnx.rng import as_generator
+from nnx.rng import as_generator, check_counters
 
 __all__ = ["EmbeddingDot", "NegativeSamplingLoss", "UnigramSampler"]
 
@@ -237,9 +237,7 @@ class NegativeSamplingLoss(BaseLayer):
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless the state is two integers of 64 bits."""
-        for name, value in ((name, state[name]) for name in self.state_names if name in state):
-            if type(value) is not int or not 0 <= value < 1 << 64:
-                raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}")
+        check_counters(state, self.state_names)
 
     @quiet
     def forward(self, h: Any, target: Any) -> Scalar:
