@@ -209,10 +209,11 @@ static void *cache_malloc(void *Py_UNUSED(context), size_t size) {
     }
     UNLOCK;
     if (!block) {
-        const size_t whole = (HEADER + size + HEADER - 1) / HEADER * HEADER;
-        if (!(block = aligned_alloc(size < HUGE_SIZE ? HEADER : HUGE_PAGE, whole))) return NULL;
+        void *memory; /* aligned_alloc would need a multiple of the alignment */
+        if (posix_memalign(&memory, size < HUGE_SIZE ? HEADER : HUGE_PAGE, HEADER + size)) return NULL;
+        block = memory;
 #ifdef MADV_HUGEPAGE
-        if (size >= HUGE_SIZE) madvise(block, whole, MADV_HUGEPAGE);
+        if (size >= HUGE_SIZE) madvise(block, HEADER + size, MADV_HUGEPAGE);
 #endif
     }
     memcpy(block, &block_size, sizeof block_size);
