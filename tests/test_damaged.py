@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -375,6 +376,7 @@ def foreign(folder):
     yield Path("/dev/zero")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes, links and rights of Unix")
 def test_foreign_files_are_rejected_without_running_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = TwoLayerNet(2, 10, 3, rng=1)
@@ -388,6 +390,7 @@ def test_foreign_files_are_rejected_without_running_code(tmp_path, monkeypatch):
         numpy.testing.assert_array_equal(p, q)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes, links and rights of Unix")
 def test_unreadable_file_is_an_error(tmp_path):
     path = tmp_path / "net.safetensors"
     checkpoint.save(path, TwoLayerNet(2, 10, 3))

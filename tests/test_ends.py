@@ -3,7 +3,6 @@
 import gc
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from nnx import checkpoint
 from nnx.callbacks import Checkpoint
 
 pytest.importorskip("safetensors")
+resource = pytest.importorskip("resource", reason="kills, signals and limits of Unix")
 ROOT = Path(__file__).parent.parent
 
 

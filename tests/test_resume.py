@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import resource
 import signal
 from pathlib import Path
 
@@ -278,6 +277,7 @@ def test_a_file_of_another_training_changes_nothing(tmp_path):
 
 
 def test_full_disk_issues_a_warning_and_training_continues(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of Unix")
     expected = new_trainer()
     fit(expected, *callbacks())
     trainer = new_trainer()
