@@ -373,7 +373,7 @@ def test_stream_capture_requires_prior_use():
         assert not cuda._workspace(*cuda._stream_key()).any()
 
 
-@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("arch", [75, 90, 120, *(pytest.param(n, marks=pytest.mark.slow) for n in (80, 86, 89, 100))])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kernel_compiles_for(dtype, arch):
     nvrtc = np.cuda.nvrtc
