@@ -658,7 +658,7 @@ def _read(path: Path) -> _Reader:
         pass
     try:
         return _Reader(path, safetensors.safe_open(path, "np"))
-    except (safetensors.SafetensorError, TypeError) as error:  # a TypeError for a dtype that NumPy has not
+    except (safetensors.SafetensorError, TypeError, AttributeError) as error:  # the last two: NumPy has no such dtype
         raise _DamagedFileError(f"{path}: damaged, or not a safetensors file: {error}") from error
 
 

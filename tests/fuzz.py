@@ -146,6 +146,7 @@ WEIRD: dict[str, Callable[[], Any]] = {
 
 OVERFLOWS = {"infinity among floats", "NaN among floats", "huge floats", "1e+308", "-1e+308", repr(10**30)}
 OVERFLOWS |= {"inf", "-inf", "nan", f"NumPy {numpy.float16(numpy.inf)!r}"}
+EMPTY = {"nothing", "no rows", "no columns"}
 
 
 # What a value that was accepted must be.
@@ -945,7 +946,8 @@ def run(name, weird):
     """Make the call `name` with the arguments of `weird`, names of WEIRD by argument."""
     call = CALLS[name]()
     arguments = call.arguments | {argument: WEIRD[value]() for argument, value in weird.items()}
-    kind, what = judge(call, arguments, OVERFLOWS & set(weird.values()))
+    overflows = OVERFLOWS & {*weird.values()} or {"float16", "the smallest integer"} <= {*weird.values()}
+    kind, what = judge(call, arguments, overflows)
     return kind, f"{name}({', '.join(f'{a}={v}' for a, v in weird.items())}) {what}"
 
 
@@ -958,13 +960,18 @@ def single_calls():
 
 
 def random_calls(count, seed=0):
-    """Yield `count` calls of which one to three arguments are replaced."""
+    """Yield up to `count` calls of which one to three arguments are replaced, at most one by an empty array.
+
+    Two of these may fit one another, and each is judged alone.
+    """
     rng = random.Random(seed)
     names = {name: list(make().arguments) for name, make in CALLS.items()}
     for _ in range(count):
         name = rng.choice(list(names))
         arguments = rng.sample(names[name], min(len(names[name]), rng.choice([1, 1, 2, 3])))
-        yield name, {argument: rng.choice(list(WEIRD)) for argument in arguments}
+        weird = {argument: rng.choice(list(WEIRD)) for argument in arguments}
+        if sum(value in EMPTY for value in weird.values()) < 2:
+            yield name, weird
 
 
 def summary(calls):
