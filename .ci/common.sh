@@ -6,8 +6,8 @@ cd "$root"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1 MPLBACKEND=agg
-export PIP_COMPILE=0 # modules are compiled when they are imported, if they are,
-unset PYTHONDONTWRITEBYTECODE # and then once, not in each of the processes that tests start
+export PIP_COMPILE=0          # the first import compiles a module; most are never imported
+unset PYTHONDONTWRITEBYTECODE # otherwise every process that a test starts compiles its imports again
 export NNX_NATIVE=1 # otherwise a failed compilation would pass with the portable kernels
 
 stage() { printf '\n== %s (after %d s)\n' "$*" $SECONDS; }

@@ -225,7 +225,7 @@ def test_a_large_vocabulary_takes_about_a_millisecond(rng):
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 64, 1.0, None])
-def test_a_state_that_is_no_pair_of_64_bit_integers_is_refused(value):
+def test_seed_and_calls_must_be_64_bit_integers(value):
     layer = CBOW().ns_loss
     for name in layer.state_names:
         with pytest.raises(ValueError, match=f"{name} must be an integer of 64 bits, got {value}"):

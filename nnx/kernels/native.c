@@ -290,8 +290,8 @@ static inline int is_matrix(PyObject *x, int type) {
     return PyArray_CheckExact(x) && NDIM(x) == 2 && PyArray_TYPE(ARRAY(x)) == type && PyArray_ISNOTSWAPPED(ARRAY(x));
 }
 
-/* Write a @ b into out and return it. NumPy's dot would copy a b of some columns of a matrix: then matmul is faster. */
-static PyObject *product_in(PyObject *a, PyObject *b, PyObject *out) {
+/* Write a @ b into out and return it. dot copies b if it is only some columns of a matrix; matmul does not. */
+static PyObject *multiply(PyObject *a, PyObject *b, PyObject *out) {
     if (PyArray_ISONESEGMENT(ARRAY(b)) && PyArray_IS_C_CONTIGUOUS(ARRAY(out)))
         return PyArray_MatrixProduct2(a, b, ARRAY(out));
     return PyObject_Vectorcall(matmul, (PyObject *[]){a, b, out}, 3, NULL);
@@ -302,7 +302,7 @@ static PyObject *product(PyObject *a, PyObject *b, int transposed) {
     const Size shape[] = {DIM(a, 0), DIM(b, !transposed)};
     PyObject *out = new_array(2, shape, PyArray_TYPE(ARRAY(a)));
     PyObject *right = transposed ? PyArray_Transpose(ARRAY(b), NULL) : Py_NewRef(b);
-    PyObject *result = out && right ? product_in(a, right, out) : NULL;
+    PyObject *result = out && right ? multiply(a, right, out) : NULL;
     Py_XDECREF(right);
     Py_XDECREF(out);
     return result;
@@ -340,7 +340,7 @@ KERNEL(affine_grad) {
                     (args[3] == Py_None || (real_type(args[1]) && is_like(args[3], type, DIM(args[1], 1)) &&
                                             NDIM(args[3]) == 1 && is_writable(args[3]))));
     PyObject *x_T = PyArray_Transpose(ARRAY(args[0]), NULL);
-    PyObject *dW = x_T ? product_in(x_T, args[1], args[2]) : NULL;
+    PyObject *dW = x_T ? multiply(x_T, args[1], args[2]) : NULL;
     Py_XDECREF(x_T);
     PORTABLE_IF_FLAGGED(dW);
     if (!dW) return NULL;

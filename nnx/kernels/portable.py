@@ -100,7 +100,7 @@ def in_range(idx: Array, stop: int) -> bool:
 
 
 def product(a: Array, b: Array, out: Array | None = None) -> Array:
-    """Return a @ b in `out`. `dot` would copy a `b` of some columns of a matrix: then `matmul` is faster."""
+    """Return a @ b, in `out` if given. `dot` copies `b` if it is only some columns of a matrix; `matmul` does not."""
     if b.flags.forc and (out is None or out.flags.c_contiguous):
         return a.dot(b, out)
     return np.matmul(a, b, out=out)
