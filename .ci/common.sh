@@ -16,6 +16,7 @@ checkout() { mkdir -p "$1" && git -C "$root" ls-files -z | (cd "$root" && xargs 
 # CuPy without a GPU: CUPY_ON_CPU is the runner.
 cupy_runner=${CUPY_ON_CPU:-$root/../shared/cupy-on-cpu/run}
 cupy() {
+  [ -x "$cupy_runner" ] || { echo "no such runner, $cupy_runner: NOT run on CuPy: $*"; return; }
   local packages="tqdm matplotlib scikit-learn safetensors mpi4py mpich threadpoolctl pytest-benchmark pytest-xdist onnx onnxruntime pandas"
   env -u NNX_NATIVE CUPY_ON_CPU_PIP="$packages" "$cupy_runner" "$@" # native.c is not compiled for its Python
 }
